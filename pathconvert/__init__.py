@@ -1,0 +1,1 @@
+"""Move pretrained ReLU networks into path space and back."""

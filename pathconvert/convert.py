@@ -1,0 +1,271 @@
+"""The conversion as a whole: trace → groups → pivots → scales → rewrite, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pathconvert.errors import PathconvertError, RefusedNetwork
+from pathconvert.groups import Group, Units, find_units
+from pathconvert.parts import Traced, trace_network
+from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots
+from pathconvert.record import make_record, read_record
+from pathconvert.rewrite import rescale
+from pathconvert.scales import Gauge, choose_scales
+from pathconvert.verify import EquivalenceReport, mode_of, run_dtype, verify
+
+Scope = Literal["block", "network"]
+
+
+class Pivot(NamedTuple):
+    """A unit's skeleton weight: ``parameter[row, column]`` at the kernel's centre.
+
+    ``magnitude`` is its effective weight's |a| before the conversion (design.md, "Effective weight").
+    """
+
+    parameter: str
+    row: int
+    sign: int
+    column: int
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """The channels that the same layers produce; each has a factor of its own.
+
+    Attributes:
+        name: the first layer that produces it.
+        size: number of channels.
+        scales: factor of every channel, float64 [size]; 1 where left alone.
+        pinned_by: why all channels are left alone; None where they are free.
+        producers: all layers that produce it.
+        held_back: channels whose factor would leave the dtype's normal range, [size].
+    """
+
+    name: str
+    size: int
+    scales: FloatVector
+    pinned_by: str | None
+    producers: tuple[str, ...]
+    held_back: NDArray[np.bool_]
+    _pivots: Callable[[], tuple[Pivot | None, ...]] = field(repr=False)
+
+    @functools.cached_property
+    def pivots(self) -> tuple[Pivot | None, ...]:
+        """Per channel its pivot; None where the channel was left alone."""
+        return self._pivots()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted network and all that is known of it.
+
+    Attributes:
+        model: a rescaled copy, same class and tensor names.
+        groups: every scale group of the network, in forward order.
+        parts: the modules that were converted; ``("",)`` for the whole network.
+        left_alone: module or parameter → why it was not looked at.
+        pivot_fallbacks: layers too wide for ``matching``, which took ``max``.
+        scope, pivot, gauge: as asked for.
+    """
+
+    model: nn.Module
+    groups: tuple[ScaleGroup, ...]
+    parts: tuple[str, ...]
+    left_alone: dict[str, str]
+    pivot_fallbacks: tuple[str, ...]
+    scope: str
+    pivot: str
+    gauge: str
+    units: Units
+    pivots: Pivots
+
+    @functools.cached_property
+    def scales(self) -> FloatVector:
+        """All factors, [units]."""
+        return np.concatenate([np.zeros(0), *(group.scales for group in self.groups)])
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """Everything that :func:`restore` needs, JSON-serialisable (``record.py``)."""
+        return make_record(self)
+
+    def counts(self) -> dict[str, int]:
+        """Groups, and channels by what became of them."""
+        free = [group for group in self.groups if group.pinned_by is None]
+        held = sum(int(group.held_back.sum()) for group in free)
+        with_pivot = sum(int((self.pivots.layer[_span(g)] >= 0).sum()) for g in self._free_groups())
+        return {
+            "groups": len(self.groups),
+            "groups_pinned": len(self.groups) - len(free),
+            "channels_rescaled": with_pivot - held - self._circular(),
+            "channels_pinned": sum(group.size for group in self.groups if group.pinned_by is not None),
+            "channels_dead": sum(group.size for group in free) - with_pivot,
+            "channels_held_back": held,
+            "channels_circular": self._circular(),
+        }
+
+    def _free_groups(self) -> list[Group]:
+        pairs = zip(self.units.groups, self.groups, strict=True)
+        return [group for group, public in pairs if public.pinned_by is None]
+
+    def _circular(self) -> int:
+        return int(self.pivots.circular.sum()) if self.pivots.circular is not None else 0
+
+
+def _span(group: Group) -> slice:
+    return slice(group.start, group.start + group.size)
+
+
+def reparameterize(
+    model: nn.Module,
+    example_input: Any,
+    scope: Scope = "block",
+    pivot: PivotRule = "matching",
+    gauge: Gauge = "unit",
+    partial: bool = False,
+) -> Conversion:
+    """Rescale every hidden unit so that its pivot is ±1 (PBN Theorem 1, PBN-A Theorem 3.1 and D.1).
+
+    Args:
+        model: any ``nn.Module``; not changed.
+        example_input: a tensor, or a tuple of the forward's positional arguments. Shapes alone matter, unless the
+            network has to be taken apart (detectors), when it is run once.
+        scope: ``block`` leaves channels alone that a residual ``add`` ties; ``network`` takes them too.
+        pivot: ``matching``, ``max`` or ``diagonal`` (``pivots.py``).
+        gauge: ``unit`` (pivots ±1) or ``pow2`` (bit-identical outputs; ``scales.py``).
+        partial: pin what is not homogeneous instead of refusing the network.
+
+    Raises:
+        RefusedNetwork: an activation that is not positively homogeneous (ReLU6, GELU, …), without ``partial``.
+        TraceError: the forward cannot be followed.
+    """
+    for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
+        if value not in get_args(kind):
+            raise PathconvertError(f"{value!r} is none of {', '.join(get_args(kind))}")
+    return convert_traced(model, trace_network(model, example_input), scope, pivot, gauge, partial)
+
+
+def convert_traced(
+    model: nn.Module, traced: Traced, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool = False
+) -> Conversion:
+    """:func:`reparameterize` from a trace on: one trace serves all scopes, pivots and gauges."""
+    if traced.trace.offenders and not partial:
+        path, kind = traced.trace.offenders[0]
+        raise RefusedNetwork(
+            f"{path or 'the network'} is {kind}, which is not positively homogeneous: "
+            f"{type(model).__name__} cannot be moved to path space as a whole",
+            "--partial (partial=True) pins what is not homogeneous and converts the rest",
+        )
+    units = find_units(traced.trace)
+    tensors = {name: tensor.detach() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    reasons = [_pinned_by(group, scope) for group in units.groups]
+    free = np.repeat([reason is None for reason in reasons], [group.size for group in units.groups]).astype(bool)
+    pivots = choose_pivots(units, tensors, free, pivot)
+    scales, held, circular = choose_scales(units, pivots, tensors, gauge)
+    pivots = dataclasses.replace(pivots, circular=circular)
+    left = held | circular | (pivots.layer < 0)
+    groups = tuple(
+        ScaleGroup(
+            group.name, group.size, scales[_span(group)], reason, group.producers, held[_span(group)],
+            functools.partial(_named_pivots, units, pivots, left, group),
+        )
+        for group, reason in zip(units.groups, reasons, strict=True)
+    )  # fmt: skip
+    rescaled = rescale(model, units.slots, scales)
+    return Conversion(
+        rescaled, groups, traced.parts, traced.left_alone, pivots.fallbacks, scope, pivot, gauge, units, pivots
+    )
+
+
+def _pinned_by(group: Group, scope: Scope) -> str | None:
+    if group.pinned_by is None and group.residual and scope == "block":
+        return "is tied by a residual add (scope block leaves those alone; scope network takes them)"
+    return group.pinned_by
+
+
+def _named_pivots(units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group) -> tuple[Pivot | None, ...]:
+    return tuple(
+        None
+        if left[i]
+        else Pivot(
+            units.layers[pivots.layer[i]].parameter,
+            int(pivots.row[i]),
+            1 if pivots.value[i] > 0 else -1,
+            int(pivots.column[i]),
+            abs(float(pivots.value[i])),
+        )
+        for i in range(group.start, group.start + group.size)
+    )
+
+
+def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Undo a conversion: a copy of ``model`` with every factor of ``record`` taken back.
+
+    Args:
+        model: the converted network, fine-tuned or not; not changed.
+        record: :attr:`Conversion.record`.
+
+    Raises:
+        RecordError: the record is of a newer format, or does not fit the network's tensors.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
+    slots, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return rescale(model, slots, scales, inverse=True)
+
+
+def verify_conversion(
+    original: nn.Module, converted: nn.Module, parts: tuple[str, ...], inputs: Any
+) -> EquivalenceReport:
+    """:func:`~pathconvert.verify.verify` on every converted part, with the inputs that the original hands it."""
+    if parts == ("",):
+        return verify(original, converted, inputs)
+    received = _part_inputs(original, parts, inputs)
+    return EquivalenceReport.worst(
+        verify(_Bound(original.get_submodule(part), kwargs), _Bound(converted.get_submodule(part), kwargs), args)
+        for part, calls in received.items()
+        for args, kwargs in calls
+    )
+
+
+class _Bound(nn.Module):
+    """A module with keyword arguments fixed."""
+
+    def __init__(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.kwargs = kwargs
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args, **self.kwargs)
+
+
+def _part_inputs(model: nn.Module, parts: tuple[str, ...], inputs: Any) -> dict[str, list[Any]]:
+    """What every part is called with when ``model`` runs on ``inputs``."""
+    received: dict[str, list[Any]] = {}
+    handles = []
+    for part in parts:
+
+        def note(_: nn.Module, args: Any, kwargs: Any, part: str = part) -> None:
+            received.setdefault(part, []).append((args, kwargs))
+
+        handles.append(model.get_submodule(part).register_forward_pre_hook(note, with_kwargs=True))
+    dtype = run_dtype(model)
+    cast = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    try:
+        with mode_of(model, False), torch.no_grad():
+            model(*(cast if isinstance(cast, tuple) else (cast,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return received

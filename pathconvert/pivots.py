@@ -1,0 +1,214 @@
+"""Pivots: one outgoing weight for every unit (the papers' skeleton weights; PBN Theorem 1, PBN-A D.1).
+
+Every unit has one **host**, the consumer that holds its pivot: of all layers that read it, the one with the most
+output rows a group, the first of equals. In the host the unit owns one column (after a flatten, the middle one of
+its H·W columns, as the kernel's centre tap is the middle of a convolution), and the rule chooses the row by the
+effective weight a = γ / √(var + eps) · w at the centre tap.
+
+===========  ====================================================================================================
+rule         row
+===========  ====================================================================================================
+diagonal     i mod K for column i of K rows (the papers)
+max          the largest |a| of the column
+matching     the assignment of columns to rows that maximises Σ log|a|: no row twice while there are free rows
+===========  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from pathconvert.groups import FIXED, Layer, Units
+from pathconvert.trace import BatchNormCall, IdVector
+
+PivotRule = Literal["matching", "max", "diagonal"]
+
+#: Columns × rows above which ``matching`` falls back to ``max``: linear_sum_assignment takes 3 s at 4096².
+WIDEST_MATCHING = 2048 * 2048
+
+FloatVector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pivots:
+    """Per unit: where its pivot is and what it is worth.
+
+    Attributes:
+        layer: index in ``Units.layers``, [units]; -1 without a pivot.
+        row, column: the pivot's place in that layer, [units].
+        value: the signed effective weight, [units]; 0 without a pivot.
+        next_unit: the unit that the pivot's row ends in, [units]; ``FIXED`` where that one's factor is 1.
+        fallbacks: layers that were too wide for ``matching``.
+        circular: units whose pivots run in a circle, [units]; their factor is 1 (``scales.py`` finds them).
+    """
+
+    layer: IdVector
+    row: IdVector
+    column: IdVector
+    value: FloatVector
+    next_unit: IdVector
+    fallbacks: tuple[str, ...]
+    circular: NDArray[np.bool_] | None = None
+
+
+def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.bool_], rule: PivotRule) -> Pivots:
+    """Choose a pivot for every free unit.
+
+    Args:
+        units: the network's scale groups.
+        tensors: parameters and buffers by name; read only.
+        free: units that may be rescaled, [units].
+        rule: which row of the host's column.
+    """
+    host, host_column = _hosts(units, free)
+    row = np.zeros(units.count, dtype=np.int64)
+    value = np.zeros(units.count)
+    next_unit = np.full(units.count, FIXED)
+    fallbacks = []
+    for index, layer in enumerate(units.layers):
+        hosted = np.flatnonzero(host == index)
+        if not hosted.size:
+            continue
+        effective = _effective_taps(layer, host_column[hosted], units.batch_norms, tensors)
+        chosen, fell_back = _choose_rows(layer, host_column[hosted], effective, rule)
+        if fell_back:
+            fallbacks.append(layer.parameter)
+        per_group = len(layer.rows) // layer.groups
+        block = host_column[hosted] // (len(layer.columns) // layer.groups)
+        row[hosted] = block * per_group + chosen
+        value[hosted] = effective[np.arange(len(hosted)), chosen]
+        next_unit[hosted] = layer.next_units[row[hosted]]
+    none = (value == 0) | ~np.isfinite(value)
+    return Pivots(
+        np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks)
+    )
+
+
+def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
+    """Per unit: the layer that hosts its pivot and its column there; -1 where no layer may."""
+    read = [np.flatnonzero(layer.columns >= 0) for layer in units.layers]
+    column = np.concatenate([np.zeros(0, dtype=np.int64), *read])
+    layer_index = np.repeat(np.arange(len(read)), [len(r) for r in read])
+    unit = np.concatenate([np.zeros(0, dtype=np.int64), *(lay.columns[r] for lay, r in zip(units.layers, read, strict=True))])
+    allowed = free[unit] & ~_inside_own_stream(units, free)[layer_index, units.group_of()[unit]]
+    column, layer_index, unit = column[allowed], layer_index[allowed], unit[allowed]
+
+    rows_per_group = np.array([len(layer.rows) // layer.groups for layer in units.layers] or [0])
+    order = np.lexsort([column, layer_index, -rows_per_group[layer_index], unit])
+    column, layer_index, unit = column[order], layer_index[order], unit[order]
+    starts = np.flatnonzero(np.r_[True, (unit[1:] != unit[:-1]) | (layer_index[1:] != layer_index[:-1])][: len(unit)])
+    lengths = np.diff(np.r_[starts, len(unit)])
+    first = np.r_[True, unit[starts][1:] != unit[starts][:-1]][: len(starts)]
+    middle = (starts + lengths // 2)[first]
+    host = np.full(units.count, -1)
+    host_column = np.zeros(units.count, dtype=np.int64)
+    host[unit[middle]] = layer_index[middle]
+    host_column[unit[middle]] = column[middle]
+    return host, host_column
+
+
+def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[layers, groups]: whether a residual group may not have its pivot in a layer, which leads back into the group."""
+    group_of = units.group_of()
+    sources, targets, layer_targets = [], [], []
+    for layer in units.layers:
+        reads = np.unique(group_of[layer.columns[layer.columns >= 0]])
+        ends = layer.next_units[layer.next_units >= 0]
+        ends = np.unique(group_of[ends[free[ends]]])
+        layer_targets.append(ends)
+        sources.append(np.repeat(reads, len(ends)))
+        targets.append(np.tile(ends, len(reads)))
+    count = len(units.groups)
+    source, target = (np.concatenate([np.zeros(0, dtype=np.int64), *v]) for v in (sources, targets))
+    graph = coo_array((np.ones(len(source), dtype=np.int8), (source, target)), shape=(count, count))
+    cycle_of = connected_components(graph, connection="strong")[1]
+    residual = np.array([group.residual for group in units.groups], dtype=bool)
+    return np.stack(
+        [residual & np.isin(cycle_of, cycle_of[ends]) for ends in layer_targets]
+        or [np.zeros(count, dtype=bool)]
+    )
+
+
+def _effective_taps(
+    layer: Layer, columns: IdVector, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]
+) -> FloatVector:
+    """a = γ / √(var + eps) · w at the centre tap: [hosted columns, rows of their group], float64."""
+    weight = tensors[layer.parameter]
+    for size in weight.shape[2:]:
+        weight = weight.select(2, size // 2)
+    rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
+    column = torch.from_numpy(columns)
+    block = column // columns_per_group
+    if layer.transposed:  # stored [in, out / groups]
+        taps = weight[column]
+    elif layer.groups == 1:  # stored [out, in]
+        taps = weight[:, column].T
+    else:
+        taps = weight.view(layer.groups, rows_per_group, columns_per_group)[block, :, column % columns_per_group]
+    gain = _gains(layer, batch_norms, tensors).reshape(layer.groups, rows_per_group)
+    effective: FloatVector = taps.to(torch.float64).numpy() * gain[block.numpy()]
+    return effective
+
+
+def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]) -> FloatVector:
+    """γ / √(var + eps) of the BatchNorm that absorbs each row, [rows]; 1 without."""
+    gains = np.ones(len(layer.rows))
+    for index in np.unique(layer.batch_norms[layer.batch_norms >= 0]):
+        call = batch_norms[index]
+        size = len(call.rows)
+        gamma = tensors[call.weight].double().numpy() if call.weight else np.ones(size)
+        var = tensors[call.var].double().numpy() if call.var else np.ones(size)
+        mask = layer.batch_norms == index
+        gains[mask] = (gamma / np.sqrt(var + call.eps))[layer.channels[mask]]
+    return gains
+
+
+def _choose_rows(layer: Layer, columns: IdVector, effective: FloatVector, rule: PivotRule) -> tuple[IdVector, bool]:
+    """The row within its group for every hosted column, and whether ``matching`` fell back to ``max``."""
+    rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
+    if rule == "diagonal":
+        return _positions(layer)[columns] % columns_per_group % rows_per_group, False
+    magnitude = np.abs(effective)
+    chosen: IdVector = magnitude.argmax(axis=1)
+    if rule == "max" or rows_per_group == 1:
+        return chosen, False
+    if effective.size > WIDEST_MATCHING * layer.groups:
+        return chosen, True
+    block = columns // columns_per_group
+    for index in np.unique(block):
+        mine = np.flatnonzero(block == index)
+        chosen[mine] = _match(magnitude[mine], chosen[mine])
+    return chosen, False
+
+
+def _positions(layer: Layer) -> IdVector:
+    """Column → its channel's position: the H·W columns of one channel after a flatten count once."""
+    _, first, inverse = np.unique(layer.columns, return_index=True, return_inverse=True)
+    is_first = (layer.columns < 0) | (first[inverse] == np.arange(len(layer.columns)))
+    return (np.cumsum(is_first) - 1)[np.where(layer.columns < 0, np.arange(len(layer.columns)), first[inverse])]
+
+
+def _match(magnitude: FloatVector, largest: IdVector) -> IdVector:
+    """Rows by maximum-product matching, in rounds while columns outnumber rows; where only zeros are left, ``largest``."""
+    with np.errstate(divide="ignore"):
+        cost = -np.log(magnitude)
+    forbidden = np.abs(cost[np.isfinite(cost)]).max(initial=1.0) * 4 * (min(cost.shape) + 1)
+    cost[~np.isfinite(cost)] = forbidden
+    chosen = largest.copy()
+    left = np.arange(len(cost))
+    while left.size:
+        matched, rows = linear_sum_assignment(cost[left])
+        real = cost[left[matched], rows] < forbidden
+        chosen[left[matched[real]]] = rows[real]
+        left = np.delete(left, matched)
+    return chosen

@@ -1,0 +1,367 @@
+"""Model + example input → :class:`Trace`: which channels share a factor, who produces and who consumes them.
+
+The forward runs once on the *meta* device (shapes, no numbers) under a :class:`torch.overrides.TorchFunctionMode`.
+Beside every activation goes an integer tensor, its **ids**: one id for every scalar that may have a factor of its
+own. Ids have the activation's rank; a dimension along which they are constant has size 1, so a feature map
+[N, C, H, W] usually carries ids [1, C, 1, 1].
+
+====================  =====================================================================================
+``ZERO``              the value is 0 whatever the factor (zero padding)
+``PINNED``            the factor is 1: network inputs, constants, results of operations that are not homogeneous
+``2, 3, …``           an element that some parameter row produces
+====================  =====================================================================================
+
+Nothing is merged here: a :class:`Trace` collects *ties* (two ids share a factor) and *pins* (an id has factor 1, and
+why), and the *slots* that say how every parameter is indexed by ids. ``groups.py`` solves them.
+
+What a trace cannot see makes it stop with a :class:`~pathconvert.errors.TraceError`: control flow that depends on
+numbers (the meta device has none) and tensors made behind its back (scripted or custom C++ code). Control flow that
+depends on shapes is followed for the shape of the example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from pathconvert.errors import PathconvertError, TraceError
+
+ZERO, PINNED = 0, 1
+
+IdVector = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How a parameter is indexed by ids: ``parameter[row, column]`` scales by ``factor[row] / factor[column]``.
+
+    Attributes:
+        parameter: its name in ``model.named_parameters()`` (or buffers, for a frozen BatchNorm).
+        rows: ids of what it produces, [rows].
+        columns: ids of what it reads, [columns]; None for biases, γ, β.
+        groups: of a convolution; row block g reads column block g alone.
+        transposed: a transposed convolution stores [in, out / groups, …].
+    """
+
+    parameter: str
+    rows: IdVector
+    columns: IdVector | None = None
+    groups: int = 1
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class BatchNormCall:
+    """One call of a BatchNorm ``name``: ids produced [C], ids read [C], the names of γ and of the running variance."""
+
+    name: str
+    rows: IdVector
+    columns: IdVector
+    weight: str | None
+    var: str | None
+    eps: float
+
+
+@dataclass
+class Trace:
+    """What one or several runs of a network say about its ids (see the module's docstring)."""
+
+    slots: list[Slot] = field(default_factory=list)
+    batch_norms: list[BatchNormCall] = field(default_factory=list)
+    ties: list[tuple[IdVector, IdVector]] = field(default_factory=list)
+    pins: list[tuple[IdVector, str]] = field(default_factory=list)
+    residual: list[IdVector] = field(default_factory=list)
+    offenders: list[tuple[str, str]] = field(default_factory=list)
+    id_count: int = 2
+
+    def copy(self) -> Trace:
+        """Another trace that goes on from here."""
+        lists = ("slots", "batch_norms", "ties", "pins", "residual", "offenders")
+        return replace(self, **{name: list(getattr(self, name)) for name in lists})
+
+    def fresh(self, count: int) -> IdVector:
+        """``count`` new ids."""
+        self.id_count += count
+        return np.arange(self.id_count - count, self.id_count)
+
+    def pin(self, ids: IdVector, reason: str) -> None:
+        """These ids have factor 1, for ``reason``."""
+        ids = np.unique(ids[ids > PINNED])
+        if ids.size:
+            self.pins.append((ids, reason))
+
+    def tie(self, a: IdVector, b: IdVector, where: str) -> None:
+        """``a[i]`` and ``b[i]`` have one factor; next to a pinned one the other is pinned too."""
+        free = (a > PINNED) & (b > PINNED) & (a != b)
+        if free.any():
+            self.ties.append((a[free], b[free]))
+        reason = f"meets a tensor that is not rescaled in {where}"
+        self.pin(a[b == PINNED], reason)
+        self.pin(b[a == PINNED], reason)
+
+
+def compact(ids: Tensor) -> Tensor:
+    """``ids`` with every dimension along which they are constant cut to size 1."""
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1 and ids.stride(dim) == 0:
+            ids = ids.narrow(dim, 0, 1)
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1:
+            first = ids.narrow(dim, 0, 1)
+            if bool((ids == first).all()):
+                ids = first
+    return ids
+
+
+Rule = Callable[["Call"], Any]
+
+
+@dataclass
+class Call:
+    """One call of a torch function inside a traced forward, as a rule sees it."""
+
+    tracer: Tracer
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def trace(self) -> Trace:
+        return self.tracer.trace
+
+    @property
+    def where(self) -> str:
+        """The place, for a reader: ``layer1.0 (add)``."""
+        return f"{self.tracer.path or 'the network'} ({self.name})"
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, nested lists included."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def ids(self, tensor: Tensor) -> Tensor:
+        return self.tracer.ids(tensor)
+
+    def run(self) -> Any:
+        """The function's result on the meta device."""
+        return self.func(*self.tracer.lift(self.args), **self.tracer.lift(self.kwargs))
+
+    def run_on_ids(self) -> Any:
+        """The function's result on ids in place of every tensor that has some, at full size."""
+
+        def ids(tensor: Tensor) -> Tensor:
+            return self.ids(tensor).expand(tensor.shape) if self.tracer.is_live(tensor) else tensor
+
+        return self.func(*tree_map_only(Tensor, ids, self.args), **tree_map_only(Tensor, ids, self.kwargs))
+
+    def give(self, result: Any, ids: Tensor) -> Any:
+        """``result`` with ``ids``; of several results, the first has them and the rest is pinned."""
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for position, tensor in enumerate(tensors):
+            self.tracer.set(tensor, ids if position == 0 else pinned_like(tensor))
+        return result
+
+    def vector(self, ids: Tensor, dim: int, size: int) -> IdVector:
+        """The ids along ``dim`` [size]; those that share an index along it are tied."""
+        return self.tied(ids, [d for d in range(ids.dim()) if d != dim % ids.dim()]).flatten().expand(size).numpy()
+
+    def tied(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
+        """``ids`` with ``dims`` cut to size 1, after tying what differs along them."""
+        dims = [d for d in dims if ids.shape[d] > 1]
+        if not dims:
+            return ids
+        kept = ids.amax(dims, keepdim=True)
+        other, same = torch.broadcast_tensors(ids, kept)
+        self.trace.tie(other.flatten().numpy(), same.flatten().numpy(), self.where)
+        return kept
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Ids of a tensor whose factor is 1 everywhere."""
+    return torch.full((1,) * tensor.dim(), PINNED)
+
+
+class Tracer(TorchFunctionMode):
+    """Runs functions on the meta device and has a rule follow the ids of each (``rules.py``).
+
+    Args:
+        model: looked at, never changed: parameters and buffers are replaced by meta tensors call by call.
+        trace: receives what is found.
+        rule_of: function → (its name, the rule for it).
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, rule_of: Callable[[Any], tuple[str, Rule]]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.rule_of = rule_of
+        self.names = {id(tensor): name for name, tensor in model.named_buffers()}
+        self.names |= {id(tensor): name for name, tensor in model.named_parameters()}
+        self.modules = {module: name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
+        self.seen: set[str] = set()
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def path(self) -> str:
+        """The innermost module that is running, as a path in the model."""
+        return next((self.modules[module] for module in reversed(self.stack) if module in self.modules), "")
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """A parameter's or buffer's name; None for every other tensor."""
+        return self.names.get(id(tensor)) if tensor is not None else None
+
+    def is_live(self, tensor: Tensor) -> bool:
+        """Whether rules follow this tensor: an activation or a parameter (not a constant)."""
+        return id(tensor) in self._values or (isinstance(tensor, nn.Parameter) and id(tensor) in self.names)
+
+    def set(self, tensor: Tensor, ids: Tensor) -> None:
+        self._values[id(tensor)] = (tensor, ids)
+
+    def ids(self, tensor: Tensor) -> Tensor:
+        """A tensor's ids. A parameter outside the slots that rules know gets one id an element."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if self.is_live(tensor):
+            name = self.names[id(tensor)]
+            vector = self.trace.fresh(tensor.numel())
+            self.trace.slots.append(Slot(name, vector))
+            self.set(tensor, torch.from_numpy(vector).view(tensor.shape))
+            return self.ids(tensor)
+        if tensor.device.type == "meta" and id(tensor) not in self.names:
+            raise TraceError(f"a tensor inside {self.path or 'the network'} comes from code that cannot be followed")
+        return pinned_like(tensor)
+
+    def lift(self, tree: Any) -> Any:
+        """``tree`` with every tensor replaced by a meta tensor of its shape and dtype."""
+
+        def meta(tensor: Tensor) -> Tensor:
+            return tensor if tensor.device.type == "meta" else torch.empty_like(tensor, device="meta")
+
+        return tree_map_only(Tensor, meta, tree)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, rule = self.rule_of(func)
+        call = Call(self, name, func, args, kwargs)
+        tensors = call.tensors()
+        self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
+        if any(self.is_live(tensor) for tensor in tensors):
+            return rule(call)
+        if any(id(tensor) in self.names for tensor in tensors) and changes_its_input(func):
+            return call.run()  # a buffer's update, e.g. num_batches_tracked: on a copy
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta" and id(leaf) not in self.names:
+                self.set(leaf, pinned_like(leaf))
+        return result
+
+
+def changes_its_input(func: Any) -> bool:
+    """Whether a torch function works in place, by torch's naming convention."""
+    name = str(getattr(func, "__name__", ""))
+    return name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or (
+        name.endswith("_") and not name.endswith("__")
+    )
+
+
+def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps)
+
+
+@contextlib.contextmanager
+def _module_stack(stack: list[nn.Module]) -> Iterator[None]:
+    """Keeps the modules that are running in ``stack``, outermost first."""
+    hooks = nn.modules.module
+    enter = hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module))
+    leave = hooks.register_module_forward_hook(lambda *_: stack.pop() and None)
+    try:
+        yield
+    finally:
+        enter.remove()
+        leave.remove()
+        stack.clear()
+
+
+@contextlib.contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in training or evaluation mode; afterwards each as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def as_arguments(example_input: Any) -> tuple[Any, ...]:
+    """A tuple is a forward's positional arguments, anything else its only one."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def meta_inputs(tree: Any, dtype: torch.dtype | None) -> Any:
+    """``tree`` on the meta device, floating tensors in ``dtype``."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=kind, device="meta")
+
+    return tree_map_only(Tensor, convert, tree)
+
+
+def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+    """Trace one forward of ``module``: its inputs and every output have factor 1.
+
+    Raises:
+        TraceError: the forward cannot be followed on the meta device.
+    """
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            tracer.set(leaf, pinned_like(leaf))
+    frozen = mock.patch.object(torchvision.ops.misc.FrozenBatchNorm2d, "forward", _frozen_batch_norm)
+    with (
+        mode_of(module, training),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        frozen,
+        _module_stack(tracer.stack),
+    ):
+        try:
+            with tracer:
+                output = module(*args, **kwargs)
+        except PathconvertError:
+            raise
+        except Exception as error:
+            place = tracer.path or tracer.modules.get(module, "") or "the network"
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise TraceError(f"the forward of {place} cannot be followed on shapes alone: {reason[0]}") from error
+    leaves, spec = tree_flatten(output)
+    del spec
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tracer.trace.pin(tracer.ids(leaf).flatten().numpy(), _output_reason(tracer, module))
+
+
+def _output_reason(tracer: Tracer, module: nn.Module) -> str:
+    name = tracer.modules.get(module, "")
+    return f"is an output of {name}, which is converted by itself" if name else "is a network output"
