@@ -1,1 +1,48 @@
-"""Move pretrained ReLU networks into path space and back."""
+"""Move pretrained ReLU networks into path space and back, exactly.
+
+The names below are imported when first used: ``import pathconvert`` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pathconvert.version import __version__
+
+if TYPE_CHECKING:
+    from pathconvert.convert import Conversion, Pivot, ScaleGroup, reparameterize, restore
+    from pathconvert.files import load, save
+    from pathconvert.verify import EquivalenceReport, verify
+
+_HOMES = {
+    "convert": ("Conversion", "Pivot", "ScaleGroup", "reparameterize", "restore"),
+    "files": ("load", "save"),
+    "verify": ("EquivalenceReport", "verify"),
+}
+
+__all__ = [
+    "Conversion",
+    "EquivalenceReport",
+    "Pivot",
+    "ScaleGroup",
+    "__version__",
+    "load",
+    "reparameterize",
+    "restore",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"pathconvert.{home}"), name)
+            globals()[name] = value  # also where a submodule has the same name (verify)
+            return value
+    raise AttributeError(f"module 'pathconvert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

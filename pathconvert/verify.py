@@ -77,9 +77,9 @@ def verify(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, training: boo
     Raises:
         EquivalenceError: the outputs' structures or shapes differ.
     """
-    outputs_a = _outputs(model_a, inputs, training)
-    outputs_b = _outputs(model_b, inputs, training)
-    reference = outputs_a if run_dtype(model_a) == torch.float64 else _outputs(model_a, inputs, training, torch.float64)
+    outputs_a = forward_outputs(model_a, inputs, training)
+    outputs_b = forward_outputs(model_b, inputs, training)
+    reference = outputs_a if run_dtype(model_a) == torch.float64 else forward_outputs(model_a, inputs, training, torch.float64)
     noises = _noises(model_a, inputs, training, outputs_a, reference)
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (outputs_a, outputs_b)]
     if shapes[0] != shapes[1]:
@@ -95,7 +95,7 @@ def _noises(
     """The noise of every output (see the module's docstring)."""
     kind, share = run_dtype(model), 1.0
     if kind == torch.float64:
-        outputs = _outputs(model, inputs, training, torch.float32)
+        outputs = forward_outputs(model, inputs, training, torch.float32)
         share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     noises = []
     for output, exact in zip(outputs, reference, strict=True):
@@ -160,8 +160,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(cast, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast
 
 
-def _outputs(model: nn.Module, inputs: Any, training: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """All floating outputs of one forward."""
+def forward_outputs(
+    model: nn.Module, inputs: Any, training: bool = False, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """All floating-point outputs of one forward, in ``dtype`` (None: the network's own)."""
     with _runnable(model, training, dtype) as (runnable, kind):
 
         def cast(tensor: Tensor) -> Tensor:

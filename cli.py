@@ -1,0 +1,1 @@
+pathconvert/cli.py

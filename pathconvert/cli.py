@@ -1,0 +1,421 @@
+"""The commands, and the one place where errors become a line and a tip.
+
+torch is imported inside the commands: ``pathconvert --help`` has to be quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
+from pathconvert.version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pathconvert.files import LoadedNetwork
+
+app = typer.Typer(
+    help="Move pretrained ReLU networks into path space and back, exactly.",
+    epilog="Start with: pathconvert demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Scope(StrEnum):
+    block = "block"
+    network = "network"
+
+
+class PivotChoice(StrEnum):
+    matching = "matching"
+    max = "max"
+    diagonal = "diagonal"
+
+
+class GaugeChoice(StrEnum):
+    unit = "unit"
+    pow2 = "pow2"
+
+
+class _Settings:
+    """What holds for the whole process."""
+
+    debug = False
+
+
+def _set_debug(value: bool) -> None:
+    _Settings.debug = _Settings.debug or value
+
+
+Source = Annotated[str, typer.Argument(help="A .pt, .pth or .safetensors file, or a torchvision name (resnet50).")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write: .safetensors, .pt or .pth.")]
+Arch = Annotated[
+    str | None, typer.Option(help="A torchvision name, package.module:builder or timm/NAME; else recognised.")
+]
+InputSize = Annotated[str | None, typer.Option(help="Such as 3x32x32, where the architecture does not tell.")]
+NumClasses = Annotated[int | None, typer.Option(help="Overrides the number that the tensors show.", min=1)]
+Key = Annotated[str | None, typer.Option(help="The wrapper key to take, such as model_ema.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs its code.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show tracebacks.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pathconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    del version
+
+
+# ---- output ----------------------------------------------------------------------------------------------------
+
+
+def _note(message: str) -> None:
+    """A remark for people: stderr."""
+    typer.echo(message, err=True)
+
+
+def _emit(result: dict[str, Any], table: Table, as_json: bool) -> None:
+    """The result: a table on stdout, or one JSON object instead."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=box.SIMPLE, title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table
+
+
+class _Steps:
+    """Progress over named steps, shown on stderr once they have taken two seconds."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("", total=total)
+        self._timer = threading.Timer(2.0, self._progress.start)
+        self._timer.daemon = True
+        self._begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar, while the steps run."""
+        self._timer.start()
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+            self._progress.stop()
+            self.seconds["total"] = time.perf_counter() - self._begun
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """One of them; its seconds add up under its name."""
+        begun = time.perf_counter()
+        self._progress.update(self._task, description=name)
+        yield
+        self._progress.advance(self._task)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------
+
+
+def _open(
+    source: str,
+    arch: str | None = None,
+    input_size: str | None = None,
+    num_classes: int | None = None,
+    key: str | None = None,
+    trust_pickle: bool = False,
+) -> LoadedNetwork:
+    """Load a network and say what was chosen on the way."""
+    from pathconvert.architectures import parse_input_size
+    from pathconvert.files import open_network
+
+    size = parse_input_size(input_size) if input_size else None
+    network = open_network(
+        source, arch=arch, num_classes=num_classes, input_size=size, key=key, trust_pickle=trust_pickle
+    )
+    if network.checkpoint and network.checkpoint.key:
+        _note(f"{source}: taking the weights under {network.checkpoint.key!r}")
+    if network.checkpoint and network.checkpoint.prefix:
+        _note(f"{source}: prefix {network.checkpoint.prefix!r} removed from every name")
+    return network
+
+
+def _stem(source: str) -> str:
+    """``a/resnet50.path.safetensors`` → ``resnet50``."""
+    stem = Path(source).name
+    for suffix in (".safetensors", ".pth", ".pt", ".path"):
+        stem = stem.removesuffix(suffix)
+    return stem
+
+
+def _output(source: str, output: Path | None, kind: str, force: bool) -> Path:
+    """Where the result goes, checked before any work."""
+    from pathconvert.checkpoint import prepare_output
+
+    file = Path(source)
+    path = output or (file.parent if file.exists() else Path()) / f"{_stem(source)}.{kind}.safetensors"
+    return prepare_output(path, force=force, source=file if file.exists() else None)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: pathconvert reparam resnet50.pt --pivot max -o resnet50.path.safetensors")
+def reparam(
+    source: Source,
+    output: Output = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    scope: Annotated[Scope, typer.Option(help="block leaves residual streams alone; network takes them.")] = Scope.block,
+    pivot: Annotated[PivotChoice, typer.Option(help="Which outgoing weight becomes ±1.")] = PivotChoice.matching,
+    gauge: Annotated[GaugeChoice, typer.Option(help="unit: pivots ±1; pow2: bit-identical.")] = GaugeChoice.unit,
+    partial: Annotated[bool, typer.Option("--partial", help="Pin what is not homogeneous, convert the rest.")] = False,
+    key: Key = None,
+    force: Force = False,
+    report: Annotated[Path | None, typer.Option(help="Write every group and pivot to this JSON file.")] = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Move a network into path space: same class, names, shapes and dtypes; proven equal before the file appears."""
+    del debug
+    from pathconvert import reports
+
+    path = _output(source, output, "path", force)
+    steps = _Steps(4)
+    with steps.shown():
+        with steps.step("load"):
+            network = _open(source, arch, input_size, num_classes, key, trust_pickle)
+        from pathconvert.conversions import convert_network, save_checked
+
+        if network.record:
+            raise RecordError(f"{source} is converted already", f"Restore it first: pathconvert restore {source}")
+        with steps.step("convert"):
+            conversion = convert_network(network, scope.value, pivot.value, gauge.value, partial)
+        with steps.step("verify and write"):
+            equality = save_checked(conversion, network, path, force=force)
+        if report:
+            with steps.step("report"):
+                reports.write_report(conversion, report)
+    summary = reports.summarise(conversion, network, equality, steps.seconds) | {"source": source, "output": str(path)}
+    for note in summary["notes"]:
+        _note(f"note: {note}")
+    _emit(summary, _table(f"{source} → {path}", reports.summary_rows(summary)), as_json)
+
+
+@app.command(epilog="Example: pathconvert restore resnet50.path.safetensors -o resnet50.pt")
+def restore(
+    source: Source,
+    output: Output = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take a conversion back: the original network, fine-tuned or not."""
+    del debug
+    path = _output(source, output, "restored", force)
+    steps = _Steps(3)
+    with steps.shown():
+        with steps.step("load"):
+            network = _open(source, arch, input_size)
+        if network.record is None:
+            raise RecordError(
+                f"{source} was never converted by pathconvert: it holds no conversion record",
+                "Give the .path.safetensors file that pathconvert reparam wrote.",
+            )
+        from pathconvert.conversions import restore_checked
+
+        with steps.step("restore, verify and write"):
+            equality, identical = restore_checked(network, path, force=force)
+    from pathconvert import reports
+
+    result = {
+        "source": source,
+        "output": str(path),
+        "architecture": network.architecture.name,
+        "equality": equality.to_json(),
+        "bit_identical_to_the_original": identical,
+        "seconds": steps.seconds,
+    }
+    rows = {"network": network.architecture.name, "equality": reports.equality_text(equality)}
+    rows["original file"] = "restored to the bit" if identical else "restored to rounding (2 units in the last place)"
+    _emit(result, _table(f"{source} → {path}", rows | {"time": f"{steps.seconds['total']:.1f} s"}), as_json)
+
+
+@app.command(epilog="Example: pathconvert verify resnet50.pt resnet50.path.safetensors --images photos/")
+def verify(
+    a: Annotated[str, typer.Argument(help="The original.")],
+    b: Annotated[str, typer.Argument(help="The other network, in any form.")],
+    images: Annotated[Path | None, typer.Option(help="Compare on the images of this folder too.")] = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two networks of one architecture; exit 1 if they are not the same function."""
+    del debug
+    steps = _Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            network_a, network_b = (_open(s, arch, input_size, trust_pickle=trust_pickle) for s in (a, b))
+        from pathconvert import reports
+        from pathconvert.conversions import compare
+
+        with steps.step("verify"):
+            comparison = compare(network_a, network_b, images)
+    result = comparison.to_json() | {"a": a, "b": b, "seconds": steps.seconds}
+    rows = {"equality": reports.equality_text(comparison.equality)}
+    if comparison.images:
+        rows["images"] = f"same top-1 on {comparison.same_top1} of {comparison.images}"
+    _emit(result, _table(f"{a} and {b}", rows | {"time": f"{steps.seconds['total']:.1f} s"}), as_json)
+    if not comparison.passed:
+        raise EquivalenceError(f"{a} and {b} are not the same function")
+
+
+@app.command(epilog="Example: pathconvert inspect resnet50.pt")
+def inspect(
+    source: Source,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a file is; for a plain checkpoint, how uneven its channel scales are."""
+    del debug
+    steps = _Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            network = _open(source, arch, input_size, None, key, trust_pickle)
+        from pathconvert import reports
+
+        with steps.step("inspect"):
+            result = reports.inspect_network(network) | {"source": source}
+    _emit(result, _table(source, reports.inspection_rows(result)), as_json)
+
+
+@app.command(epilog="Example: pathconvert archs --json")
+def archs(as_json: Json = False, debug: Debug = False) -> None:
+    """List the networks that are supported, and why the rest is not."""
+    del debug
+    from rich import box
+    from rich.table import Table
+
+    from pathconvert.architectures import catalogue
+
+    table = Table(box=box.SIMPLE, title="torchvision networks", title_justify="left", title_style="bold")
+    for column in ("network", "task", "supported", "why not"):
+        table.add_column(column, no_wrap=column != "why not")
+    entries = catalogue()
+    for entry in entries:
+        table.add_row(entry.name, entry.task, "yes" if entry.supported else "no", entry.reason)
+    keys = ("name", "task", "supported", "reason")
+    _emit({"architectures": [{k: getattr(e, k) for k in keys} for e in entries]}, table, as_json)
+    _note("Any other module: --arch package.module:builder, or timm/NAME where timm is installed.")
+
+
+@app.command(epilog="Example: pathconvert demo --output-dir demo")
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
+    debug: Debug = False,
+) -> None:
+    """Train a small ResNet on scikit-learn's digits, then convert, verify and restore it."""
+    del debug
+    from pathconvert.demo import train_digits
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    source = output_dir / "digits_resnet18.pt"
+    accuracy = train_digits(source, _note)
+    _note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
+    path, restored = (output_dir / f"digits_resnet18.{kind}.safetensors" for kind in ("path", "restored"))
+    for title, arguments in (
+        ("convert", ["reparam", str(source), "--input-size", "3x32x32", "--force", "-o", str(path)]),
+        ("verify", ["verify", str(source), str(path), "--input-size", "3x32x32"]),
+        ("restore", ["restore", str(path), "--force", "-o", str(restored)]),
+    ):
+        _note(f"\n{title}: pathconvert {' '.join(arguments)}")
+        app(arguments, standalone_mode=False)
+
+
+# ---- the error boundary ----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line; typed errors become a line and a tip, others a line that asks for a report."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run with ``arguments``; the exit code: 0 done, 1 a check failed, 2 wrong input or usage."""
+    try:
+        app(arguments, prog_name="pathconvert")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except PathconvertError as error:
+        if _Settings.debug:
+            raise
+        _note(f"error: {error}")
+        if error.tip:
+            _note(f"tip: {error.tip}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _note("interrupted")
+        return 130
+    except Exception as error:
+        if _Settings.debug:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _note(f"error: unexpected {type(error).__name__}: {first}")
+        _note("tip: run again with --debug and report what it prints")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Converting, restoring and comparing networks that were loaded from files: each ends with its check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathconvert.checkpoint import tensors_digest
+from pathconvert.convert import Conversion, PivotRule, Scope, reparameterize, restore, verify_conversion
+from pathconvert.errors import EquivalenceError, PathconvertError
+from pathconvert.files import LoadedNetwork, save_conversion, save_plain
+from pathconvert.inputs import folder_images, load_images, random_input
+from pathconvert.scales import Gauge
+from pathconvert.verify import PASSING_NOISE_RATIO, EquivalenceReport, verify
+
+
+def convert_network(
+    network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool
+) -> Conversion:
+    """:func:`~pathconvert.convert.reparameterize` on a random input of the architecture's size."""
+    return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
+
+
+def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
+    if not equality.passed:
+        raise EquivalenceError(
+            f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the noise of the dtype "
+            f"({PASSING_NOISE_RATIO:g} passes), largest difference {equality.max_abs:.3g}; no file was written",
+            "Try --gauge pow2, and report it: a conversion should never change the function.",
+        )
+    return equality
+
+
+def save_checked(conversion: Conversion, network: LoadedNetwork, path: Path, *, force: bool) -> EquivalenceReport:
+    """Write a conversion; the file takes its name only if what it holds equals the original.
+
+    Raises:
+        EquivalenceError: it does not; no file is left.
+    """
+    reports: list[EquivalenceReport] = []
+
+    def check(written: LoadedNetwork) -> None:
+        inputs = random_input(network.architecture)
+        reports.append(
+            _require(verify_conversion(network.model, written.model, conversion.parts, inputs), "the converted network")
+        )
+
+    save_conversion(conversion, network, path, force=force, check=check)
+    return reports[0]
+
+
+def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple[EquivalenceReport, bool]:
+    """Undo a conversion and write the result, checked as in :func:`save_checked`.
+
+    Returns:
+        The comparison of the converted with the restored network, and whether the restored tensors are the original
+        ones to the bit (never, once they were fine-tuned).
+    """
+    record = network.record
+    assert record is not None
+    assert network.metadata is not None
+    restored = restore(network.model, record)
+    reports: list[EquivalenceReport] = []
+
+    def check(written: LoadedNetwork) -> None:
+        inputs = random_input(network.architecture)
+        parts = tuple(record["parts"])
+        reports.append(_require(verify_conversion(network.model, written.model, parts, inputs), "the restored network"))
+
+    save_plain(restored, network, path, force=force, check=check)
+    digest = network.metadata["source"].get("tensors_sha256")
+    return reports[0], digest == tensors_digest(network.tensors_of(restored))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on random inputs and on images.
+
+    Attributes:
+        equality: over all inputs.
+        images: number of images; 0 without.
+        same_top1: images on which both have the same largest output.
+    """
+
+    equality: EquivalenceReport
+    images: int
+    same_top1: int
+
+    @property
+    def passed(self) -> bool:
+        return self.equality.passed
+
+    def to_json(self) -> dict[str, Any]:
+        return {"equality": self.equality.to_json(), "images": self.images, "same_top1": self.same_top1}
+
+
+def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparison:
+    """Compare two loaded networks of one architecture.
+
+    Raises:
+        PathconvertError: they are of different architectures.
+    """
+    if (a.architecture.name, a.architecture.arguments) != (b.architecture.name, b.architecture.arguments):
+        raise PathconvertError(
+            f"the networks are of different architectures: {a.architecture.name} {a.architecture.arguments} and "
+            f"{b.architecture.name} {b.architecture.arguments}",
+            "verify compares two forms of one network.",
+        )
+    parts = tuple((a.record or b.record or {}).get("parts", ("",)))
+    reports = [verify_conversion(a.model, b.model, parts, random_input(a.architecture))]
+    same = count = 0
+    if images is not None:
+        batch = load_images(folder_images(images), a.architecture)
+        for chunk in batch.split(8):
+            reports.append(verify(a.model, b.model, chunk))
+            first, second = (_top1(network, chunk) for network in (a, b))
+            same += int((first == second).sum())
+            count += len(chunk)
+    return Comparison(EquivalenceReport.worst(reports), count, same)
+
+
+def _top1(network: LoadedNetwork, images: torch.Tensor) -> torch.Tensor:
+    from pathconvert.verify import forward_outputs
+
+    return forward_outputs(network.model, images)[0].flatten(1).argmax(1)

@@ -1,0 +1,220 @@
+"""Networks in files: load a checkpoint of any form as a module, save a conversion with its provenance.
+
+The metadata beside the tensors is a versioned format of its own::
+
+    format_version, tool, torch, torchvision
+    architecture     name, arguments, input_size, task; null where the class is not one that can be built by name
+    source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
+    record           the conversion record (record.py): scope, pivot, gauge, scales, pivots
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pathconvert import architectures
+from pathconvert.architectures import Architecture
+from pathconvert.checkpoint import Checkpoint, read_checkpoint, tensors_digest, write_checkpoint
+from pathconvert.convert import Conversion
+from pathconvert.errors import ArchitectureError, CheckpointError
+from pathconvert.version import __version__
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network and where it comes from.
+
+    Attributes:
+        model: in evaluation mode, parameters in the checkpoint's dtype.
+        architecture: how to build it again; None only for a class that cannot be built by name.
+        checkpoint: the file; None where torchvision provided the weights.
+        tensor_names: the tensors of the source, in its order (old checkpoints lack ``num_batches_tracked``).
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    checkpoint: Checkpoint | None
+    tensor_names: tuple[str, ...]
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """This tool's metadata; None for a plain checkpoint."""
+        return self.checkpoint.metadata if self.checkpoint else None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The conversion record; None for a plain checkpoint."""
+        return self.metadata.get("record") if self.metadata else None
+
+    def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of another network of this architecture under the names that the source has."""
+        state = model.state_dict()
+        return {name: state[name] for name in self.tensor_names}
+
+
+def open_network(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, ...] | None = None,
+    key: str | None = None,
+    trust_pickle: bool = False,
+) -> LoadedNetwork:
+    """Load a network from a file, its architecture recognised, or by a torchvision name with its default weights.
+
+    Args:
+        source: a file (.pt, .pth, .safetensors), or a torchvision name such as ``resnet50`` if no such file exists.
+        arch: the architecture, where tensors do not tell: a torchvision name, ``package.module:builder``, ``timm/NAME``.
+        num_classes: overrides what the tensors say.
+        input_size: overrides the architecture's, without the batch dimension.
+        key: the wrapper key to take from a training script's dictionary.
+        trust_pickle: load a pickled module, which runs its code.
+
+    Raises:
+        CheckpointError, ArchitectureError: as their messages say.
+    """
+    if not Path(source).exists() and arch is None and architectures.is_known(str(source)):
+        architecture, model = architectures.pretrained(str(source))
+        return LoadedNetwork(model, _sized(architecture, input_size), None, tuple(model.state_dict()))
+    checkpoint = read_checkpoint(source, key=key, trust_pickle=trust_pickle)
+    tensors = architectures.modern_names(checkpoint.tensors)
+    architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
+    model = architectures.load_tensors(architecture, tensors)
+    return LoadedNetwork(model, _sized(architecture, input_size), checkpoint, tuple(tensors))
+
+
+def _sized(architecture: Architecture, input_size: tuple[int, ...] | None) -> Architecture:
+    return dataclasses.replace(architecture, input_size=input_size) if input_size else architecture
+
+
+def _architecture_of(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    arch: str | None,
+    num_classes: int | None,
+    input_size: tuple[int, ...] | None,
+) -> Architecture:
+    if arch is not None:
+        return architectures.resolve(arch, tensors, num_classes=num_classes, input_size=input_size)
+    if checkpoint.metadata is None:
+        return architectures.recognise(tensors, num_classes=num_classes)
+    version = checkpoint.metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint.path} has metadata of format version {version}; this is pathconvert {__version__}, which "
+            f"reads version {FORMAT_VERSION}",
+            f"Read it with the version that wrote it: {checkpoint.metadata.get('tool', 'unknown')}.",
+        )
+    stored = checkpoint.metadata.get("architecture")
+    if stored is None:
+        raise ArchitectureError(
+            f"{checkpoint.path} does not say how to build its network",
+            "Name it: --arch package.module:builder, or pathconvert.load(..., arch='package.module:builder').",
+        )
+    size = stored.get("input_size")
+    return Architecture(stored["name"], stored["arguments"], tuple(size) if size else None, stored["task"])
+
+
+def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Load a network from a converted file or a plain checkpoint.
+
+    Args:
+        path: the file.
+        **options: ``arch``, ``num_classes``, ``key``, ``trust_pickle`` as in :func:`open_network`.
+
+    Returns:
+        The network in evaluation mode, and its conversion record (None for a plain checkpoint).
+    """
+    network = open_network(path, **options)
+    return network.model, network.record
+
+
+def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Path:
+    """Save a conversion made through the Python API.
+
+    The architecture is stored where the tensors and the class are a torchvision network's; any other is loaded again
+    with ``load(path, arch="package.module:builder")``.
+
+    Raises:
+        OutputError: the file exists (without ``force``) or cannot be written.
+    """
+    state = conversion.model.state_dict()
+    return write_checkpoint(path, state, make_metadata(conversion, _own_architecture(conversion.model, state), {}), force=force)
+
+
+def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> Architecture | None:
+    try:
+        architecture = architectures.recognise(state)
+    except ArchitectureError:
+        return None
+    return architecture if type(architectures.build(architecture)) is type(model) else None
+
+
+def make_metadata(
+    conversion: Conversion, architecture: Architecture | None, source: Mapping[str, str]
+) -> dict[str, Any]:
+    """The metadata of a converted file (see the module's docstring)."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": f"pathconvert {__version__}",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "architecture": dataclasses.asdict(architecture) if architecture else None,
+        "source": dict(source),
+        "record": conversion.record,
+    }
+
+
+def save_conversion(
+    conversion: Conversion,
+    network: LoadedNetwork,
+    path: Path,
+    *,
+    force: bool,
+    check: Callable[[LoadedNetwork], None],
+) -> Path:
+    """Write a conversion of ``network``; ``check`` sees what the written file holds before it takes its name."""
+    file = network.checkpoint
+    source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
+    if file is not None:
+        source |= {"name": file.path.name, "sha256": file.sha256}
+    return write_checkpoint(
+        path,
+        network.tensors_of(conversion.model),
+        make_metadata(conversion, network.architecture, source),
+        force=force,
+        source=file.path if file else None,
+        check=lambda written: check(reopen(written, network)),
+    )
+
+
+def save_plain(
+    model: nn.Module, network: LoadedNetwork, path: Path, *, force: bool, check: Callable[[LoadedNetwork], None]
+) -> Path:
+    """Write a restored network without metadata; ``check`` as in :func:`save_conversion`."""
+    return write_checkpoint(
+        path,
+        network.tensors_of(model),
+        None,
+        force=force,
+        source=network.checkpoint.path if network.checkpoint else None,
+        check=lambda written: check(reopen(written, network)),
+    )
+
+
+def reopen(path: Path, network: LoadedNetwork) -> LoadedNetwork:
+    """The network in a file that was just written, in ``network``'s architecture."""
+    checkpoint = read_checkpoint(path)
+    model = architectures.load_tensors(network.architecture, checkpoint.tensors)
+    return LoadedNetwork(model, network.architecture, checkpoint, network.tensor_names)

@@ -1,0 +1,178 @@
+"""What the commands print: results as JSON, and the same as rows of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathconvert.convert import Conversion, reparameterize
+from pathconvert.errors import OutputError, PathconvertError
+from pathconvert.files import LoadedNetwork
+from pathconvert.inputs import random_input
+from pathconvert.verify import EquivalenceReport
+
+
+def summarise(
+    conversion: Conversion, network: LoadedNetwork, equality: EquivalenceReport, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The result of ``pathconvert reparam``, JSON-serialisable."""
+    magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
+    has_pivots = bool(magnitudes.size)
+    return {
+        "architecture": network.architecture.name,
+        "arguments": network.architecture.arguments,
+        "scope": conversion.scope,
+        "pivot": conversion.pivot,
+        "gauge": conversion.gauge,
+        **conversion.counts(),
+        "pivot_magnitude": {
+            "min": float(magnitudes.min()) if has_pivots else None,
+            "median": float(np.median(magnitudes)) if has_pivots else None,
+            "max": float(magnitudes.max()) if has_pivots else None,
+        },
+        "equality": equality.to_json(),
+        "parts": list(conversion.parts),
+        "left_alone": conversion.left_alone,
+        "notes": _notes(conversion),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def _notes(conversion: Conversion) -> list[str]:
+    counts = conversion.counts()
+    notes = [f"{name} is too wide for matching: max was taken there" for name in conversion.pivot_fallbacks]
+    if counts["channels_held_back"]:
+        notes.append(f"{counts['channels_held_back']} channels held back: they would leave the dtype's normal range")
+    if counts["channels_circular"]:
+        notes.append(f"{counts['channels_circular']} channels left alone: their pivots run in a circle")
+    if conversion.parts != ("",):
+        notes.append(f"converted part by part: {', '.join(conversion.parts)}")
+    notes += [f"left alone: {name} ({why})" for name, why in conversion.left_alone.items()]
+    return notes
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The rows of reparam's table."""
+    arguments = ", ".join(f"{name}={value}" for name, value in summary["arguments"].items())
+    magnitude = summary["pivot_magnitude"]
+    seconds = summary["seconds"]
+    rows = {
+        "network": f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"],
+        "form": f"path; scope {summary['scope']}, pivot {summary['pivot']}, gauge {summary['gauge']}",
+        "groups": f"{summary['groups']} ({summary['groups_pinned']} pinned)",
+        "channels": f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
+        f"{summary['channels_dead']} dead",
+    }
+    if magnitude["min"] is not None:
+        rows["pivots before"] = (
+            f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max {magnitude['max']:.2e}"
+        )
+    rows["equality"] = _equality_row(summary["equality"])
+    rows["time"] = f"{seconds['total']:.1f} s (conversion {seconds['convert']:.2f} s)"
+    return rows
+
+
+def equality_text(equality: EquivalenceReport) -> str:
+    """One line on an equality."""
+    return _equality_row(equality.to_json())
+
+
+def _equality_row(equality: dict[str, Any]) -> str:
+    verdict = "passed" if equality["passed"] else "FAILED"
+    if equality["bit_identical"]:
+        return f"{verdict}: outputs bit-identical"
+    return (
+        f"{verdict}: error {equality['noise_ratio']:.2f} × the dtype's own noise (4 passes), "
+        f"largest difference {equality['max_abs']:.1e} ({equality['max_rel']:.1e} relative)"
+    )
+
+
+def write_report(conversion: Conversion, path: Path) -> None:
+    """Every group and pivot as JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    groups = [
+        {
+            "name": group.name,
+            "size": group.size,
+            "producers": list(group.producers),
+            "pinned_by": group.pinned_by,
+            "scales": group.scales.tolist(),
+            "held_back": np.flatnonzero(group.held_back).tolist(),
+            "pivots": [pivot._asdict() if pivot else None for pivot in group.pivots],
+        }
+        for group in conversion.groups
+    ]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"groups": groups, "left_alone": conversion.left_alone}, indent=1))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} was not written: {error.strerror}", "Give another file to --report.") from error
+
+
+def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
+    """What a file holds; for a plain checkpoint, how uneven its channels' scales are."""
+    parameters = list(network.model.parameters())
+    file = network.checkpoint
+    result: dict[str, Any] = {
+        "form": "path" if network.record else "plain checkpoint",
+        "architecture": network.architecture.name,
+        "arguments": network.architecture.arguments,
+        "task": network.architecture.task,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "wrapper_key": file.key if file else None,
+        "sha256": file.sha256 if file else None,
+    }
+    if network.record and network.metadata:
+        record = network.record
+        result |= {name: record[name] for name in ("scope", "pivot", "gauge", "tool")}
+        result["groups"] = len(record["groups"])
+        result["source"] = network.metadata.get("source")
+        return result
+    try:
+        conversion = reparameterize(
+            network.model, random_input(network.architecture), scope="network", pivot="max", partial=True
+        )
+    except PathconvertError as error:
+        return result | {"scales": f"not measured: {error}"}
+    return result | {"groups": len(conversion.groups), "uneven": _unevenness(conversion)}
+
+
+def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
+    """Groups by the ratio of their largest to their smallest factor, the most uneven first."""
+    free = [group for group in conversion.groups if group.pinned_by is None]
+    ratios = [
+        {"group": group.name, "size": group.size, "largest_over_smallest": float(group.scales.max() / group.scales.min())}
+        for group in free
+    ]
+    return sorted(ratios, key=lambda row: -float(row["largest_over_smallest"]))
+
+
+def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
+    """The rows of inspect's table."""
+    rows = {
+        "form": result["form"],
+        "network": f"{result['architecture']} {result['arguments'] or ''}".strip(),
+        "parameters": f"{result['parameters'] / 1e6:.2f} M, {', '.join(result['dtypes'])}",
+    }
+    for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):
+        if result.get(name) is not None:
+            rows[name.replace("_", " ")] = str(result[name])
+    if result.get("source"):
+        rows["converted from"] = ", ".join(f"{k} {v}" for k, v in result["source"].items())
+    if result.get("uneven"):
+        ratios = [row["largest_over_smallest"] for row in result["uneven"]]
+        rows["channel scales"] = f"largest / smallest of a group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"
+        rows["most uneven"] = ", ".join(
+            f"{row['group']} {row['largest_over_smallest']:.3g}" for row in result["uneven"][:5]
+        )
+    return rows
