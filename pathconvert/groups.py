@@ -196,14 +196,12 @@ def _bundle(
     labels, first_row = np.unique(rows, return_index=True)
     keep = ~absorbed[labels]
     labels, first_row = labels[keep], first_row[keep]
-    pairs = np.unique(np.stack([rows, made_by]), axis=1)
-    signature = np.zeros(len(reasons), dtype=np.uint64)
-    hashes = np.random.default_rng(0).integers(1, 2**63, len(layer_names) or 1).astype(np.uint64)
-    np.add.at(signature, pairs[0], hashes[pairs[1]])  # a set of layers, as the wrapping sum of their hashes
-
-    keys = np.stack([signature[labels], (reasons[labels] + 1).astype(np.uint64), residual[labels].astype(np.uint64)])
-    _, bundle = np.unique(keys, axis=1, return_inverse=True)
-    bundle = bundle.reshape(-1)
+    pairs = np.stack(np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names))))
+    hashes = np.random.default_rng(0).integers(1, 2**62, (3, max(len(layer_names), len(names)) + 1))
+    signature = np.zeros(len(reasons), dtype=np.int64)
+    np.add.at(signature, pairs[0], hashes[0][pairs[1]])  # a set of layers, as the wrapping sum of their hashes
+    signature += hashes[1][reasons] + hashes[2][residual.astype(np.int64)]
+    _, bundle = np.unique(signature[labels], return_inverse=True)
     first_of_bundle = np.full(bundle.max(initial=-1) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first_of_bundle, bundle, first_row)
     order = np.lexsort([first_row, first_of_bundle[bundle]])
@@ -235,13 +233,12 @@ def _single_readers(
     label = _concatenate(labels for labels, _ in read)
     which = _concatenate(np.full(len(labels), i) for labels, i in read)
     channel = _concatenate(np.arange(len(labels)) for labels, _ in read)
-    triples = np.unique(np.stack([label, which, channel]), axis=1)
-    labels, first, counts = np.unique(triples[0], return_index=True, return_counts=True)
-    single = (counts == 1) & absorbed[labels]
     reader = np.full(len(absorbed), -1)
     position = np.zeros(len(absorbed), dtype=np.int64)
-    reader[labels[single]] = triples[1, first[single]]
-    position[labels[single]] = triples[2, first[single]]
+    reader[label], position[label] = which, channel  # the last call that reads it
+    several = (reader[label] != which) | (position[label] != channel)
+    reader[label[several]] = -1
+    reader[~absorbed] = -1
     return reader, position
 
 

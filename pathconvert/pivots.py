@@ -86,7 +86,7 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
         per_group = len(layer.rows) // layer.groups
         block = host_column[hosted] // (len(layer.columns) // layer.groups)
         row[hosted] = block * per_group + chosen
-        value[hosted] = effective[np.arange(len(hosted)), chosen]
+        value[hosted] = effective.numpy()[np.arange(len(hosted)), chosen]
         next_unit[hosted] = layer.next_units[row[hosted]]
     none = (value == 0) | ~np.isfinite(value)
     return Pivots(
@@ -141,7 +141,7 @@ def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool
 
 def _effective_taps(
     layer: Layer, columns: IdVector, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]
-) -> FloatVector:
+) -> Tensor:
     """a = γ / √(var + eps) · w at the centre tap: [hosted columns, rows of their group], float64."""
     weight = tensors[layer.parameter]
     for size in weight.shape[2:]:
@@ -149,45 +149,45 @@ def _effective_taps(
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     column = torch.from_numpy(columns)
     block = column // columns_per_group
+    gain = _gains(layer, batch_norms, tensors).view(layer.groups, rows_per_group)
     if layer.transposed:  # stored [in, out / groups]
         taps = weight[column]
     elif layer.groups == 1:  # stored [out, in]
-        taps = weight[:, column].T
+        every = len(columns) == len(layer.columns) and bool((columns[1:] > columns[:-1]).all())
+        taps = (weight if every else weight[:, column]).T
     else:
         taps = weight.view(layer.groups, rows_per_group, columns_per_group)[block, :, column % columns_per_group]
-    gain = _gains(layer, batch_norms, tensors).reshape(layer.groups, rows_per_group)
-    effective: FloatVector = taps.to(torch.float64).numpy() * gain[block.numpy()]
-    return effective
+    return taps.to(torch.float64, memory_format=torch.contiguous_format, copy=True).mul_(gain[block])
 
 
-def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]) -> FloatVector:
-    """γ / √(var + eps) of the BatchNorm that absorbs each row, [rows]; 1 without."""
-    gains = np.ones(len(layer.rows))
+def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]) -> Tensor:
+    """γ / √(var + eps) of the BatchNorm that absorbs each row, float64 [rows]; 1 without."""
+    gains = torch.ones(len(layer.rows), dtype=torch.float64)
     for index in np.unique(layer.batch_norms[layer.batch_norms >= 0]):
         call = batch_norms[index]
-        size = len(call.rows)
-        gamma = tensors[call.weight].double().numpy() if call.weight else np.ones(size)
-        var = tensors[call.var].double().numpy() if call.var else np.ones(size)
+        one = torch.ones(len(call.rows), dtype=torch.float64)
+        gamma = tensors[call.weight].double() if call.weight else one
+        var = tensors[call.var].double() if call.var else one
         mask = layer.batch_norms == index
-        gains[mask] = (gamma / np.sqrt(var + call.eps))[layer.channels[mask]]
+        gains[torch.from_numpy(mask)] = (gamma / (var + call.eps).sqrt())[torch.from_numpy(layer.channels[mask])]
     return gains
 
 
-def _choose_rows(layer: Layer, columns: IdVector, effective: FloatVector, rule: PivotRule) -> tuple[IdVector, bool]:
+def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> tuple[IdVector, bool]:
     """The row within its group for every hosted column, and whether ``matching`` fell back to ``max``."""
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     if rule == "diagonal":
         return _positions(layer)[columns] % columns_per_group % rows_per_group, False
-    magnitude = np.abs(effective)
-    chosen: IdVector = magnitude.argmax(axis=1)
+    magnitude = effective.abs()
+    chosen: IdVector = magnitude.argmax(dim=1).numpy()
     if rule == "max" or rows_per_group == 1:
         return chosen, False
-    if effective.size > WIDEST_MATCHING * layer.groups:
+    if magnitude.numel() > WIDEST_MATCHING * layer.groups:
         return chosen, True
     block = columns // columns_per_group
     for index in np.unique(block):
         mine = np.flatnonzero(block == index)
-        chosen[mine] = _match(magnitude[mine], chosen[mine])
+        chosen[mine] = _match(magnitude[torch.from_numpy(mine)], chosen[mine])
     return chosen, False
 
 
@@ -198,17 +198,23 @@ def _positions(layer: Layer) -> IdVector:
     return (np.cumsum(is_first) - 1)[np.where(layer.columns < 0, np.arange(len(layer.columns)), first[inverse])]
 
 
-def _match(magnitude: FloatVector, largest: IdVector) -> IdVector:
+def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
     """Rows by maximum-product matching, in rounds while columns outnumber rows; where only zeros are left, ``largest``."""
-    with np.errstate(divide="ignore"):
-        cost = -np.log(magnitude)
-    forbidden = np.abs(cost[np.isfinite(cost)]).max(initial=1.0) * 4 * (min(cost.shape) + 1)
-    cost[~np.isfinite(cost)] = forbidden
+    cost = magnitude.log_().neg_()
+    zero = torch.isinf(cost)
+    cost[zero] = 0.0
+    forbidden = 4 * float(cost.abs().max()) * (min(cost.shape) + 1) + 1
+    cost[zero] = forbidden
+    is_zero = zero.numpy()
     chosen = largest.copy()
     left = np.arange(len(cost))
     while left.size:
-        matched, rows = linear_sum_assignment(cost[left])
-        real = cost[left[matched], rows] < forbidden
+        now = cost.numpy()[left]
+        if now.shape[0] == now.shape[1]:  # every row is used once: what is common to a row or column decides nothing
+            now -= now.min(axis=0)
+            now -= now.min(axis=1, keepdims=True)
+        matched, rows = linear_sum_assignment(now)
+        real = ~is_zero[left[matched], rows]
         chosen[left[matched[real]]] = rows[real]
         left = np.delete(left, matched)
     return chosen

@@ -165,12 +165,11 @@ def tie(call: Call) -> Any:
     if is_variant(call) and not call.tracer.is_live(operands[0]):
         return pin(call)
     a, b = aligned(call, operands)
-    both = torch.stack([a.flatten(), b.flatten()]).numpy()
-    both = np.unique(both, axis=1) if both.shape[1] > 1 else both
-    call.trace.tie(both[0], both[1], call.where)
+    left, right = a.flatten().numpy(), b.flatten().numpy()
+    call.trace.tie(left, right, call.where)
     if not any(call.tracer.name_of(operand) for operand in operands):
-        merged = both[:, (both[0] > PINNED) & (both[1] > PINNED) & (both[0] != both[1])]
-        call.trace.residual.extend([merged[0]] if merged.size else [])
+        merged = left[(left > PINNED) & (right > PINNED) & (left != right)]
+        call.trace.residual.extend([np.unique(merged)] if merged.size else [])
     if is_variant(call) and bool((a == ZERO).any()):
         return pin(call)  # views of the zeros would keep their ids
     return call.give(call.run(), compact(torch.where(a == ZERO, b, a)))

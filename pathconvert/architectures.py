@@ -1,0 +1,492 @@
+"""The supported networks; recognise one from tensor names and shapes.
+
+``architectures.json`` is an index of torchvision's networks: for each the CRC-32 of ``name:shape`` of all its tensors
+(auxiliary heads on, counters left out), how the number of classes shows, and which argument has auxiliary heads.
+``python -m pathconvert.architectures`` writes it anew from the torchvision that is installed. The index only nominates:
+what decides is the network itself, built without initialising it and compared tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from pathconvert.errors import ArchitectureError
+
+INDEX_VERSION = 1
+COUNTER = "num_batches_tracked"
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build a network.
+
+    Attributes:
+        name: a torchvision name, ``package.module:builder``, or ``timm/NAME``.
+        arguments: what the builder gets, JSON-serialisable.
+        input_size: without the batch dimension; None where nothing tells.
+        task: classification, video, segmentation, detection or other.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    input_size: tuple[int, ...] | None = None
+    task: str = "other"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of ``pathconvert archs``."""
+
+    name: str
+    task: str
+    supported: bool
+    reason: str
+
+
+# ---- torchvision's networks ------------------------------------------------------------------------------------
+
+_UNSUPPORTED = {
+    "mobilenet_v2": "ReLU6 is not positively homogeneous",
+    "mobilenet_v3": "Hardswish is not positively homogeneous",
+    "mobilenet_v3_large": "Hardswish is not positively homogeneous",
+    "ssdlite320": "Hardswish is not positively homogeneous",
+    "mobilenet": "Hardswish is not positively homogeneous",
+    "efficientnet": "SiLU is not positively homogeneous",
+    "convnext": "GELU is not positively homogeneous",
+    "swin": "GELU is not positively homogeneous",
+    "vit": "GELU is not positively homogeneous",
+    "maxvit": "GELU is not positively homogeneous",
+    "mvit": "GELU is not positively homogeneous",
+}
+_IMAGE_SIDES = {"inception_v3": 299, "ssd300_vgg16": 300}
+_AUXILIARY = ("aux_logits", "aux_loss")
+
+
+def _reason(name: str) -> str:
+    """Why a torchvision network is not supported; empty where it is."""
+    return next((why for part, why in _UNSUPPORTED.items() if part in name), "")
+
+
+def _task(builder: Callable[..., nn.Module]) -> str:
+    known = ("segmentation", "detection", "video")
+    return next((task for task in known if f".{task}." in builder.__module__), "classification")
+
+
+def _input_size(name: str, task: str) -> tuple[int, ...]:
+    if task == "video":
+        side = 224 if name in ("s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t", "swin3d_s", "swin3d_b") else 112
+        return (3, 16, side, side)
+    side = _IMAGE_SIDES.get(name, 320 if task == "detection" else 224)
+    return (3, side, side)
+
+
+def _names() -> list[str]:
+    """torchvision's networks without the quantized twins and optical flow."""
+    return [name for name in torchvision.models.list_models() if not name.startswith(("quantized_", "raft_"))]
+
+
+def _build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A network without weights; parameters are not initialised."""
+    options = dict(arguments)
+    frozen = options.pop("frozen_batch_norm", False)
+    accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None
+    with _uninitialised():
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    if frozen:
+        _freeze_batch_norm(model.get_submodule("backbone.body"))
+    return model.eval()
+
+
+def _freeze_batch_norm(module: nn.Module) -> None:
+    """Replace BatchNorm2d by FrozenBatchNorm2d, as torchvision does for a detector's pretrained backbone."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps))
+        else:
+            _freeze_batch_norm(child)
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Parameters keep the memory they were given: it is not even touched, so building takes milliseconds."""
+
+    def keep(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    with contextlib.ExitStack() as stack:
+        for name, function in vars(nn.init).items():
+            if name.endswith("_") and not name.startswith("_") and callable(function):
+                stack.enter_context(mock.patch.object(nn.init, name, keep))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(COUNTER)}
+
+
+def _codes(shapes: Shapes) -> set[str]:
+    return {f"{zlib.crc32(f'{name}:{shape}'.encode()):08x}" for name, shape in shapes.items()}
+
+
+# ---- the index -------------------------------------------------------------------------------------------------
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A network's entry in the index, found by building it with two numbers of classes."""
+    builder = torchvision.models.get_model_builder(name)
+    auxiliary = next((argument for argument in _AUXILIARY if _takes(builder, argument)), None)
+    arguments: dict[str, Any] = {auxiliary: True} if auxiliary else {}
+    if _takes(builder, "init_weights"):
+        arguments["init_weights"] = False
+    task = _task(builder)
+    few, many = (_shapes(_build_torchvision(name, arguments | {"num_classes": n}).state_dict()) for n in (7, 11))
+    prefixes: list[str] = []
+    if auxiliary:
+        without = _shapes(_build_torchvision(name, arguments | {auxiliary: False, "num_classes": 7}).state_dict())
+        prefixes = sorted({key.split(".")[0] + "." for key in few.keys() - without.keys()})
+    main = [key for key in few if not key.startswith(tuple(prefixes))]
+    head = next((key, dim) for key in main for dim in range(len(few[key])) if few[key][dim] != many[key][dim])
+    slope, rest = divmod(many[head[0]][head[1]] - few[head[0]][head[1]], 4)
+    assert rest == 0, name
+    entry = {
+        "task": task,
+        "input_size": _input_size(name, task),
+        "arguments": {k: v for k, v in arguments.items() if k != auxiliary},
+        "head": [*head, slope, few[head[0]][head[1]] - 7 * slope],
+        "reason": _reason(name),
+        "codes": "".join(sorted(_codes(few))),
+    }
+    if auxiliary:
+        entry["auxiliary"] = [auxiliary, prefixes]
+    return entry
+
+
+def _takes(builder: Callable[..., nn.Module], argument: str) -> bool:
+    """Whether a torchvision builder, or the class behind it, has an argument."""
+    parameters = inspect.signature(builder).parameters
+    if argument in parameters:
+        return True
+    return argument in ("aux_logits", "init_weights") and builder.__name__ in ("googlenet", "inception_v3")
+
+
+@functools.cache
+def index() -> dict[str, dict[str, Any]]:
+    """The shipped index, by network."""
+    text = resources.files("pathconvert").joinpath("architectures.json").read_text()
+    networks: dict[str, dict[str, Any]] = json.loads(text)["networks"]
+    return networks
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` is a torchvision network's."""
+    return name in index()
+
+
+def catalogue() -> list[Entry]:
+    """Every torchvision network, and why it is not supported."""
+    return [Entry(name, entry["task"], not entry["reason"], entry["reason"]) for name, entry in index().items()]
+
+
+# ---- recognising -----------------------------------------------------------------------------------------------
+
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:\w+))$")
+
+
+def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with the names of old DenseNet checkpoints (``norm.1.weight``) as torchvision has them now."""
+    return {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+
+
+def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) -> Architecture:
+    """The torchvision network that has exactly these tensors.
+
+    Args:
+        tensors: a state dict, its names as :func:`modern_names` gives them.
+        num_classes: overrides what the tensors say.
+
+    Raises:
+        ArchitectureError: none has, or several have.
+    """
+    shapes = _shapes(tensors)
+    codes = _codes(shapes)
+    scores = {name: _overlap(codes, entry["codes"]) for name, entry in index().items()}
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    near = [name for name in ranked if scores[name] >= 0.8 * scores[ranked[0]] and scores[name] > 0.2][:3]
+    if not near:
+        raise ArchitectureError(
+            f"these {len(tensors)} tensors are no torchvision network's that pathconvert knows "
+            f"(the closest: {', '.join(ranked[:3])})",
+            "Name the network: --arch package.module:builder, a function or class that builds it.",
+        )
+    candidates = [_candidate(name, tensors, shapes, num_classes) for name in near]
+    exact = [candidate for candidate, differences in candidates if not differences]
+    if len(exact) == 1:
+        return exact[0]
+    if exact:
+        names = ", ".join(candidate.name for candidate in exact)
+        raise ArchitectureError(f"these tensors fit several networks: {names}", f"Say which: --arch {exact[0].name}")
+    closest, differences = min(candidates, key=lambda pair: len(pair[1]))
+    raise ArchitectureError(
+        f"no torchvision network has these tensors; the closest is {closest.name} ({len(differences)} differences): "
+        + "; ".join(differences[:3]),
+        f"Close too: {', '.join(name for name in near if name != closest.name) or 'none'}. "
+        "A network of your own: --arch package.module:builder",
+    )
+
+
+def _overlap(codes: set[str], entry_codes: str) -> float:
+    """Jaccard index of two sets of codes."""
+    theirs = {entry_codes[i : i + 8] for i in range(0, len(entry_codes), 8)}
+    return len(codes & theirs) / len(codes | theirs)
+
+
+def _candidate(
+    name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None
+) -> tuple[Architecture, list[str]]:
+    """A nominated network with its arguments read from the tensors, and how its tensors differ from them."""
+    architecture = _fit(name, tensors, shapes, num_classes)
+    return architecture, differences_to(build(architecture), tensors)
+
+
+def _fit(name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None) -> Architecture:
+    """A torchvision network with the number of classes, auxiliary heads and BatchNorm that the tensors show."""
+    entry = index()[name]
+    arguments = dict(entry["arguments"])
+    key, dim, slope, intercept = entry["head"]
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    elif key in shapes and len(shapes[key]) > dim:
+        arguments["num_classes"] = max(1, (shapes[key][dim] - intercept) // slope)
+    if "auxiliary" in entry:
+        argument, prefixes = entry["auxiliary"]
+        arguments[argument] = any(tensor.startswith(tuple(prefixes)) for tensor in shapes)
+    if entry["task"] == "detection" and "backbone.body.bn1.running_var" in tensors:
+        arguments["frozen_batch_norm"] = f"backbone.body.bn1.{COUNTER}" not in tensors
+        arguments = {k: v for k, v in arguments.items() if v is not False or k != "frozen_batch_norm"}
+    return Architecture(name, arguments, tuple(entry["input_size"]), entry["task"])
+
+
+def differences_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """How tensors differ from a network's, one text each; a missing counter is no difference."""
+    expected, found = model.state_dict(), dict(tensors)
+    texts = []
+    for name, tensor in expected.items():
+        if name not in found:
+            if not name.endswith(COUNTER):
+                texts.append(f"{name} is missing")
+        elif found[name].shape != tensor.shape:
+            texts.append(f"{name} has shape {list(found[name].shape)}, expected {list(tensor.shape)}")
+    return texts + [f"{name} is extra" for name in found if name not in expected]
+
+
+# ---- naming and building ---------------------------------------------------------------------------------------
+
+
+def resolve(
+    name: str,
+    tensors: Mapping[str, Tensor] | None,
+    *,
+    num_classes: int | None = None,
+    input_size: tuple[int, ...] | None = None,
+) -> Architecture:
+    """The network that ``--arch`` names.
+
+    Args:
+        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``.
+        tensors: tell the number of classes and auxiliary heads of a torchvision network.
+        num_classes: passed to the builder where given.
+        input_size: without the batch dimension.
+
+    Raises:
+        ArchitectureError: there is no such network.
+    """
+    given = {} if num_classes is None else {"num_classes": num_classes}
+    if name.startswith("timm/"):
+        return Architecture(name, given, input_size or _timm_input_size(name), "classification")
+    if ":" in name:
+        _builder(name)
+        return Architecture(name, given, input_size, "other")
+    if name not in index():
+        close = difflib.get_close_matches(name, index(), 3)
+        raise ArchitectureError(
+            f"{name!r} is no network that pathconvert knows",
+            f"Did you mean {', '.join(close)}?" if close else "pathconvert archs lists them; "
+            "a network of your own: --arch package.module:builder",
+        )
+    architecture = _fit(name, tensors or {}, _shapes(tensors or {}), num_classes)
+    return Architecture(name, architecture.arguments, input_size or architecture.input_size, architecture.task)
+
+
+def build(architecture: Architecture) -> nn.Module:
+    """The network in evaluation mode, torchvision's without initialising the parameters.
+
+    Raises:
+        ArchitectureError: it cannot be built.
+    """
+    if architecture.name.startswith("timm/"):
+        return _timm_build(architecture)
+    if ":" in architecture.name:
+        return _build_by_path(architecture)
+    return _build_torchvision(architecture.name, architecture.arguments)
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    """The function or class that ``package.module:builder`` names."""
+    module_name, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ArchitectureError(
+            f"--arch {name}: importing {module_name} failed: {type(error).__name__}: {error}",
+            "The current folder is on the path; install the package, or change to its folder.",
+        ) from error
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
+        there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        raise ArchitectureError(
+            f"--arch {name}: {module_name} has no function or class {attribute!r}",
+            f"It has {', '.join(there)}." if there else f"Look at {getattr(module, '__file__', module_name)}.",
+        )
+    return builder
+
+
+def _build_by_path(architecture: Architecture) -> nn.Module:
+    builder = _builder(architecture.name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = builder(**architecture.arguments)
+    except Exception as error:
+        raise ArchitectureError(
+            f"--arch {architecture.name}: building the network failed: {type(error).__name__}: {error}",
+            "The builder is called without arguments, or with num_classes where --num-classes is given.",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(
+            f"--arch {architecture.name} returned {type(model).__name__}, expected a torch.nn.Module",
+            "Name a function or class that returns the network.",
+        )
+    return model.eval()
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ArchitectureError("timm is not installed", "pip install timm") from error
+
+
+def _timm_build(architecture: Architecture) -> nn.Module:
+    timm = _timm()
+    try:
+        model: nn.Module = timm.create_model(
+            architecture.name.removeprefix("timm/"), pretrained=False, **architecture.arguments
+        )
+    except RuntimeError as error:
+        raise ArchitectureError(
+            f"{architecture.name}: {error}", "timm.list_models() names the networks that timm has."
+        ) from error
+    return model.eval()
+
+
+def _timm_input_size(name: str) -> tuple[int, ...] | None:
+    config = getattr(_timm_build(Architecture(name)), "default_cfg", None) or {}
+    size = config.get("input_size")
+    return tuple(size) if size else None
+
+
+def load_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network with these tensors, in their dtypes, in evaluation mode.
+
+    Counters that old checkpoints lack are 0.
+
+    Raises:
+        ArchitectureError: the tensors are not the network's.
+    """
+    model = build(architecture)
+    differences = differences_to(model, tensors)
+    if differences:
+        raise ArchitectureError(
+            f"the tensors are not those of {architecture.name} ({len(differences)} differences): "
+            + "; ".join(differences[:3]),
+            "Check --arch and --num-classes.",
+        )
+    counters = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in model.state_dict().items()
+        if name.endswith(COUNTER) and name not in tensors
+    }
+    model.load_state_dict(counters | dict(tensors), strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def pretrained(name: str) -> tuple[Architecture, nn.Module]:
+    """A torchvision network with its default weights.
+
+    Raises:
+        ArchitectureError: the weights cannot be had.
+    """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=weights)
+    except OSError as error:
+        raise ArchitectureError(
+            f"the weights of {name} could not be downloaded ({error})",
+            "Offline, give a file with them: pathconvert reparam FILE",
+        ) from error
+    state = model.state_dict()
+    architecture = _fit(name, state, _shapes(state), None)
+    arguments = dict(architecture.arguments)
+    if hasattr(model, "transform_input"):
+        arguments["transform_input"] = model.transform_input
+    return Architecture(name, arguments, architecture.input_size, architecture.task), model.eval()
+
+
+def parse_input_size(text: str) -> tuple[int, ...]:
+    """``3x32x32`` → ``(3, 32, 32)``.
+
+    Raises:
+        ArchitectureError: it is no such text.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise ArchitectureError(f"{text!r} is no input size", "Write channels and sides: --input-size 3x32x32")
+    return tuple(int(number) for number in text.split("x"))
+
+
+def write_index(path: Path) -> None:
+    """Write the index anew from the torchvision that is installed."""
+    networks = {name: describe(name) for name in _names()}
+    content = {"version": INDEX_VERSION, "torchvision": torchvision.__version__, "networks": networks}
+    path.write_text(json.dumps(content, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    write_index(Path(__file__).with_suffix(".json"))
