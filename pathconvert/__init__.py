@@ -12,13 +12,13 @@ from pathconvert.version import __version__
 
 if TYPE_CHECKING:
     from pathconvert.convert import Conversion, Pivot, ScaleGroup, reparameterize, restore
+    from pathconvert.equivalence import EquivalenceReport, verify
     from pathconvert.files import load, save
-    from pathconvert.verify import EquivalenceReport, verify
 
 _HOMES = {
     "convert": ("Conversion", "Pivot", "ScaleGroup", "reparameterize", "restore"),
     "files": ("load", "save"),
-    "verify": ("EquivalenceReport", "verify"),
+    "equivalence": ("EquivalenceReport", "verify"),
 }
 
 __all__ = [
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"pathconvert.{home}"), name)
-            globals()[name] = value  # also where a submodule has the same name (verify)
+            globals()[name] = value
             return value
     raise AttributeError(f"module 'pathconvert' has no attribute {name!r}")
 

@@ -334,8 +334,9 @@ def resolve(
         close = difflib.get_close_matches(name, index(), 3)
         raise ArchitectureError(
             f"{name!r} is no network that pathconvert knows",
-            f"Did you mean {', '.join(close)}?" if close else "pathconvert archs lists them; "
-            "a network of your own: --arch package.module:builder",
+            f"Did you mean {', '.join(close)}?"
+            if close
+            else "pathconvert archs lists them; a network of your own: --arch package.module:builder",
         )
     architecture = _fit(name, tensors or {}, _shapes(tensors or {}), num_classes)
     return Architecture(name, architecture.arguments, input_size or architecture.input_size, architecture.task)

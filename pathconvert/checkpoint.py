@@ -476,6 +476,9 @@ def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str
         plain[name] = _compact(tensor) if tensor.data_ptr() not in seen else tensor.detach().clone()
         seen.add(tensor.data_ptr())  # the format has no shared tensors
     save_file(plain, temporary, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
 
 
 def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:

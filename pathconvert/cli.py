@@ -83,7 +83,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     del version
 
@@ -126,8 +128,9 @@ class _Steps:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("", total=total)
         self._timer = threading.Timer(2.0, self._progress.start)
         self._timer.daemon = True
@@ -142,7 +145,8 @@ class _Steps:
             yield
         finally:
             self._timer.cancel()
-            self._progress.stop()
+            if self._progress.live.is_started:
+                self._progress.stop()
             self.seconds["total"] = time.perf_counter() - self._begun
 
     @contextlib.contextmanager
@@ -208,7 +212,9 @@ def reparam(
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
-    scope: Annotated[Scope, typer.Option(help="block leaves residual streams alone; network takes them.")] = Scope.block,
+    scope: Annotated[
+        Scope, typer.Option(help="block leaves residual streams alone; network takes them.")
+    ] = Scope.block,
     pivot: Annotated[PivotChoice, typer.Option(help="Which outgoing weight becomes ±1.")] = PivotChoice.matching,
     gauge: Annotated[GaugeChoice, typer.Option(help="unit: pivots ±1; pow2: bit-identical.")] = GaugeChoice.unit,
     partial: Annotated[bool, typer.Option("--partial", help="Pin what is not homogeneous, convert the rest.")] = False,
@@ -223,11 +229,12 @@ def reparam(
     del debug
     from pathconvert import reports
 
+    steps = _Steps(4 if report else 3)
     path = _output(source, output, "path", force)
-    steps = _Steps(4)
     with steps.shown():
         with steps.step("load"):
             network = _open(source, arch, input_size, num_classes, key, trust_pickle)
+        from pathconvert import reports
         from pathconvert.conversions import convert_network, save_checked
 
         if network.record:
@@ -257,8 +264,8 @@ def restore(
 ) -> None:
     """Take a conversion back: the original network, fine-tuned or not."""
     del debug
+    steps = _Steps(2)
     path = _output(source, output, "restored", force)
-    steps = _Steps(3)
     with steps.shown():
         with steps.step("load"):
             network = _open(source, arch, input_size)
@@ -336,7 +343,7 @@ def inspect(
         from pathconvert import reports
 
         with steps.step("inspect"):
-            result = reports.inspect_network(network) | {"source": source}
+            result = {"file": source} | reports.inspect_network(network)
     _emit(result, _table(source, reports.inspection_rows(result)), as_json)
 
 

@@ -10,16 +10,14 @@ import torch
 
 from pathconvert.checkpoint import tensors_digest
 from pathconvert.convert import Conversion, PivotRule, Scope, reparameterize, restore, verify_conversion
+from pathconvert.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files import LoadedNetwork, save_conversion, save_plain
 from pathconvert.inputs import folder_images, load_images, random_input
 from pathconvert.scales import Gauge
-from pathconvert.verify import PASSING_NOISE_RATIO, EquivalenceReport, verify
 
 
-def convert_network(
-    network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool
-) -> Conversion:
+def convert_network(network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool) -> Conversion:
     """:func:`~pathconvert.convert.reparameterize` on a random input of the architecture's size."""
     return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
 
@@ -123,6 +121,6 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
 
 
 def _top1(network: LoadedNetwork, images: torch.Tensor) -> torch.Tensor:
-    from pathconvert.verify import forward_outputs
+    from pathconvert.equivalence import forward_outputs
 
     return forward_outputs(network.model, images)[0].flatten(1).argmax(1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pathconvert.equivalence import EquivalenceReport, mode_of, run_dtype, verify
 from pathconvert.errors import PathconvertError, RefusedNetwork
 from pathconvert.groups import Group, Units, find_units
 from pathconvert.parts import Traced, trace_network
@@ -21,7 +22,6 @@ from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots
 from pathconvert.record import make_record, read_record
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
-from pathconvert.verify import EquivalenceReport, mode_of, run_dtype, verify
 
 Scope = Literal["block", "network"]
 
@@ -227,7 +227,7 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
 def verify_conversion(
     original: nn.Module, converted: nn.Module, parts: tuple[str, ...], inputs: Any
 ) -> EquivalenceReport:
-    """:func:`~pathconvert.verify.verify` on every converted part, with the inputs that the original hands it."""
+    """:func:`~pathconvert.equivalence.verify` on every converted part, with the inputs that the original hands it."""
     if parts == ("",):
         return verify(original, converted, inputs)
     received = _part_inputs(original, parts, inputs)

@@ -150,7 +150,9 @@ def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Pa
         OutputError: the file exists (without ``force``) or cannot be written.
     """
     state = conversion.model.state_dict()
-    return write_checkpoint(path, state, make_metadata(conversion, _own_architecture(conversion.model, state), {}), force=force)
+    return write_checkpoint(
+        path, state, make_metadata(conversion, _own_architecture(conversion.model, state), {}), force=force
+    )
 
 
 def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> Architecture | None:

@@ -248,6 +248,4 @@ def _layer(raw: Slot, slot: Slot, reader: IdVector, channel: IdVector, bn_units:
     for index in np.unique(reader[reader >= 0]):
         mask = reader == index
         next_units[mask] = bn_units[index][channel[mask]]
-    return Layer(
-        slot.parameter, slot.rows, slot.columns, raw.groups, raw.transposed, next_units, reader, channel
-    )
+    return Layer(slot.parameter, slot.rows, slot.columns, raw.groups, raw.transposed, next_units, reader, channel)

@@ -73,4 +73,6 @@ def _open_image(path: Path, channels: int) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("L" if channels == 1 else "RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise CheckpointError(f"{path} is no intact image: {error}", "Remove it from the folder, or mend it.") from error
+        raise CheckpointError(
+            f"{path} is no intact image: {error}", "Remove it from the folder, or mend it."
+        ) from error

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from pathconvert.equivalence import run_dtype
 from pathconvert.errors import TraceError
 from pathconvert.rules import rule_of
 from pathconvert.trace import Trace, Tracer, as_arguments, meta_inputs, mode_of, run
-from pathconvert.verify import run_dtype
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -173,7 +173,9 @@ def _trace_parts(
         if why and not children:
             notes[path] = why
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        notes.update({f"{path}.{name}".lstrip("."): f"belongs to {path or 'the network'}: {why or error}" for name in own})
+        notes.update(
+            {f"{path}.{name}".lstrip("."): f"belongs to {path or 'the network'}: {why or error}" for name in own}
+        )
         for name, child in children:
             descend(child, f"{path}.{name}".lstrip("."))
 

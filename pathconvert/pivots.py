@@ -89,9 +89,7 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
         value[hosted] = effective.numpy()[np.arange(len(hosted)), chosen]
         next_unit[hosted] = layer.next_units[row[hosted]]
     none = (value == 0) | ~np.isfinite(value)
-    return Pivots(
-        np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks)
-    )
+    return Pivots(np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks))
 
 
 def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
@@ -99,7 +97,9 @@ def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
     read = [np.flatnonzero(layer.columns >= 0) for layer in units.layers]
     column = np.concatenate([np.zeros(0, dtype=np.int64), *read])
     layer_index = np.repeat(np.arange(len(read)), [len(r) for r in read])
-    unit = np.concatenate([np.zeros(0, dtype=np.int64), *(lay.columns[r] for lay, r in zip(units.layers, read, strict=True))])
+    unit = np.concatenate(
+        [np.zeros(0, dtype=np.int64), *(lay.columns[r] for lay, r in zip(units.layers, read, strict=True))]
+    )
     allowed = free[unit] & ~_inside_own_stream(units, free)[layer_index, units.group_of()[unit]]
     column, layer_index, unit = column[allowed], layer_index[allowed], unit[allowed]
 
@@ -134,8 +134,7 @@ def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool
     cycle_of = connected_components(graph, connection="strong")[1]
     residual = np.array([group.residual for group in units.groups], dtype=bool)
     return np.stack(
-        [residual & np.isin(cycle_of, cycle_of[ends]) for ends in layer_targets]
-        or [np.zeros(count, dtype=bool)]
+        [residual & np.isin(cycle_of, cycle_of[ends]) for ends in layer_targets] or [np.zeros(count, dtype=bool)]
     )
 
 

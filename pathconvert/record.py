@@ -110,9 +110,7 @@ def read_record(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 def _decode_slot(name: str, encoded: Mapping[str, Any]) -> Slot:
     columns = decode_runs(encoded["columns"]) if "columns" in encoded else None
-    return Slot(
-        name, decode_runs(encoded["rows"]), columns, encoded.get("groups", 1), encoded.get("transposed", False)
-    )
+    return Slot(name, decode_runs(encoded["rows"]), columns, encoded.get("groups", 1), encoded.get("transposed", False))
 
 
 def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], unit_count: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from pathconvert.convert import Conversion, reparameterize
+from pathconvert.equivalence import EquivalenceReport
 from pathconvert.errors import OutputError, PathconvertError
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import random_input
-from pathconvert.verify import EquivalenceReport
 
 
 def summarise(
@@ -151,7 +151,11 @@ def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
     """Groups by the ratio of their largest to their smallest factor, the most uneven first."""
     free = [group for group in conversion.groups if group.pinned_by is None]
     ratios = [
-        {"group": group.name, "size": group.size, "largest_over_smallest": float(group.scales.max() / group.scales.min())}
+        {
+            "group": group.name,
+            "size": group.size,
+            "largest_over_smallest": float(group.scales.max() / group.scales.min()),
+        }
         for group in free
     ]
     return sorted(ratios, key=lambda row: -float(row["largest_over_smallest"]))

@@ -72,7 +72,9 @@ def _scaled(old: Tensor, factor: Tensor, inverse: bool) -> Tensor:
         source = source.view(len(old), factor.shape[1], -1)
         factor = factor[:, :, None]
     rows = max(1, BLOCK * len(old) // max(1, old.numel()))
-    for target, block, scale in zip(new.view(source.shape).split(rows), source.split(rows), factor.split(rows), strict=True):
+    for target, block, scale in zip(
+        new.view(source.shape).split(rows), source.split(rows), factor.split(rows), strict=True
+    ):
         wide = block.to(torch.float64, copy=True)
         target.copy_(wide.div_(scale) if inverse else wide.mul_(scale))
     if isinstance(old, nn.Parameter):

@@ -393,7 +393,7 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
     """A torch function's plain name and its rule; functions that are not torch's own are pinned."""
     if not _is_torchs_own(func):

@@ -278,8 +278,10 @@ class Tracer(TorchFunctionMode):
 def changes_its_input(func: Any) -> bool:
     """Whether a torch function works in place, by torch's naming convention."""
     name = str(getattr(func, "__name__", ""))
-    return name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or (
-        name.endswith("_") and not name.endswith("__")
+    return (
+        name == "__setitem__"
+        or (name.startswith("__i") and name != "__invert__")
+        or (name.endswith("_") and not name.endswith("__"))
     )
 
 

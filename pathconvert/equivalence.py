@@ -79,7 +79,9 @@ def verify(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, training: boo
     """
     outputs_a = forward_outputs(model_a, inputs, training)
     outputs_b = forward_outputs(model_b, inputs, training)
-    reference = outputs_a if run_dtype(model_a) == torch.float64 else forward_outputs(model_a, inputs, training, torch.float64)
+    reference = (
+        outputs_a if run_dtype(model_a) == torch.float64 else forward_outputs(model_a, inputs, training, torch.float64)
+    )
     noises = _noises(model_a, inputs, training, outputs_a, reference)
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (outputs_a, outputs_b)]
     if shapes[0] != shapes[1]:
