@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -375,7 +375,7 @@ def _builder(name: str) -> Callable[..., Any]:
             f"--arch {name}: {module_name} has no function or class {attribute!r}",
             f"It has {', '.join(there)}." if there else f"Look at {getattr(module, '__file__', module_name)}.",
         )
-    return builder
+    return cast(Callable[..., Any], builder)
 
 
 def _build_by_path(architecture: Architecture) -> nn.Module:

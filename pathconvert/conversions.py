@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from pathconvert.checkpoint import tensors_digest
-from pathconvert.convert import Conversion, PivotRule, Scope, reparameterize, restore, verify_conversion
+from pathconvert.convert import Conversion, Scope, reparameterize, restore, verify_conversion
 from pathconvert.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files import LoadedNetwork, save_conversion, save_plain
 from pathconvert.inputs import folder_images, load_images, random_input
+from pathconvert.pivots import PivotRule
 from pathconvert.scales import Gauge
 
 

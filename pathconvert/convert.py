@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pathconvert.equivalence import EquivalenceReport, mode_of, run_dtype, verify
+from pathconvert.equivalence import EquivalenceReport, run_dtype, verify
 from pathconvert.errors import PathconvertError, RefusedNetwork
 from pathconvert.groups import Group, Units, find_units
 from pathconvert.parts import Traced, trace_network
@@ -22,6 +22,7 @@ from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots
 from pathconvert.record import make_record, read_record
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
+from pathconvert.trace import as_arguments, mode_of
 
 Scope = Literal["block", "network"]
 
@@ -264,7 +265,7 @@ def _part_inputs(model: nn.Module, parts: tuple[str, ...], inputs: Any) -> dict[
     cast = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     try:
         with mode_of(model, False), torch.no_grad():
-            model(*(cast if isinstance(cast, tuple) else (cast,)))
+            model(*as_arguments(cast))
     finally:
         for handle in handles:
             handle.remove()

@@ -75,7 +75,7 @@ def open_network(
 
     Args:
         source: a file (.pt, .pth, .safetensors), or a torchvision name such as ``resnet50`` if no such file exists.
-        arch: the architecture, where tensors do not tell: a torchvision name, ``package.module:builder``, ``timm/NAME``.
+        arch: where tensors do not tell: a torchvision name, ``package.module:builder`` or ``timm/NAME``.
         num_classes: overrides what the tensors say.
         input_size: overrides the architecture's, without the batch dimension.
         key: the wrapper key to take from a training script's dictionary.

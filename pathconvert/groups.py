@@ -104,10 +104,10 @@ def find_units(trace: Trace) -> Units:
         for s in slots
     )
     batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
-    readers = _single_readers(trace, batch_norms, label_of, absorbed)
+    reader, position = _single_readers(trace, batch_norms, label_of, absorbed)
     bn_units = [unit_of[call.rows] for call in batch_norms]
     layers = tuple(
-        _layer(raw, slot, *(reader[label_of[raw.rows]] for reader in readers), bn_units)
+        _layer(slot, reader[label_of[raw.rows]], position[label_of[raw.rows]], bn_units)
         for raw, slot in zip(slots, unit_slots, strict=True)
         if slot.columns is not None
     )
@@ -242,10 +242,10 @@ def _single_readers(
     return reader, position
 
 
-def _layer(raw: Slot, slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVector]) -> Layer:
+def _layer(slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVector]) -> Layer:
     assert slot.columns is not None
     next_units = slot.rows.copy()
     for index in np.unique(reader[reader >= 0]):
         mask = reader == index
         next_units[mask] = bn_units[index][channel[mask]]
-    return Layer(slot.parameter, slot.rows, slot.columns, raw.groups, raw.transposed, next_units, reader, channel)
+    return Layer(slot.parameter, slot.rows, slot.columns, slot.groups, slot.transposed, next_units, reader, channel)

@@ -198,7 +198,7 @@ def _positions(layer: Layer) -> IdVector:
 
 
 def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
-    """Rows by maximum-product matching, in rounds while columns outnumber rows; where only zeros are left, ``largest``."""
+    """Rows by maximum-product matching, in rounds while columns outnumber rows; ``largest`` where zeros are left."""
     cost = magnitude.log_().neg_()
     zero = torch.isinf(cost)
     cost[zero] = 0.0

@@ -103,7 +103,8 @@ def cat(call: Call) -> Any:
     rank = tensors[0].dim()
     dim %= rank
     shape = [max(ids.shape[d] for ids in all_ids) for d in range(rank)]
-    full = [ids.expand([*shape[:dim], t.shape[dim], *shape[dim + 1 :]]) for ids, t in zip(all_ids, tensors, strict=True)]
+    sizes = [[*shape[:dim], t.shape[dim], *shape[dim + 1 :]] for t in tensors]
+    full = [ids.expand(size) for ids, size in zip(all_ids, sizes, strict=True)]
     return call.give(call.run(), torch.cat(full, dim))
 
 
@@ -151,7 +152,9 @@ def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     """The operands' ids, broadcast against each other as the operands are."""
     rank = max(t.dim() for t in tensors)
     all_ids = [call.ids(t) for t in tensors]
-    return list(torch.broadcast_tensors(*[ids[(None,) * (rank - ids.dim())] for ids in all_ids]))
+    padded = [ids[(None,) * (rank - ids.dim())] for ids in all_ids]
+    shape = torch.broadcast_shapes(*[ids.shape for ids in padded])
+    return [ids.expand(shape) for ids in padded]
 
 
 def tie(call: Call) -> Any:
@@ -344,6 +347,9 @@ def metadata(call: Call) -> Any:
     return call.func(*call.args, **call.kwargs)
 
 
+_DIMS = (1, 2, 3)
+_POOLS = ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
+
 RULES: dict[str, Rule] = {
     # carries
     **dict.fromkeys(("relu", "leaky_relu", "rrelu", "prelu", "abs", "neg", "positive", "contiguous", "clone", "detach",
@@ -353,8 +359,8 @@ RULES: dict[str, Rule] = {
     "clamp_min": clamp,
     "threshold": threshold,
     # windows
-    **{f"{kind}_pool{n}d": window(n) for n in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp")},
-    **{f"{kind}_pool{n}d_with_indices": window(n) for n in (1, 2, 3) for kind in ("max", "adaptive_max")},
+    **{f"{kind}_pool{n}d": window(n) for n in _DIMS for kind in _POOLS},
+    **{f"{kind}_pool{n}d_with_indices": window(n) for n in _DIMS for kind in ("max", "adaptive_max")},
     **dict.fromkeys(("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), interpolate),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "max", "min", "nansum", "median"), reduce),
     # re-indexing
@@ -362,8 +368,8 @@ RULES: dict[str, Rule] = {
                      "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "split_with_sizes", "tensor_split", "unbind",
                      "select", "narrow", "getitem", "expand", "expand_as", "broadcast_to", "repeat", "tile", "roll",
                      "flip", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "index_select", "ravel",
-                     "stack", "hstack", "vstack", "cat", "concat", "concatenate", "T", "mT", "data", "repeat_interleave",
-                     "native_channel_shuffle", "reshape_as", "unfold"), reindex),
+                     "stack", "hstack", "vstack", "cat", "concat", "concatenate", "T", "mT", "data",
+                     "repeat_interleave", "native_channel_shuffle", "reshape_as", "unfold"), reindex),
     "iter": iterate,
     **dict.fromkeys(("view", "view_as"), view),
     "pad": pad,
@@ -381,8 +387,8 @@ RULES: dict[str, Rule] = {
     "instance_norm": normalization(3, channels_last=False),
     **dict.fromkeys(("sigmoid", "hardsigmoid", "softmax", "log_softmax"), gate),
     # activations that refuse the network
-    **dict.fromkeys(("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "celu", "selu", "softplus", "tanh",
-                     "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "softsign", "glu"), activation),
+    **dict.fromkeys(("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "celu", "selu", "softplus",
+                     "tanh", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "softsign", "glu"), activation),
     # no use of the numbers
     **dict.fromkeys(("size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_contiguous",
                      "shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",

@@ -76,7 +76,7 @@ class _Ranges:
 
     def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
         """Units to hold back, [units]."""
-        leaving = (scales < self.lowest) | (scales > self.highest)
+        leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
         padded = np.append(scales, 1.0)
         for slot in self.slots:
             rows, columns = padded[slot.rows], padded[slot.columns] if slot.columns is not None else np.ones(1)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -88,8 +88,15 @@ class Trace:
 
     def copy(self) -> Trace:
         """Another trace that goes on from here."""
-        lists = ("slots", "batch_norms", "ties", "pins", "residual", "offenders")
-        return replace(self, **{name: list(getattr(self, name)) for name in lists})
+        return Trace(
+            list(self.slots),
+            list(self.batch_norms),
+            list(self.ties),
+            list(self.pins),
+            list(self.residual),
+            list(self.offenders),
+            self.id_count,
+        )
 
     def fresh(self, count: int) -> IdVector:
         """``count`` new ids."""
@@ -187,8 +194,7 @@ class Call:
         if not dims:
             return ids
         kept = ids.amax(dims, keepdim=True)
-        other, same = torch.broadcast_tensors(ids, kept)
-        self.trace.tie(other.flatten().numpy(), same.flatten().numpy(), self.where)
+        self.trace.tie(ids.flatten().numpy(), kept.expand_as(ids).flatten().numpy(), self.where)
         return kept
 
 
@@ -293,8 +299,12 @@ def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
 def _module_stack(stack: list[nn.Module]) -> Iterator[None]:
     """Keeps the modules that are running in ``stack``, outermost first."""
     hooks = nn.modules.module
+
+    def pop(*_: Any) -> None:
+        stack.pop()
+
     enter = hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module))
-    leave = hooks.register_module_forward_hook(lambda *_: stack.pop() and None)
+    leave = hooks.register_module_forward_hook(pop)
     try:
         yield
     finally:
