@@ -169,7 +169,7 @@ def convert_traced(
             "--partial (partial=True) pins what is not homogeneous and converts the rest",
         )
     units = find_units(traced.trace)
-    tensors = {name: tensor.detach() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
     reasons = [_pinned_by(group, scope) for group in units.groups]
     free = np.repeat([reason is None for reason in reasons], [group.size for group in units.groups]).astype(bool)
     pivots = choose_pivots(units, tensors, free, pivot)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pathconvert.errors import PathconvertError
 
-EPOCHS, BATCH, HELD_OUT = 2, 64, 360
+EPOCHS, BATCH, HELD_OUT = 3, 64, 360
 
 
 def _digits() -> tuple[Tensor, Tensor]:

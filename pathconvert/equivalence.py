@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from pathconvert.errors import EquivalenceError
-from pathconvert.trace import as_arguments, mode_of
+from pathconvert.trace import as_arguments, mode_of, output_tensors
 
 #: Highest noise ratio that passes (see the module's docstring).
 PASSING_NOISE_RATIO = 4.0
@@ -172,4 +172,4 @@ def forward_outputs(
             return tensor.to(kind) if tensor.is_floating_point() else tensor
 
         output = runnable(*tree_map_only(Tensor, cast, as_arguments(inputs)))
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor for tensor in output_tensors(output) if tensor.is_floating_point()]

@@ -34,7 +34,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pathconvert.errors import PathconvertError, TraceError
 
@@ -218,6 +218,7 @@ class Tracer(TorchFunctionMode):
         self.rule_of = rule_of
         self.names = {id(tensor): name for name, tensor in model.named_buffers()}
         self.names |= {id(tensor): name for name, tensor in model.named_parameters()}
+        self.saved = set(model.state_dict(keep_vars=True))
         self.modules = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.seen: set[str] = set()
@@ -229,8 +230,9 @@ class Tracer(TorchFunctionMode):
         return next((self.modules[module] for module in reversed(self.stack) if module in self.modules), "")
 
     def name_of(self, tensor: Tensor | None) -> str | None:
-        """A parameter's or buffer's name; None for every other tensor."""
-        return self.names.get(id(tensor)) if tensor is not None else None
+        """The name of a parameter, or of a buffer that checkpoints hold; None for every other tensor."""
+        name = self.names.get(id(tensor)) if tensor is not None else None
+        return name if name in self.saved else None
 
     def is_live(self, tensor: Tensor) -> bool:
         """Whether rules follow this tensor: an activation or a parameter (not a constant)."""
@@ -271,6 +273,8 @@ class Tracer(TorchFunctionMode):
         tensors = call.tensors()
         self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
         if any(self.is_live(tensor) for tensor in tensors):
+            if kwargs.get("out") is not None:
+                raise TraceError(f"{call.where} writes into out=, which cannot be followed")
             return rule(call)
         if any(id(tensor) in self.names for tensor in tensors) and changes_its_input(func):
             return call.run()  # a buffer's update, e.g. num_batches_tracked: on a copy
@@ -367,11 +371,25 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             place = tracer.path or tracer.modules.get(module, "") or "the network"
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise TraceError(f"the forward of {place} cannot be followed on shapes alone: {reason[0]}") from error
-    leaves, spec = tree_flatten(output)
-    del spec
-    for leaf in leaves:
+    for tensor in output_tensors(output):
+        tracer.trace.pin(tracer.ids(tensor).flatten().numpy(), _output_reason(tracer, module))
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """All tensors in a forward's output: nested containers, and objects by their attributes.
+
+    Raises:
+        TraceError: an object that hides what it holds.
+    """
+    tensors = []
+    for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
-            tracer.trace.pin(tracer.ids(leaf).flatten().numpy(), _output_reason(tracer, module))
+            tensors.append(leaf)
+        elif hasattr(leaf, "__dict__") and not callable(leaf):
+            tensors += output_tensors(dict(vars(leaf)))
+        elif not isinstance(leaf, str | bytes | int | float | complex | torch.Size | torch.dtype | torch.device | None):
+            raise TraceError(f"the forward returns an object of type {type(leaf).__name__}, whose tensors are hidden")
+    return tensors
 
 
 def _output_reason(tracer: Tracer, module: nn.Module) -> str:
