@@ -17,7 +17,9 @@ import json
 import os
 import re
 import sys
+import urllib.request
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -109,24 +111,30 @@ def _names() -> list[str]:
 def _build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A network without weights; parameters are not initialised."""
     options = dict(arguments)
-    frozen = options.pop("frozen_batch_norm", False)
+    frozen, eps = options.pop("frozen_batch_norm", False), options.pop("frozen_batch_norm_eps", 1e-5)
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     if "weights_backbone" in accepted:
         options["weights_backbone"] = None
-    with _uninitialised():
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    try:
+        with _uninitialised():
+            model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    except (TypeError, ValueError) as error:  # arguments come from files too
+        raise ArchitectureError(
+            f"torchvision cannot build {name} with {dict(arguments)}: {_one_line(error)}",
+            "Name the network with --arch.",
+        ) from error
     if frozen:
-        _freeze_batch_norm(model.get_submodule("backbone.body"))
+        _freeze_batch_norm(model.get_submodule("backbone.body"), eps)
     return model.eval()
 
 
-def _freeze_batch_norm(module: nn.Module) -> None:
+def _freeze_batch_norm(module: nn.Module, eps: float) -> None:
     """Replace BatchNorm2d by FrozenBatchNorm2d, as torchvision does for a detector's pretrained backbone."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps))
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=eps))
         else:
-            _freeze_batch_norm(child)
+            _freeze_batch_norm(child, eps)
 
 
 @contextlib.contextmanager
@@ -213,12 +221,27 @@ def catalogue() -> list[Entry]:
 
 # ---- recognising -----------------------------------------------------------------------------------------------
 
-_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:\w+))$")
+_OLD_NAMES: list[tuple[str, Any]] = [
+    (r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)", r"\1\2"),  # torchvision/models/densenet.py
+    (r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),  # ops/feature_pyramid_network.py
+    (r"(rpn\.head\.conv)\.(weight|bias)", r"\1.0.0.\2"),  # models/detection/rpn.py
+    (r"(.*mask_head)\.mask_fcn(\d)\.(weight|bias)", lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}"),  # mask_rcnn.py
+]
+_OLD_RETINANET = (r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)", lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}")
 
 
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` with the names of old DenseNet checkpoints (``norm.1.weight``) as torchvision has them now."""
-    return {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in tensors.items()}
+    """``tensors`` with the names of old DenseNet and detection checkpoints as torchvision has them now.
+
+    torchvision's own files have old names, which it renames while loading. The order is kept.
+    """
+    fcos = "head.classification_head.conv.1.weight" in tensors  # its GroupNorm: there ``conv.0.weight`` is today's name
+    rules = _OLD_NAMES if fcos else [*_OLD_NAMES, _OLD_RETINANET]
+    return {_modern(name, rules): tensor for name, tensor in tensors.items()}
+
+
+def _modern(name: str, rules: list[tuple[str, Any]]) -> str:
+    return next((re.sub(old, new, name) for old, new in rules if re.fullmatch(old, name)), name)
 
 
 def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) -> Architecture:
@@ -269,11 +292,22 @@ def _candidate(
 ) -> tuple[Architecture, list[str]]:
     """A nominated network with its arguments read from the tensors, and how its tensors differ from them."""
     architecture = _fit(name, tensors, shapes, num_classes)
-    return architecture, differences_to(build(architecture), tensors)
+    return architecture, differences_to(_shape_model(architecture), tensors)
+
+
+def _shape_model(architecture: Architecture) -> nn.Module:
+    """On the meta device where the constructor allows (RegNet's does not): SSD runs itself while it is built."""
+    try:
+        with torch.device("meta"):
+            return _build_torchvision(architecture.name, architecture.arguments)
+    except (RuntimeError, ArchitectureError):
+        return build(architecture)
 
 
 def _fit(name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None) -> Architecture:
     """A torchvision network with the number of classes, auxiliary heads and BatchNorm that the tensors show."""
+    if num_classes is not None and num_classes < 1:
+        raise ArchitectureError(f"{num_classes} is no number of classes", "Give a positive number: --num-classes 10")
     entry = index()[name]
     arguments = dict(entry["arguments"])
     key, dim, slope, intercept = entry["head"]
@@ -352,7 +386,13 @@ def build(architecture: Architecture) -> nn.Module:
         return _timm_build(architecture)
     if ":" in architecture.name:
         return _build_by_path(architecture)
+    if not is_known(architecture.name):
+        raise ArchitectureError(f"{architecture.name!r} is no network that pathconvert knows", "Name it with --arch.")
     return _build_torchvision(architecture.name, architecture.arguments)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _builder(name: str) -> Callable[..., Any]:
@@ -363,9 +403,9 @@ def _builder(name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's module can raise anything; scripts exit
         raise ArchitectureError(
-            f"--arch {name}: importing {module_name} failed: {type(error).__name__}: {error}",
+            f"--arch {name}: importing {module_name} failed: {_one_line(error)}",
             "The current folder is on the path; install the package, or change to its folder.",
         ) from error
     builder = getattr(module, attribute, None)
@@ -373,7 +413,9 @@ def _builder(name: str) -> Callable[..., Any]:
         there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         raise ArchitectureError(
             f"--arch {name}: {module_name} has no function or class {attribute!r}",
-            f"It has {', '.join(there)}." if there else f"Look at {getattr(module, '__file__', module_name)}.",
+            f"It has {', '.join((difflib.get_close_matches(attribute, there) or there)[:5])}."
+            if there
+            else f"Look at {getattr(module, '__file__', module_name)}.",
         )
     return cast(Callable[..., Any], builder)
 
@@ -383,9 +425,9 @@ def _build_by_path(architecture: Architecture) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             model = builder(**architecture.arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's code can raise anything
         raise ArchitectureError(
-            f"--arch {architecture.name}: building the network failed: {type(error).__name__}: {error}",
+            f"--arch {architecture.name}: building the network failed: {_one_line(error)}",
             "The builder is called without arguments, or with num_classes where --num-classes is given.",
         ) from error
     if not isinstance(model, nn.Module):
@@ -443,10 +485,26 @@ def load_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> n
         for name, tensor in model.state_dict().items()
         if name.endswith(COUNTER) and name not in tensors
     }
-    model.load_state_dict(counters | dict(tensors), strict=True, assign=True)
+    complete = OrderedDict(counters | dict(tensors))
+    # Without the modules' versions MNASNet refuses a state dict, and others take it for an old one.
+    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    shared = _shared(model)
+    model.load_state_dict(complete, strict=True, assign=True)
+    for first, *others in shared:  # assign makes two parameters of one
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(first))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def pretrained(name: str) -> tuple[Architecture, nn.Module]:
@@ -457,8 +515,9 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
     """
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
+        _check_reachable(weights.url)
         model: nn.Module = torchvision.models.get_model(name, weights=weights)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
         raise ArchitectureError(
             f"the weights of {name} could not be downloaded ({error})",
             "Offline, give a file with them: pathconvert reparam FILE",
@@ -468,7 +527,16 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
     arguments = dict(architecture.arguments)
     if hasattr(model, "transform_input"):
         arguments["transform_input"] = model.transform_input
+    eps = {module.eps for module in model.modules() if isinstance(module, FrozenBatchNorm2d)}
+    if eps and eps != {1e-5}:  # 0 for the detectors whose weights come from Caffe2
+        arguments["frozen_batch_norm_eps"] = eps.pop()
     return Architecture(name, arguments, architecture.input_size, architecture.task), model.eval()
+
+
+def _check_reachable(url: str) -> None:
+    """Fail at once, before torch.hub prints; it would also wait without end for a silent host."""
+    if not Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists():
+        urllib.request.urlopen(url, timeout=10).close()
 
 
 def parse_input_size(text: str) -> tuple[int, ...]:

@@ -6,10 +6,12 @@ torch is imported inside the commands: ``pathconvert --help`` has to be quick.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
+from pathconvert.errors import EquivalenceError, OutputError, PathconvertError, RecordError
 from pathconvert.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pathconvert.files import LoadedNetwork
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Move pretrained ReLU networks into path space and back, exactly.",
@@ -101,7 +105,8 @@ def _note(message: str) -> None:
 def _emit(result: dict[str, Any], table: Table, as_json: bool) -> None:
     """The result: a table on stdout, or one JSON object instead."""
     if as_json:
-        typer.echo(json.dumps(result))
+        finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no Infinity
+        typer.echo(json.dumps(finite))
         return
     from rich.console import Console
 
@@ -185,12 +190,12 @@ def _open(
     return network
 
 
-def _stem(source: str) -> str:
-    """``a/resnet50.path.safetensors`` → ``resnet50``."""
+def _stem(source: str, kind: str) -> str:
+    """``a/resnet50.pt`` → ``resnet50``; on the way back also ``resnet50.path.safetensors`` → ``resnet50``."""
     stem = Path(source).name
-    for suffix in (".safetensors", ".pth", ".pt", ".path"):
+    for suffix in (".safetensors", ".pth", ".pt"):
         stem = stem.removesuffix(suffix)
-    return stem
+    return stem.removesuffix(".path") if kind == "restored" else stem
 
 
 def _output(source: str, output: Path | None, kind: str, force: bool) -> Path:
@@ -198,7 +203,7 @@ def _output(source: str, output: Path | None, kind: str, force: bool) -> Path:
     from pathconvert.checkpoint import prepare_output
 
     file = Path(source)
-    path = output or (file.parent if file.exists() else Path()) / f"{_stem(source)}.{kind}.safetensors"
+    path = output or (file.parent if file.exists() else Path()) / f"{_stem(source, kind)}.{kind}.safetensors"
     return prepare_output(path, force=force, source=file if file.exists() else None)
 
 
@@ -229,10 +234,11 @@ def reparam(
     del debug
     steps = _Steps(4 if report else 3)
     path = _output(source, output, "path", force)
+    if report:
+        reports.prepare_report(report, force=force, taken=(Path(source), path))
     with steps.shown():
         with steps.step("load"):
             network = _open(source, arch, input_size, num_classes, key, trust_pickle)
-        from pathconvert import reports
         from pathconvert.conversions import convert_network, save_checked
 
         if network.record:
@@ -372,10 +378,14 @@ def demo(
 ) -> None:
     """Train a small ResNet on scikit-learn's digits, then convert, verify and restore it."""
     del debug
+    from pathconvert.checkpoint import prepare_output
     from pathconvert.demo import train_digits
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    source = output_dir / "digits_resnet18.pt"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {output_dir} cannot be made: {error.strerror}.", "Give another.") from error
+    source = prepare_output(output_dir / "digits_resnet18.pt", force=True, source=None)
     accuracy = train_digits(source, _note)
     _note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
     path, restored = (output_dir / f"digits_resnet18.{kind}.safetensors" for kind in ("path", "restored"))
@@ -393,33 +403,41 @@ def demo(
 
 def main() -> None:
     """Run the command line; typed errors become a line and a tip, others a line that asks for a report."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without → or × shows ? there
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run with ``arguments``; the exit code: 0 done, 1 a check failed, 2 wrong input or usage."""
+    _Settings.debug = False
     try:
         app(arguments, prog_name="pathconvert")
     except SystemExit as done:
+        if done.code == INTERRUPTED:  # typer catches the interrupt
+            _note("interrupted")
         return done.code if isinstance(done.code, int) else 0
     except PathconvertError as error:
-        if _Settings.debug:
-            raise
-        _note(f"error: {error}")
-        if error.tip:
-            _note(f"tip: {error.tip}")
-        return error.exit_code
+        return _explain(error, error.tip, error.exit_code)
     except KeyboardInterrupt:
         _note("interrupted")
-        return 130
+        return INTERRUPTED
     except Exception as error:
-        if _Settings.debug:
-            raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        _note(f"error: unexpected {type(error).__name__}: {first}")
-        _note("tip: run again with --debug and report what it prints")
-        return 2
+        error_line = (str(error).strip().splitlines() or [""])[0]
+        unexpected = f"unexpected {type(error).__name__}: {error_line}"
+        return _explain(unexpected, "run again with --debug and report what it prints", 2)
     return 0
+
+
+def _explain(error: object, tip: str, code: int) -> int:
+    """One line and a tip, after the traceback where --debug asks for it."""
+    if _Settings.debug:
+        traceback.print_exc()
+    _note(f"error: {' '.join(str(error).splitlines())}")
+    if tip:
+        _note(f"tip: {' '.join(tip.splitlines())}")
+    return code
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ The metadata beside the tensors is a versioned format of its own::
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,8 @@ def open_network(
     if not Path(source).exists() and arch is None and architectures.is_known(str(source)):
         architecture, model = architectures.pretrained(str(source))
         return LoadedNetwork(model, _sized(architecture, input_size), None, tuple(model.state_dict()))
+    if not Path(source).exists() and re.fullmatch(r"\w+", str(source)):
+        raise _no_such_source(str(source))
     checkpoint = read_checkpoint(source, key=key, trust_pickle=trust_pickle)
     tensors = architectures.modern_names(checkpoint.tensors)
     architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
@@ -94,8 +98,28 @@ def open_network(
     return LoadedNetwork(model, _sized(architecture, input_size), checkpoint, tuple(tensors))
 
 
+def _no_such_source(name: str) -> CheckpointError:
+    close = difflib.get_close_matches(name, architectures.index(), 3)
+    message = f"{name} is neither a file here nor a torchvision network that pathconvert knows."
+    return CheckpointError(message, f"Did you mean {', '.join(close)}?" if close else "Check the path for misspellings.")
+
+
 def _sized(architecture: Architecture, input_size: tuple[int, ...] | None) -> Architecture:
-    return dataclasses.replace(architecture, input_size=input_size) if input_size else architecture
+    """``architecture`` for inputs of another size.
+
+    Raises:
+        ArchitectureError: torchvision's network takes inputs of another number of dimensions or channels.
+    """
+    if input_size is None:
+        return architecture
+    if architectures.is_known(architecture.name):
+        usual = tuple(architectures.index()[architecture.name]["input_size"])
+        if (len(input_size), input_size[0]) != (len(usual), usual[0]):
+            given, expected = ("x".join(map(str, size)) for size in (input_size, usual))
+            raise ArchitectureError(
+                f"{architecture.name} takes no input of size {given}", f"Such as --input-size {expected}"
+            )
+    return dataclasses.replace(architecture, input_size=input_size)
 
 
 def _architecture_of(
@@ -143,7 +167,7 @@ def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Path:
     """Save a conversion made through the Python API.
 
-    The architecture is stored where the tensors and the class are a torchvision network's; any other is loaded again
+    The architecture is stored where the network is one of torchvision's in every module's settings; any other is loaded again
     with ``load(path, arch="package.module:builder")``.
 
     Raises:
@@ -160,7 +184,12 @@ def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> Architec
         architecture = architectures.recognise(state)
     except ArchitectureError:
         return None
-    return architecture if type(architectures.build(architecture)) is type(model) else None
+    if getattr(model, "transform_input", False):
+        arguments = architecture.arguments | {"transform_input": True}
+        architecture = dataclasses.replace(architecture, arguments=arguments)
+    built = architectures.build(architecture)
+    # what no tensor shows (dilation, stride, eps) shows in the repr
+    return architecture if type(built) is type(model) and repr(built) == repr(model) else None
 
 
 def make_metadata(

@@ -137,7 +137,7 @@ def _one_slot_a_parameter(trace: Trace) -> list[Slot]:
         else:
             for use in (known, slot):
                 trace.pin(_concatenate(v for v in (use.rows, use.columns) if v is not None), f"shares {where[13:]}")
-    return list(first.values())
+    return [slot for slot in first.values() if (slot.rows > PINNED).any()]
 
 
 def _components(trace: Trace) -> IdVector:

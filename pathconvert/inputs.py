@@ -58,8 +58,13 @@ def load_images(paths: list[Path], architecture: Architecture) -> Tensor:
 
     Raises:
         CheckpointError: a file is no intact image.
+        PathconvertError: the network takes no images.
     """
-    channels, height, width = size_of(architecture)
+    size = size_of(architecture)
+    if len(size) != 3 or size[0] not in (1, 3):
+        shown = "x".join(map(str, size))
+        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave --images out.")
+    channels, height, width = size
     steps: list[Any] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     steps += [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width))]
     if channels == 3 and architecture.task != "other":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pathconvert.equivalence import run_dtype
 from pathconvert.errors import TraceError
@@ -125,7 +125,7 @@ def _observe(
 
         def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             stack.append(name)
-            calls.setdefault(name, []).append((meta_inputs(args, None), meta_inputs(kwargs, None)))
+            calls.setdefault(name, []).append(_one_at_least((meta_inputs(args, None), meta_inputs(kwargs, None))))
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
@@ -139,8 +139,18 @@ def _observe(
     return calls, watcher.uses
 
 
+def _one_at_least(call: Arguments) -> Arguments:
+    """A batch of one in place of an empty one (a detector that found no box): without elements there are no ids."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        return tensor.new_empty((1, *tensor.shape[1:])) if tensor.shape[:1] == (0,) else tensor
+
+    filled_call: Arguments = tree_map_only(Tensor, filled, call)
+    return filled_call
+
+
 def _in_dtype(tree: Any, dtype: torch.dtype) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 def _trace_parts(

@@ -91,6 +91,28 @@ def _equality_row(equality: dict[str, Any]) -> str:
     )
 
 
+def prepare_report(path: Path, *, force: bool, taken: tuple[Path, ...]) -> None:
+    """Check, before any work, that a report may be written at ``path``.
+
+    Args:
+        path: the report.
+        force: replace a file that exists.
+        taken: the source and the output.
+
+    Raises:
+        OutputError: it may not.
+    """
+    tip = "Give another file to --report."
+    if any(path.resolve() == other.resolve() for other in taken):
+        raise OutputError(f"{path} is the source or the output, and no place for the report.", tip)
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; expected the name of a file for the report.", tip)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {path.parent} of the report {path} does not exist or is not writable.", tip)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another file to --report.")
+
+
 def write_report(conversion: Conversion, path: Path) -> None:
     """Every group and pivot as JSON.
 

@@ -30,8 +30,26 @@ def is_variant(call: Call) -> bool:
 
 
 def carry(call: Call) -> Any:
-    """relu(c·x) = c·relu(x), element by element: the ids stay. Dropout and PReLU multiply by what they do not read."""
+    """relu(c·x) = c·relu(x), element by element: the ids stay. Dropout multiplies by what it does not read."""
     return call.give(call.run(), call.ids(call.argument(0, "input")))
+
+
+def prelu(call: Call) -> Any:
+    """PReLU's slopes have factor 1, also where they are another layer's parameter or computed."""
+    slopes = call.argument(1, "weight")
+    name = call.tracer.name_of(slopes)
+    if name is None:
+        call.trace.pin(call.ids(slopes).flatten().numpy(), f"is a slope in {call.where}")
+    else:
+        call.trace.slots.append(Slot(name, np.full(slopes.numel(), PINNED)))
+    return carry(call)
+
+
+def new(call: Call) -> Any:
+    """zeros_like, new_empty…: a new tensor, which the numbers of the old one do not enter."""
+    result = call.run()
+    ids = pinned_like(result)
+    return call.give(result, ids * ZERO if "zeros" in call.name else ids)
 
 
 def convert_kind(call: Call) -> Any:
@@ -67,8 +85,10 @@ def interpolate(call: Call) -> Any:
 
 def reindex(call: Call) -> Any:
     """view, permute, cat, chunk, getitem…: done to the ids themselves."""
-    if call.name == "cat":
+    if call.name in ("cat", "concat", "concatenate"):
         return cat(call)
+    if any(call.tracer.is_live(tensor) and not tensor.is_floating_point() for tensor in call.tensors()):
+        return pin(call)  # an index that depends on numbers
     try:
         ids = call.run_on_ids()
     except RuntimeError:  # an index that only the numbers know
@@ -111,8 +131,8 @@ def cat(call: Call) -> Any:
 def reduce(call: Call) -> Any:
     """sum, mean, amax over some dimensions tie what they read together."""
     x = call.argument(0, "input")
-    dims = call.argument(1, "dim")
-    if isinstance(dims, Tensor):
+    dims = call.argument(1, "dim", call.kwargs.get("axis"))
+    if isinstance(dims, Tensor) or "other" in call.kwargs:
         return tie(call)  # torch.max(x, y)
     dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims or range(x.dim())
     dims = [d % x.dim() for d in dims]
@@ -132,7 +152,9 @@ def pad(call: Call) -> Any:
     ids = call.ids(x)
     widths = list(call.argument(1, "pad"))
     ends = [(x.dim() - 1 - i, widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)]
-    ends = [end for end in ends if ids.shape[end[0]] > 1]  # elsewhere padding continues the channel
+    if any(dim == 1 for dim, _, _ in ends):  # channels are kept apart even where they share an id
+        ids = ids.expand([size if dim == 1 else ids.shape[dim] for dim, size in enumerate(x.shape)])
+    ends = [end for end in ends if ids.shape[end[0]] > 1 or end[0] == 1]  # elsewhere padding continues the channel
     if ends and mode != "constant":
         ids = call.tied(ids, [dim for dim, _, _ in ends])
         ends = []
@@ -191,6 +213,8 @@ def where(call: Call) -> Any:
 def product(call: Call) -> Any:
     """x · y is bilinear: exactly one operand carries its factor, the other is pinned (a gate, usually)."""
     operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)]
+    if call.argument(2, "rounding_mode") is not None:
+        return pin(call)
     if len(operands) == 1:
         if call.args and operands[0] is not call.args[0] and call.name != "mul":
             return pin(call)  # number / x
@@ -223,7 +247,7 @@ def convolution(spatial: int, transposed: bool = False) -> Rule:
         result = call.run()
         channel = result.dim() - 1 - spatial
         names = _weight_names(call, weight, bias)
-        if names is None:
+        if names is None or weight.dim() != spatial + 2 or (names[1] and bias.numel() != result.shape[channel]):
             return pin(call, result)
         columns = call.vector(call.ids(x), channel, x.shape[channel])
         rows = call.trace.fresh(result.shape[channel])
@@ -352,10 +376,14 @@ _POOLS = ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
 
 RULES: dict[str, Rule] = {
     # carries
-    **dict.fromkeys(("relu", "leaky_relu", "rrelu", "prelu", "abs", "neg", "positive", "contiguous", "clone", "detach",
+    **dict.fromkeys(("relu", "leaky_relu", "rrelu", "abs", "neg", "positive", "contiguous", "clone", "detach",
                      "alias", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), carry),
     **dict.fromkeys(("to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), convert_kind),
+    "prelu": prelu,
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like",
+                     "rand_like", "randn_like", "randint_like"), new),
     "clamp": clamp,
+    "clip": clamp,
     "clamp_min": clamp,
     "threshold": threshold,
     # windows

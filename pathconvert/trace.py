@@ -22,7 +22,7 @@ depends on shapes is followed for the shape of the example.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -173,7 +173,8 @@ class Call:
         """The function's result on ids in place of every tensor that has some, at full size."""
 
         def ids(tensor: Tensor) -> Tensor:
-            return self.ids(tensor).expand(tensor.shape) if self.tracer.is_live(tensor) else tensor
+            followed = self.tracer.is_live(tensor) or tensor.is_floating_point()
+            return self.ids(tensor).expand(tensor.shape) if followed else tensor  # an index stays what it is
 
         return self.func(*tree_map_only(Tensor, ids, self.args), **tree_map_only(Tensor, ids, self.kwargs))
 
@@ -239,7 +240,17 @@ class Tracer(TorchFunctionMode):
         return id(tensor) in self._values or (isinstance(tensor, nn.Parameter) and id(tensor) in self.names)
 
     def set(self, tensor: Tensor, ids: Tensor) -> None:
+        known = self._values.get(id(tensor))
         self._values[id(tensor)] = (tensor, ids)
+        if known is not None and known[1] is not ids and bool((known[1] == ZERO).any()):
+            self._overwritten(tensor)
+
+    def _overwritten(self, tensor: Tensor) -> None:
+        """Zeros were changed in place: views of them are no zeros any more."""
+        storage = tensor.untyped_storage()._cdata
+        for other, ids in list(self._values.values()):
+            if other is not tensor and other.untyped_storage()._cdata == storage:
+                self._values[id(other)] = (other, torch.where(ids == ZERO, PINNED, ids))
 
     def ids(self, tensor: Tensor) -> Tensor:
         """A tensor's ids. A parameter outside the slots that rules know gets one id an element."""
@@ -276,12 +287,14 @@ class Tracer(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 raise TraceError(f"{call.where} writes into out=, which cannot be followed")
             return rule(call)
-        if any(id(tensor) in self.names for tensor in tensors) and changes_its_input(func):
-            return call.run()  # a buffer's update, e.g. num_batches_tracked: on a copy
-        result = func(*args, **kwargs)
+        writes = changes_its_input(func) or kwargs.get("out") is not None
+        if writes and any(id(tensor) in self.names for tensor in tensors):
+            result = call.run()  # a buffer's update, e.g. num_batches_tracked: on a copy
+        else:
+            result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta" and id(leaf) not in self.names:
-                self.set(leaf, pinned_like(leaf))
+                self.set(leaf, pinned_like(leaf) * (ZERO if func is torch.zeros else 1))
         return result
 
 
@@ -319,15 +332,51 @@ def _module_stack(stack: list[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation mode; afterwards each as it was."""
-    before = [(module, module.training) for module in model.modules()]
+    """All modules in training or evaluation mode; afterwards each has the attributes that it had.
+
+    A forward may keep what it computes (a detector its anchors), which after a trace would be meta tensors.
+    """
+    before: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        attributes = vars(module)
+        before.append((attributes, dict(attributes)))
+        before += [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list))]
     try:
-        for module, _ in before:
+        for module in model.modules():
             module.training = training
         yield
     finally:
-        for module, was in before:
-            module.training = was
+        for live, was in before:
+            live.clear()
+            (live.extend if isinstance(live, list) else live.update)(was)
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module has the attributes it had: what a forward caches is on the meta device here."""
+
+    def shallow(value: Any) -> Any:
+        return value.copy() if isinstance(value, list | dict | set) else value
+
+    before = [(module, {name: shallow(value) for name, value in vars(module).items()}) for module in model.modules()]
+    originals = [dict(vars(module)) for module, _ in before]
+    try:
+        yield
+    finally:
+        for (module, values), original in zip(before, originals, strict=True):
+            for name, value in values.items():
+                _refill(original[name], value)
+            vars(module).clear()
+            vars(module).update(original)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a list, dictionary or set the content it had."""
+    if isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, dict | set):
+        container.clear()
+        container.update(content)
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:
@@ -356,6 +405,7 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             tracer.set(leaf, pinned_like(leaf))
     frozen = mock.patch.object(torchvision.ops.misc.FrozenBatchNorm2d, "forward", _frozen_batch_norm)
     with (
+        _attributes_kept(module),
         mode_of(module, training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
@@ -385,6 +435,8 @@ def output_tensors(output: Any) -> list[Tensor]:
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
+        elif isinstance(leaf, Mapping | Sequence | Set) and not isinstance(leaf, str | bytes | torch.Size):
+            tensors += output_tensors([dict(getattr(leaf, "__dict__", {})), *getattr(leaf, "values", leaf.__iter__)()])
         elif hasattr(leaf, "__dict__") and not callable(leaf):
             tensors += output_tensors(dict(vars(leaf)))
         elif not isinstance(leaf, str | bytes | int | float | complex | torch.Size | torch.dtype | torch.device | None):
