@@ -101,7 +101,8 @@ def open_network(
 def _no_such_source(name: str) -> CheckpointError:
     close = difflib.get_close_matches(name, architectures.index(), 3)
     message = f"{name} is neither a file here nor a torchvision network that pathconvert knows."
-    return CheckpointError(message, f"Did you mean {', '.join(close)}?" if close else "Check the path for misspellings.")
+    tip = f"Did you mean {', '.join(close)}?" if close else "Check the path for misspellings."
+    return CheckpointError(message, tip)
 
 
 def _sized(architecture: Architecture, input_size: tuple[int, ...] | None) -> Architecture:
@@ -167,8 +168,8 @@ def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | 
 def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Path:
     """Save a conversion made through the Python API.
 
-    The architecture is stored where the network is one of torchvision's in every module's settings; any other is loaded again
-    with ``load(path, arch="package.module:builder")``.
+    The architecture is stored where the network is one of torchvision's, in every module's settings; any other is
+    loaded again with ``load(path, arch="package.module:builder")``.
 
     Raises:
         OutputError: the file exists (without ``force``) or cannot be written.

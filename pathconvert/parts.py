@@ -24,6 +24,10 @@ from pathconvert.trace import Trace, Tracer, as_arguments, meta_inputs, mode_of,
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class TrainingError(TraceError):
+    """Evaluation can be followed, training cannot, and parameters are used there alone."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """The outcome.
@@ -54,6 +58,8 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
     try:
         trace, seen, notes = _trace_calls(model, model, Trace(), [(meta_inputs(arguments, dtype), {})])
         parts: tuple[str, ...] = ("",)
+    except TrainingError:
+        raise
     except TraceError as error:
         trace, parts, seen, notes = _trace_parts(model, arguments, dtype, error)
     unused = [name for name, _ in model.named_parameters() if name not in seen]
@@ -80,9 +86,13 @@ def _trace_calls(
                 run(tracer, module, args, kwargs, training)
             except TraceError as error:
                 own = {name for name, parameter in model.named_parameters() if _owns(module, parameter)}
-                if not training or own - seen:
-                    _explain(error, own - seen if training else set())
+                if not training:
                     raise
+                if own - seen:
+                    raise TrainingError(
+                        f"{min(own - seen)} is used in training mode alone, and that cannot be followed: {error}",
+                        "Give an example input that also trains: --input-size, a larger one usually.",
+                    ) from error
                 trace = before
                 notes["training mode"] = str(error)
             seen |= tracer.seen
@@ -91,11 +101,6 @@ def _trace_calls(
 
 def _owns(module: nn.Module, parameter: nn.Parameter) -> bool:
     return any(parameter is own for own in module.parameters())
-
-
-def _explain(error: TraceError, unseen: set[str]) -> None:
-    if unseen:
-        error.tip = f"{min(unseen)} is used in training mode alone; give an example input that trains (a larger one?)"
 
 
 class _Watcher(TorchFunctionMode):

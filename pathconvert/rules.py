@@ -332,7 +332,7 @@ def pin(call: Call, result: Any = None) -> Any:
     reason = f"enters {call.where}, which is not known to be homogeneous"
     for tensor in call.tensors():
         if call.tracer.is_live(tensor):
-            call.trace.pin(call.ids(tensor).flatten().numpy(), reason)
+            call.tracer.leave_alone(tensor, reason)
     if is_variant(call):
         call.tracer.set(call.args[0], pinned_like(call.args[0]))
         call.run()

@@ -267,6 +267,13 @@ class Tracer(TorchFunctionMode):
             raise TraceError(f"a tensor inside {self.path or 'the network'} comes from code that cannot be followed")
         return pinned_like(tensor)
 
+    def leave_alone(self, tensor: Tensor, reason: str) -> None:
+        """Pin a tensor. A parameter without ids gets none: attention has millions of elements to pin one by one."""
+        if id(tensor) not in self._values:
+            self.trace.slots.append(Slot(self.names[id(tensor)], np.full(tensor.numel(), PINNED)))
+            self.set(tensor, pinned_like(tensor))
+        self.trace.pin(self.ids(tensor).flatten().numpy(), reason)
+
     def lift(self, tree: Any) -> Any:
         """``tree`` with every tensor replaced by a meta tensor of its shape and dtype."""
 

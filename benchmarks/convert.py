@@ -1,0 +1,539 @@
+"""How long a conversion takes, what memory it needs, what it rescales; Brevitas and AIMET side by side.
+
+    python benchmarks/convert.py [NAMES…] [--all] [--pivot max,matching] [--json FILE]
+
+All tools take turns in one process on the same network and the same small example (64 pixels, so that a tool which
+traces with numbers pays little for them), one thread each; the least of several turns counts. **Seconds are CPU seconds**: they equal wall-clock seconds on an idle machine, and unlike those hardly change
+while other programs compute. Networks have torchvision's own initialisation with seeded random BatchNorms (γ in
+0.4…1.6, variance in 0.5…2). README.md beside this file says what every column means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import inspect
+import io
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from pathconvert import architectures
+from pathconvert.architectures import Architecture
+from pathconvert.conversions import convert_network, save_checked
+from pathconvert.convert import Conversion, convert_traced, verify_conversion
+from pathconvert.equivalence import verify
+from pathconvert.files import open_network
+from pathconvert.parts import trace_network
+
+#: Without names and without ``--all``.
+SELECTION = (
+    "resnet50 vgg16_bn densenet121 googlenet resnext50_32x4d squeezenet1_1 shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf"
+).split()
+#: Above this many parameters outputs are compared on a small input, and tools take two turns instead of several.
+GIANT = 60e6
+TURNS, GIANT_TURNS = 3, 2
+#: Networks whose last pooling or auxiliary head has a fixed size.
+NEEDS_ITS_SIZE = ("inception_v3", "s3d")
+
+Channel = tuple[str, int]
+"""A module that produces a channel (its BatchNorm where one follows), and the channel's row."""
+
+
+# ---- networks and inputs -----------------------------------------------------------------------------------------
+
+
+def build(name: str) -> nn.Module:
+    """torchvision's network as torchvision initialises it, BatchNorms randomised; seeded."""
+    torch.manual_seed(0)
+    backbone = {"weights_backbone": None} if architectures.index()[name]["task"] in ("segmentation", "detection") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.4, 1.6)
+                module.bias.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def example_for(name: str, small: bool) -> Any:
+    """A batch of one of the network's size, or of 64 pixels where the network takes that. Detectors take a list."""
+    entry = architectures.index()[name]
+    *rest, _, side = entry["input_size"]
+    side = 64 if small and name not in NEEDS_ITS_SIZE and entry["task"] != "detection" else side
+    size = (*rest, side, side)
+    generator = torch.Generator().manual_seed(1)
+    if entry["task"] == "detection":
+        return [torch.rand(size, generator=generator)]
+    return torch.randn(1, *size, generator=generator)
+
+
+# ---- the three tools: each returns seconds, channels and the network that it made --------------------------------
+
+
+class Result:
+    """One turn of one tool: CPU seconds by step, the network, the channels that it rescaled."""
+
+    def __init__(
+        self, seconds: dict[str, float], model: nn.Module | None = None, ties: list[list[Channel]] | None = None, **more: Any
+    ) -> None:
+        self.seconds = seconds
+        self.model = model
+        self.ties = ties or []
+        self.more = more
+
+    @property
+    def channels(self) -> set[Channel]:
+        return {channel for tie in self.ties for channel in tie}
+
+
+class _Steps:
+    """Seconds of the steps of one turn."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        begun = time.process_time()
+        yield
+        self.seconds[name] = time.process_time() - begun
+
+
+def ours(pivot: str, scope: str = "block") -> Callable[[nn.Module, Any], Result]:
+    def turn(model: nn.Module, example: Any) -> Result:
+        steps = _Steps()
+        with steps.step("trace"):
+            traced = trace_network(model, example)
+        with steps.step("convert"):
+            conversion = convert_traced(model, traced, scope, pivot, "unit")  # type: ignore[arg-type]
+        return Result(steps.seconds, conversion.model, conversion=conversion)
+
+    return turn
+
+
+def brevitas(model: nn.Module, example: Any) -> Result:
+    """``value_trace`` and ``EqualizeGraph(iterations=1)``; the copy that it changes is made off the clock."""
+    from brevitas.fx import value_trace
+    from brevitas.graph.equalize import EqualizeGraph
+    from brevitas.graph.standardize import TorchFunctionalToModule
+
+    model, steps = copy.deepcopy(model), _Steps()
+    first = next(iter(inspect.signature(model.forward).parameters))
+    with torch.no_grad(), steps.step("trace"):
+        graph = value_trace(model, {first: example})
+    graph = TorchFunctionalToModule().apply(graph)  # off the clock: without it F.relu ends every region
+    with steps.step("equalize"):
+        graph, regions = EqualizeGraph(iterations=1, return_regions=True).apply(graph)
+    done = [r for r in regions if all(m.weight_axis is not None for m in (*r.srcs.values(), *r.sinks.values()))]
+    ties: dict[tuple[int, int], list[Channel]] = {}
+    for number, region in enumerate(done):
+        for name, source in region.srcs.items():
+            where = source.equalization_indexes
+            for row in range(where.start, where.end):
+                ties.setdefault((number, where.offset + row), []).append((name.split("$")[0], row))
+    return Result(steps.seconds, graph, list(ties.values()), sets=len(done), sets_found=len(regions))
+
+
+def aimet(model: nn.Module, example: Any) -> Result:
+    """``fold_all_batch_norms`` and ``CrossLayerScaling.scale_model``; the copy that it changes is made off the clock."""
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.cross_layer_equalization import CrossLayerScaling
+
+    model, steps = copy.deepcopy(model), _Steps()
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = list(model.modules())  # ids stay theirs
+    with steps.step("fold"):
+        folded = fold_all_batch_norms(model, None, dummy_input=example)
+    with steps.step("scale"):
+        sets = CrossLayerScaling.scale_model(model, dummy_input=example)
+    del kept
+    norm_of = {id(conv): norm for conv, norm in folded}
+    ties = []
+    for pair in (pair for one in sets for pair in one.cls_pair_info_list):
+        name = names[id(norm_of.get(id(pair.layer1), pair.layer1))]
+        ties += [[(name, row)] for row in range(len(pair.scale_factor))]
+    return Result(steps.seconds, model, ties, sets=len(sets))
+
+
+def installed() -> dict[str, str | None]:
+    """Which of the others can be imported: version, or why not."""
+    modules = {"brevitas": "brevitas.graph.equalize", "aimet": "aimet_torch.cross_layer_equalization"}
+    found: dict[str, str | None] = {}
+    for tool, module in modules.items():
+        try:
+            __import__(module)
+        except Exception as error:  # an optional tool that does not import is a result, not a failure
+            missing = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
+            found[tool] = None if missing else f"does not import: {type(error).__name__}: {error}"
+        else:
+            from importlib.metadata import version
+
+            found[tool] = version({"brevitas": "brevitas", "aimet": "aimet-torch"}[tool])
+    logging.disable(logging.WARNING)
+    return found
+
+
+# ---- channels ----------------------------------------------------------------------------------------------------
+
+
+def our_channels(conversion: Conversion) -> tuple[set[Channel], dict[Channel, str]]:
+    """Channels with a factor of their own, and of all others why not."""
+    unit_reason: list[str] = []
+    for group, public in zip(conversion.units.groups, conversion.groups, strict=True):
+        for i in range(group.size):
+            unit = group.start + i
+            if public.pinned_by:
+                unit_reason.append(public.pinned_by)
+            elif conversion.pivots.layer[unit] < 0:
+                unit_reason.append("dead: no live outgoing weight")
+            elif public.held_back[i]:
+                unit_reason.append("held back")
+            else:
+                circular = conversion.pivots.circular
+                unit_reason.append("circular" if circular is not None and circular[unit] else "")
+    rescaled: set[Channel] = set()
+    left: dict[Channel, str] = {}
+    for slot in conversion.units.slots:
+        module = slot.parameter.rpartition(".")[0]
+        for row, unit in enumerate(slot.rows.tolist()):
+            if unit < 0:
+                left.setdefault((module, row), "absorbed: a BatchNorm normalises the factor away")
+            elif unit_reason[unit]:
+                left.setdefault((module, row), unit_reason[unit])
+            else:
+                rescaled.add((module, row))
+    return rescaled, left
+
+
+def tied_count(ties: list[list[Channel]]) -> int:
+    """How many independent factors: channels that share one (in one region, or through another) count once."""
+    numbers: dict[Channel, int] = {}
+    for tie in ties:
+        for channel in tie:
+            numbers.setdefault(channel, len(numbers))
+    left = [numbers[tie[0]] for tie in ties for _ in tie]
+    right = [numbers[channel] for tie in ties for channel in tie]
+    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(len(numbers),) * 2)
+    return int(connected_components(graph, directed=False)[0]) if numbers else 0
+
+
+def exceptions(theirs: set[Channel], rescaled: set[Channel], left: dict[Channel, str]) -> dict[str, dict[str, int]]:
+    """Channels that the other tool rescales and we don't: reason → module → how many."""
+    found: dict[str, dict[str, int]] = {}
+    for module, row in sorted(theirs - rescaled):
+        why = left.get((module, row), "unknown to us")
+        by_module = found.setdefault(why, {})
+        by_module[module] = by_module.get(module, 0) + 1
+    return found
+
+
+# ---- one network -------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: bool = False) -> dict[str, Any]:
+    """Everything about one network."""
+    model = build(name)
+    count = sum(p.numel() for p in model.parameters())
+    example, image = example_for(name, small=True), example_for(name, small=count > GIANT)
+    result: dict[str, Any] = {"network": name, "parameters": count, "traced_on": _sizes(example), "compared_on": _sizes(image), "pivots": {}}
+    tools: dict[str, Callable[[nn.Module, Any], Result]] = {pivot: ours(pivot) for pivot in pivots}
+    functions = {"brevitas": brevitas, "aimet": aimet}
+    tools |= {tool: functions[tool] for tool, state in others.items() if state and "not import" not in state}
+    best: dict[str, dict[str, float]] = {}
+    conversion = traced = None
+    turns = GIANT_TURNS if count > GIANT else TURNS
+    for turn in range(turns):
+        for tool, function in list(tools.items()):
+            gc.collect()
+            try:
+                with _quiet():
+                    one = function(model, example)
+            except Exception as error:
+                result[tool] = {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
+                del tools[tool]
+                continue
+            if tool not in best or sum(one.seconds.values()) < sum(best[tool].values()):
+                best[tool] = one.seconds
+            if turn == 0:
+                if tool in pivots:
+                    conversion = one.more["conversion"]
+                    parts = conversion.parts
+                    one.more["channels"] = conversion.counts()["channels_rescaled"]
+                    report = verify_conversion(model, conversion.model, parts, image)
+                    result["pivots"][tool] = {
+                        "channels_block": one.more["channels"],
+                        "noise_ratio": report.noise_ratio,
+                        "fallbacks": list(conversion.pivot_fallbacks),
+                    }
+                    conversion = None
+                else:
+                    result[tool] = {**one.more, "channels": tied_count(one.ties), "_channels": one.channels}
+                    try:  # on what it was traced on: value_trace writes sizes into some graphs
+                        result[tool]["noise_ratio"] = verify(model, one.model, example).noise_ratio
+                    except Exception as error:
+                        result[tool]["noise_ratio"] = None
+                        result[tool]["noise_failed"] = f"{type(error).__name__}: {error}"[:200]
+            del one
+    for tool, seconds in best.items():
+        target = result["pivots"][tool] if tool in pivots else result[tool]
+        target["seconds"] = {**seconds, "sum": sum(seconds.values())}
+    traced = trace_network(model, example)
+    network_scope = convert_traced(model, traced, "network", "max", "unit")  # type: ignore[arg-type]
+    rescaled, left = our_channels(network_scope)
+    result["channels_network"] = network_scope.counts()["channels_rescaled"]
+    result["noise_ratio_network"] = verify_conversion(model, network_scope.model, network_scope.parts, image).noise_ratio
+    del network_scope, traced
+    for tool in functions:
+        if "_channels" in result.get(tool, {}):
+            theirs = result[tool].pop("_channels")
+            result[tool]["producer_channels"] = len(theirs)
+            result[tool]["not_rescaled_by_us"] = exceptions(theirs, rescaled, left)
+    result["recognise_seconds"] = _recognise(model)
+    if not quick:
+        result["total_seconds"] = _total(name, model)
+    del model
+    gc.collect()
+    result["peak_memory_over_weights"] = _memory(name, pivots)
+    return result
+
+
+def _sizes(example: Any) -> list[int]:
+    return list((example[0] if isinstance(example, list) else example).shape)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _recognise(model: nn.Module) -> float | None:
+    """CPU seconds of ``architectures.recognise``, the least of three."""
+    state, times = model.state_dict(), []
+    for _ in range(3):
+        begun = time.process_time()
+        try:
+            architectures.recognise(state)
+        except Exception as error:
+            print(f"recognise: {error}", file=sys.stderr)
+            return None
+        times.append(time.process_time() - begun)
+    return min(times)
+
+
+def _total(name: str, model: nn.Module) -> dict[str, float]:
+    """Load → convert (block, matching) → verify → write, as ``pathconvert reparam`` does it; CPU seconds."""
+    steps = _Steps()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"{name}.pt")
+        torch.save(model.state_dict(), source)
+        with steps.step("load"):
+            network = open_network(source)
+        with steps.step("convert"):
+            conversion = convert_network(network, "block", "matching", "unit", False)
+        with steps.step("verify and write"):
+            save_checked(conversion, network, Path(folder, f"{name}.path.safetensors"), force=False)
+    return {**steps.seconds, "sum": sum(steps.seconds.values())}
+
+
+# ---- memory, in a process of its own -----------------------------------------------------------------------------
+
+
+def _memory(name: str, pivots: list[str]) -> dict[str, float] | None:
+    command = [sys.executable, __file__, "--memory-of", name, "--pivot", ",".join(pivots)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: memory not measured: {done.stderr[-300:]}", file=sys.stderr)
+        return None
+    peaks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def memory_of(name: str, pivots: list[str]) -> dict[str, float]:
+    """(VmHWM − resident before the network was built) / bytes of weights; a small network first loads all code."""
+    for pivot in pivots:
+        ours(pivot)(build("shufflenet_v2_x0_5"), example_for("shufflenet_v2_x0_5", small=True))
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+    trim(0)
+    before = _status_bytes("VmRSS")
+    model = build(name)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    example = example_for(name, small=True)
+    peaks = {}
+    for pivot in pivots:
+        gc.collect()
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        ours(pivot)(model, example)
+        peaks[pivot] = (_status_bytes("VmHWM") - before) / weights
+    return peaks
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def help_seconds() -> float:
+    """Median wall-clock seconds of ``pathconvert --help``, of ten."""
+    command = [str(Path(sys.executable).with_name("pathconvert")), "--help"]
+    if not Path(command[0]).exists():
+        command = [sys.executable, "-c", "from pathconvert.cli import main; main()", "--help"]
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def ratio(result: dict[str, Any], pivot: str, tool: str) -> float | None:
+    theirs = result.get(tool, {}).get("seconds")
+    mine = result["pivots"].get(pivot, {}).get("seconds")
+    return mine["sum"] / theirs["sum"] if theirs and mine else None
+
+
+def summarise(results: list[dict[str, Any]], pivots: list[str]) -> dict[str, Any]:
+    """The targets of the issue, over all networks."""
+    good = [r for r in results if "error" not in r]
+    summary: dict[str, Any] = {"networks": len(good), "failed": [r["network"] for r in results if "error" in r]}
+    for pivot in pivots:
+        noise = [r["pivots"][pivot]["noise_ratio"] for r in good if pivot in r["pivots"]]
+        ratios = {r["network"]: ratio(r, pivot, "brevitas") for r in good}
+        known = {name: value for name, value in ratios.items() if value is not None}
+        limit = 1.0 if pivot == "max" else 2.0
+        memory = {r["network"]: (r["peak_memory_over_weights"] or {}).get(pivot) for r in good}
+        heavy = {name: round(value, 2) for name, value in memory.items() if value and value > 2.5}
+        summary[pivot] = {
+            "noise_ratio_median": statistics.median(noise) if noise else None,
+            "noise_ratio_max": max(noise, default=None),
+            "over_brevitas_median": statistics.median(known.values()) if known else None,
+            "over_brevitas_max": max(known.values(), default=None),
+            "slower_than_allowed": {name: round(value, 2) for name, value in known.items() if value > limit},
+            "memory_above_2.5": heavy,
+        }
+    for tool in ("brevitas", "aimet"):
+        summary[tool] = {
+            "channels_that_we_leave": {
+                r["network"]: r[tool]["not_rescaled_by_us"] for r in good if r.get(tool, {}).get("not_rescaled_by_us")
+            },
+            "failed_on": {r["network"]: r[tool]["failed"] for r in good if "failed" in r.get(tool, {})},
+        }
+    recognised = {r["network"]: r["recognise_seconds"] for r in good if r["recognise_seconds"]}
+    summary["recognise_seconds_max"] = max(recognised.items(), key=lambda pair: pair[1], default=None)
+    return summary
+
+
+def table_of(results: list[dict[str, Any]], pivots: list[str], others: dict[str, str | None]) -> Table:
+    table = Table(title="conversion (CPU seconds, one thread)", title_justify="left")
+    columns = ["network", "M par."]
+    for pivot in pivots:
+        columns += [f"{pivot} s", "noise", "mem."]
+    columns += ["in all s", "channels block", "network"]
+    for tool in ("brevitas", "aimet"):
+        columns += [f"{tool} s", "sets", "channels", "noise", *(f"{pivot} ×" for pivot in pivots)]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "network" and not table.columns else "right")
+    for r in results:
+        if "error" in r:
+            table.add_row(r["network"], r["error"])
+            continue
+        row = [r["network"], f"{r['parameters'] / 1e6:.1f}"]
+        for pivot in pivots:
+            one = r["pivots"].get(pivot, {})
+            row += [_number(one.get("seconds", {}).get("sum"), 2), _number(one.get("noise_ratio"), 2)]
+            row.append(_number((r["peak_memory_over_weights"] or {}).get(pivot), 2))
+        row += [_number(r.get("total_seconds", {}).get("sum"), 1)]
+        row += [str(r["pivots"].get(pivots[0], {}).get("channels_block", "")), str(r["channels_network"])]
+        for tool in ("brevitas", "aimet"):
+            one = r.get(tool)
+            if one is None:
+                row += ["not installed" if not others[tool] else "does not import", "", "", "", *("" for _ in pivots)]
+            elif "failed" in one:
+                row += ["failed", "", "", "", *("" for _ in pivots)]
+            else:
+                row += [_number(one["seconds"]["sum"], 2), str(one["sets"]), str(one["channels"])]
+                row += [_number(one["noise_ratio"], 2), *(_number(ratio(r, pivot, tool), 2) for pivot in pivots)]
+        table.add_row(*row)
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--all", action="store_true", help="every supported network")
+    parser.add_argument("--pivot", default="max,matching")
+    parser.add_argument("--json", type=Path, help="write the results; kept after every network")
+    parser.add_argument("--quick", action="store_true", help="leave out the seconds in all")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    pivots = options.pivot.split(",")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if options.memory_of:
+        print(json.dumps(memory_of(options.memory_of, pivots)))
+        return
+    every = [entry.name for entry in architectures.catalogue() if entry.supported]
+    names = options.names or (every if options.all else list(SELECTION))
+    others = installed()
+    results: list[dict[str, Any]] = []
+    known = json.loads(options.json.read_text())["results"] if options.json and options.json.exists() else []
+    for name in names:
+        print(name, end=" ", flush=True, file=sys.stderr)
+        begun = time.perf_counter()
+        try:
+            results.append(measure(name, pivots, others, options.quick))
+        except Exception as error:
+            results.append({"network": name, "error": f"{type(error).__name__}: {error}"[:300]})
+        print(f"{time.perf_counter() - begun:.0f} s", flush=True, file=sys.stderr)
+        if options.json:
+            done = {r["network"] for r in results}
+            merged = [r for r in known if r["network"] not in done] + results
+            content = {
+                "torch": torch.__version__, "torchvision": torchvision.__version__, "tools": others,
+                "load_average": os.getloadavg()[1], "summary": summarise(merged, pivots), "results": merged,
+            }  # fmt: skip
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+    console = Console(width=240 if not sys.stdout.isatty() else None)
+    console.print(table_of(results, pivots, others))
+    summary = summarise(results, pivots) | {"help_seconds": help_seconds()}
+    console.print_json(data=summary)
+    if options.json:
+        content["help_seconds"] = summary["help_seconds"]
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Slow literal oracles that the tests compare against."""

@@ -1,0 +1,193 @@
+"""Real trained networks, from the folder that PATHCONVERT_DATA names (its README says what they are)."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pathconvert import conversions
+from pathconvert.convert import Conversion, convert_traced, restore
+from pathconvert.equivalence import forward_outputs, verify
+from pathconvert.files import LoadedNetwork, load, open_network, save
+from pathconvert.inputs import folder_images, load_images, random_input
+from pathconvert.parts import Traced, trace_network
+
+DATA = os.environ.get("PATHCONVERT_DATA")
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="PATHCONVERT_DATA names no folder with weights/ and images/: real weights are not tested"
+)
+COMBINATIONS = [
+    (scope, pivot, gauge)
+    for scope in ("block", "network")
+    for pivot in ("matching", "max", "diagonal")
+    for gauge in ("unit", "pow2")
+]
+
+
+@dataclass(frozen=True)
+class Real:
+    """A trained network, its trace, and labelled images as it takes them."""
+
+    network: LoadedNetwork
+    traced: Traced
+    images: Tensor
+    labels: Tensor
+
+    def convert(self, scope: str, pivot: str, gauge: str) -> Conversion:
+        return convert_traced(self.network.model, self.traced, scope, pivot, gauge)
+
+
+def weights(name: str) -> Path:
+    assert DATA is not None
+    return Path(DATA).resolve() / "weights" / name
+
+
+def prepare(network: LoadedNetwork, folder: str) -> Real:
+    assert DATA is not None
+    paths = folder_images(Path(DATA).resolve() / "images" / folder)
+    labels = torch.tensor([int(path.stem.rpartition("_")[2]) for path in paths])
+    traced = trace_network(network.model, random_input(network.architecture))
+    return Real(network, traced, load_images(paths, network.architecture), labels)
+
+
+@pytest.fixture(scope="module")
+def squeezenet() -> Real:
+    return prepare(open_network(weights("squeezenet1_1.pth")), "imagenet20")
+
+
+@pytest.fixture(scope="module")
+def builder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the module that builds the CIFAR-10 network, as the data's README gives it."""
+    assert DATA is not None
+    text = (Path(DATA) / "README.md").read_text()
+    folder = tmp_path_factory.mktemp("builder")
+    (folder / "cifar_network.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet56(builder_folder: Path) -> Real:
+    sys.path.insert(0, str(builder_folder))
+    network = open_network(weights("resnet56_cifar10.pth"), arch="cifar_network:CifarResNet", input_size=(3, 32, 32))
+    return prepare(network, "cifar10_20")
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest) -> Real:
+    found: Real = request.getfixturevalue(request.param)
+    return found
+
+
+both = pytest.mark.parametrize("real", ["squeezenet", "resnet56"], indirect=True)
+
+
+def test_squeezenet_is_recognised(squeezenet: Real) -> None:
+    architecture = squeezenet.network.architecture
+    assert (architecture.name, architecture.arguments) == ("squeezenet1_1", {"num_classes": 1000})
+    assert architecture.input_size == (3, 224, 224)
+
+
+@pytest.mark.parametrize(("real", "correct"), [("squeezenet", 11), ("resnet56", 19)], indirect=["real"])
+def test_the_images_fit_the_weights(real: Real, correct: int) -> None:
+    """Of 20: what the published accuracies let expect. Else the tests below would compare noise."""
+    assert int((forward_outputs(real.network.model, real.images)[0].argmax(1) == real.labels).sum()) == correct
+
+
+@both
+def test_all_twelve_combinations(real: Real) -> None:
+    original = real.network.model
+    state = original.state_dict()
+    expected = forward_outputs(original, real.images)[0]
+    reference = forward_outputs(original, real.images, dtype=torch.float64)[0]
+    noise = float((expected - reference).abs().max())
+    ratios = []
+    for scope, pivot, gauge in COMBINATIONS:
+        conversion = real.convert(scope, pivot, gauge)
+        output = forward_outputs(conversion.model, real.images)[0]
+        ratios.append(float((output - reference).abs().max()) / noise)
+        assert torch.equal(output.argmax(1), expected.argmax(1)), (scope, pivot, gauge)
+        restored = restore(conversion.model, conversion.record).state_dict()
+        for name, tensor in state.items():
+            if gauge == "pow2":
+                assert torch.equal(restored[name], tensor), name
+            elif tensor.is_floating_point():
+                steps = (restored[name].view(torch.int32) - tensor.view(torch.int32)).abs()
+                assert int(steps.max()) <= 2, name
+        if gauge == "pow2":
+            assert torch.equal(output, expected), (scope, pivot)
+    assert max(ratios) <= 4, ratios
+    assert float(np.median(ratios)) <= 2, ratios
+
+
+@pytest.mark.parametrize(
+    ("real", "pivot", "smallest", "median"),
+    [
+        ("squeezenet", "diagonal", 2.7e-6, 0.043),
+        ("squeezenet", "max", 1.3e-4, 0.22),
+        ("squeezenet", "matching", 1.3e-4, 0.21),
+        ("resnet56", "diagonal", 2.3e-4, 0.048),
+        ("resnet56", "max", 7.0e-3, 0.24),
+        ("resnet56", "matching", 2.6e-3, 0.18),
+    ],
+    indirect=["real"],
+)
+def test_pivot_magnitudes_are_the_measured_ones(real: Real, pivot: str, smallest: float, median: float) -> None:
+    """design.md's table, scope block: all pivots, those of channels that float32 held back included."""
+    value = np.abs(real.convert("block", pivot, "unit").pivots.value)
+    value = value[value > 0]
+    assert f"{value.min():.1e}" == f"{smallest:.1e}"
+    assert f"{np.median(value):.2g}" == f"{median:.2g}"
+
+
+@both
+def test_diagonals_of_a_deep_plain_chain_leave_float32(real: Real) -> None:
+    """26 diagonals of 0.04 in a row make 1e-36: SqueezeNet's first layers are held back, only there."""
+    held = {pivot: real.convert("network", pivot, "unit").counts()["channels_held_back"] for pivot in
+            ("matching", "max", "diagonal")}  # fmt: skip
+    is_squeezenet = real.network.architecture.name == "squeezenet1_1"
+    assert held == {"matching": 0, "max": 0, "diagonal": 250 if is_squeezenet else 0}
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("gauge", ["unit", "pow2"])
+def test_other_dtypes(real: Real, dtype: torch.dtype, gauge: str, tmp_path: Path) -> None:
+    """A checkpoint in another dtype converts, is saved in that dtype, loads, and equals its source."""
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in real.network.model.state_dict().items()}
+    torch.save(state, tmp_path / "net.pt")
+    own = real.network.architecture
+    arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
+    source = open_network(tmp_path / "net.pt", **arch)
+    conversion = convert_traced(
+        source.model, trace_network(source.model, random_input(own)), "block", "matching", gauge
+    )
+    assert conversion.counts()["channels_rescaled"] > 0
+    conversions.save_checked(conversion, source, tmp_path / "net.path.safetensors", force=False)
+    written = open_network(tmp_path / "net.path.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.model.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in source.model.state_dict().items()
+    }
+    report = verify(source.model, written.model, real.images[:4])
+    assert report.passed, report
+    assert report.bit_identical or gauge == "unit"
+    restored = restore(written.model, written.record).state_dict()
+    if gauge == "pow2":
+        assert all(torch.equal(restored[name], tensor) for name, tensor in state.items())
+
+
+@both
+def test_saved_through_the_api(real: Real, tmp_path: Path) -> None:
+    conversion = real.convert("network", "matching", "unit")
+    save(conversion, tmp_path / "net.path.safetensors")
+    own = real.network.architecture
+    model, record = load(tmp_path / "net.path.safetensors", **({"arch": own.name} if ":" in own.name else {}))
+    assert record == conversion.record
+    assert all(map(torch.equal, model.state_dict().values(), conversion.model.state_dict().values()))
