@@ -3,9 +3,10 @@
     python benchmarks/convert.py [NAMES…] [--all] [--pivot max,matching] [--json FILE]
 
 All tools take turns in one process on the same network and the same small example (64 pixels, so that a tool which
-traces with numbers pays little for them), one thread each; the least of several turns counts. **Seconds are CPU seconds**: they equal wall-clock seconds on an idle machine, and unlike those hardly change
-while other programs compute. Networks have torchvision's own initialisation with seeded random BatchNorms (γ in
-0.4…1.6, variance in 0.5…2). README.md beside this file says what every column means.
+traces with numbers pays little for them), one thread each; the least of several turns counts. **Seconds are CPU
+seconds**: they equal wall-clock seconds on an idle machine, and unlike those change little while other programs
+compute. Networks have torchvision's own initialisation with seeded random BatchNorms (γ in 0.4…1.6, variance in
+0.5…2). README.md beside this file says what every column means.
 """
 
 from __future__ import annotations
@@ -37,10 +38,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
+from torch import nn
 
 from pathconvert import architectures
-from pathconvert.architectures import Architecture
 from pathconvert.conversions import convert_network, save_checked
 from pathconvert.convert import Conversion, convert_traced, verify_conversion
 from pathconvert.equivalence import verify
@@ -49,8 +49,9 @@ from pathconvert.parts import trace_network
 
 #: Without names and without ``--all``.
 SELECTION = (
-    "resnet50 vgg16_bn densenet121 googlenet resnext50_32x4d squeezenet1_1 shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf"
-).split()
+    "resnet50", "vgg16_bn", "densenet121", "googlenet", "resnext50_32x4d",
+    "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf",
+)  # fmt: skip
 #: Above this many parameters outputs are compared on a small input, and tools take two turns instead of several.
 GIANT = 60e6
 TURNS, GIANT_TURNS = 3, 2
@@ -67,7 +68,9 @@ Channel = tuple[str, int]
 def build(name: str) -> nn.Module:
     """torchvision's network as torchvision initialises it, BatchNorms randomised; seeded."""
     torch.manual_seed(0)
-    backbone = {"weights_backbone": None} if architectures.index()[name]["task"] in ("segmentation", "detection") else {}
+    backbone = (
+        {"weights_backbone": None} if architectures.index()[name]["task"] in ("segmentation", "detection") else {}
+    )
     model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone)
     with torch.no_grad():
         for module in model.modules():
@@ -98,7 +101,11 @@ class Result:
     """One turn of one tool: CPU seconds by step, the network, the channels that it rescaled."""
 
     def __init__(
-        self, seconds: dict[str, float], model: nn.Module | None = None, ties: list[list[Channel]] | None = None, **more: Any
+        self,
+        seconds: dict[str, float],
+        model: nn.Module | None = None,
+        ties: list[list[Channel]] | None = None,
+        **more: Any,
     ) -> None:
         self.seconds = seconds
         self.model = model
@@ -159,7 +166,7 @@ def brevitas(model: nn.Module, example: Any) -> Result:
 
 
 def aimet(model: nn.Module, example: Any) -> Result:
-    """``fold_all_batch_norms`` and ``CrossLayerScaling.scale_model``; the copy that it changes is made off the clock."""
+    """``fold_all_batch_norms`` and ``CrossLayerScaling.scale_model``, on a copy made off the clock."""
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
     from aimet_torch.cross_layer_equalization import CrossLayerScaling
 
@@ -259,12 +266,17 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
     model = build(name)
     count = sum(p.numel() for p in model.parameters())
     example, image = example_for(name, small=True), example_for(name, small=count > GIANT)
-    result: dict[str, Any] = {"network": name, "parameters": count, "traced_on": _sizes(example), "compared_on": _sizes(image), "pivots": {}}
+    result: dict[str, Any] = {
+        "network": name,
+        "parameters": count,
+        "traced_on": _sizes(example),
+        "compared_on": _sizes(image),
+        "pivots": {},
+    }
     tools: dict[str, Callable[[nn.Module, Any], Result]] = {pivot: ours(pivot) for pivot in pivots}
     functions = {"brevitas": brevitas, "aimet": aimet}
     tools |= {tool: functions[tool] for tool, state in others.items() if state and "not import" not in state}
     best: dict[str, dict[str, float]] = {}
-    conversion = traced = None
     turns = GIANT_TURNS if count > GIANT else TURNS
     for turn in range(turns):
         for tool, function in list(tools.items()):
@@ -273,7 +285,9 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
                 with _quiet():
                     one = function(model, example)
             except Exception as error:
-                result[tool] = {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
+                result[tool] = {
+                    "failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+                }
                 del tools[tool]
                 continue
             if tool not in best or sum(one.seconds.values()) < sum(best[tool].values()):
@@ -282,14 +296,12 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
                 if tool in pivots:
                     conversion = one.more["conversion"]
                     parts = conversion.parts
-                    one.more["channels"] = conversion.counts()["channels_rescaled"]
                     report = verify_conversion(model, conversion.model, parts, image)
                     result["pivots"][tool] = {
-                        "channels_block": one.more["channels"],
+                        "channels_block": conversion.counts()["channels_rescaled"],
                         "noise_ratio": report.noise_ratio,
                         "fallbacks": list(conversion.pivot_fallbacks),
                     }
-                    conversion = None
                 else:
                     result[tool] = {**one.more, "channels": tied_count(one.ties), "_channels": one.channels}
                     try:  # on what it was traced on: value_trace writes sizes into some graphs
@@ -301,12 +313,13 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
     for tool, seconds in best.items():
         target = result["pivots"][tool] if tool in pivots else result[tool]
         target["seconds"] = {**seconds, "sum": sum(seconds.values())}
-    traced = trace_network(model, example)
-    network_scope = convert_traced(model, traced, "network", "max", "unit")  # type: ignore[arg-type]
+    network_scope = ours("max", "network")(model, example).more["conversion"]
     rescaled, left = our_channels(network_scope)
     result["channels_network"] = network_scope.counts()["channels_rescaled"]
-    result["noise_ratio_network"] = verify_conversion(model, network_scope.model, network_scope.parts, image).noise_ratio
-    del network_scope, traced
+    result["noise_ratio_network"] = verify_conversion(
+        model, network_scope.model, network_scope.parts, image
+    ).noise_ratio
+    del network_scope
     for tool in functions:
         if "_channels" in result.get(tool, {}):
             theirs = result[tool].pop("_channels")

@@ -363,11 +363,11 @@ def archs(as_json: Json = False, debug: Debug = False) -> None:
     from pathconvert.architectures import catalogue
 
     table = Table(box=box.SIMPLE, title="torchvision networks", title_justify="left", title_style="bold")
-    for column in ("network", "task", "supported", "why not"):
-        table.add_column(column, no_wrap=column != "why not")
+    for column in ("network", "task", "supported"):
+        table.add_column(column, no_wrap=column != "supported")
     entries = catalogue()
     for entry in entries:
-        table.add_row(entry.name, entry.task, "yes" if entry.supported else "no", entry.reason)
+        table.add_row(entry.name, entry.task, "yes" if entry.supported else f"no: {entry.reason}")
     keys = ("name", "task", "supported", "reason")
     _emit({"architectures": [{k: getattr(e, k) for k in keys} for e in entries]}, table, as_json)
     _note("Any other module: --arch package.module:builder, or timm/NAME where timm is installed.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pathconvert.errors import EquivalenceError
-from pathconvert.trace import as_arguments, mode_of, output_tensors
+from pathconvert.trace import as_arguments, computed_tensors, mode_of, output_tensors
 
 #: Highest noise ratio that passes (see the module's docstring).
 PASSING_NOISE_RATIO = 4.0
@@ -151,7 +151,7 @@ def _runnable(model: nn.Module, training: bool, dtype: torch.dtype | None) -> It
         if not training:  # convert while copying, so that one copy is all there ever is
             tensors = [*model.parameters(), *model.buffers()]
             memo = {id(t): _cast(t, dtype) for t in tensors if t.is_floating_point()}
-        model = copy.deepcopy(model, memo).to(dtype)
+        model = copy.deepcopy(model, memo | computed_tensors(model)).to(dtype)
     with mode_of(model, training), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         yield model, dtype

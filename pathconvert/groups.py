@@ -136,7 +136,8 @@ def _one_slot_a_parameter(trace: Trace) -> list[Slot]:
             trace.tie(known.columns, slot.columns, where)
         else:
             for use in (known, slot):
-                trace.pin(_concatenate(v for v in (use.rows, use.columns) if v is not None), f"shares {where[13:]}")
+                ids = _concatenate(v for v in (use.rows, use.columns) if v is not None)
+                trace.pin(ids, f"meets {where} in another role")
     return [slot for slot in first.values() if (slot.rows > PINNED).any()]
 
 

@@ -135,12 +135,15 @@ def _observe(
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
     watcher = _Watcher(model, stack)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with mode_of(model, False), torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
             model(*_in_dtype(arguments, dtype))
     finally:
         for handle in handles:
             handle.remove()
+        for buffer, was in buffers:  # a forward may count its calls
+            buffer.copy_(was)
     return calls, watcher.uses
 
 

@@ -7,39 +7,41 @@ rounding of the weights' dtype, and exactly when factors are powers of two.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
 from pathconvert.pivots import FloatVector
-from pathconvert.trace import Slot
+from pathconvert.trace import Slot, computed_tensors
 
 #: Elements that are rescaled at a time.
 BLOCK = 1 << 16
 
 
-def factor_of(slot: Slot, padded_scales: Tensor, shape: Size) -> Tensor:
-    """The float64 factor of every element of a parameter, broadcastable to ``shape``.
+def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iterator[Tensor]:
+    """The float64 factors of a parameter, part by part: all at once they are as large as the parameter and larger.
 
     Args:
         slot: its rows and columns, as units.
         padded_scales: [units + 1], the last entry 1 (for ``FIXED``).
         shape: the parameter's shape.
+        length: of a part, along the first dimension. Factors are broadcastable to their part.
     """
     rows = padded_scales[torch.from_numpy(slot.rows)]
     if slot.columns is None:
-        return rows.view(shape)
+        yield from rows.view(shape).split(length)
+        return
     columns = padded_scales[torch.from_numpy(slot.columns)]
+    first, second = (columns, rows) if slot.transposed else (rows, columns)  # as stored
     kernel = (1,) * (len(shape) - 2)
-    if slot.groups == 1:
-        factor = rows[:, None] / columns
-        return (factor.T if slot.transposed else factor).reshape(*shape[:2], *kernel)
-    blocks = rows.view(slot.groups, -1, 1) / columns.view(slot.groups, 1, -1)  # [groups, out / groups, in / groups]
-    if slot.transposed:
-        blocks = blocks.transpose(1, 2)
-    return blocks.reshape(*shape[:2], *kernel)
+    blocks = torch.arange(len(first)).div(len(first) // slot.groups, rounding_mode="floor")
+    second = second.view(slot.groups, -1)  # [groups, second / groups]
+    for part, block in zip(first.split(length), blocks.split(length), strict=True):
+        other = second if slot.groups == 1 else second[block]
+        factor = other / part[:, None] if slot.transposed else part[:, None] / other
+        yield factor.view(*factor.shape, *kernel)
 
 
 def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inverse: bool = False) -> nn.Module:
@@ -59,23 +61,17 @@ def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inv
         if not (changed[slot.rows].any() or (slot.columns is not None and changed[slot.columns].any())):
             continue
         old = tensors[slot.parameter]
-        factor = factor_of(slot, padded, old.shape).to(old.device)
-        memo[id(old)] = _scaled(old, factor, inverse)
-    return copy.deepcopy(model, memo)
+        memo[id(old)] = _scaled(old, slot, padded, inverse)
+    return copy.deepcopy(model, memo | computed_tensors(model))
 
 
-def _scaled(old: Tensor, factor: Tensor, inverse: bool) -> Tensor:
+def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:
     """``old · factor`` or ``old / factor``, computed in float64 block by block, so that the cache holds the block."""
     new = torch.empty_like(old, memory_format=torch.contiguous_format)
-    source, factor = old.detach().reshape(len(old), -1), factor.reshape(len(old), -1)
-    if source.shape[1] != factor.shape[1]:  # one factor for all of a kernel
-        source = source.view(len(old), factor.shape[1], -1)
-        factor = factor[:, :, None]
-    rows = max(1, BLOCK * len(old) // max(1, old.numel()))
-    for target, block, scale in zip(
-        new.view(source.shape).split(rows), source.split(rows), factor.split(rows), strict=True
-    ):
-        wide = block.to(torch.float64, copy=True)
+    length = max(1, BLOCK * len(old) // max(1, old.numel()))
+    parts = factors(slot, padded_scales, old.shape, length)
+    for target, block, factor in zip(new.split(length), old.detach().split(length), parts, strict=True):
+        wide, scale = block.to(torch.float64, copy=True), factor.to(old.device)
         target.copy_(wide.div_(scale) if inverse else wide.mul_(scale))
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)

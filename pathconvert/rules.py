@@ -380,8 +380,8 @@ RULES: dict[str, Rule] = {
                      "alias", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), carry),
     **dict.fromkeys(("to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), convert_kind),
     "prelu": prelu,
-    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like",
-                     "rand_like", "randn_like", "randint_like"), new),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like",
+                     "full_like", "rand_like", "randn_like", "randint_like"), new),
     "clamp": clamp,
     "clip": clamp,
     "clamp_min": clamp,
@@ -430,7 +430,7 @@ RULES: dict[str, Rule] = {
 @functools.cache
 def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
     """A torch function's plain name and its rule; functions that are not torch's own are pinned."""
-    if not _is_torchs_own(func):
+    if not _is_torchs_own(func) or func.__name__ == "__float__":  # float(x) is a number, x.float() a tensor
         return str(getattr(func, "__name__", func)), pin
     name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
     plain = name if name in RULES else name.strip("_")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pathconvert.groups import FIXED, Units
 from pathconvert.pivots import FloatVector, Pivots
-from pathconvert.rewrite import BLOCK, factor_of
+from pathconvert.rewrite import BLOCK, factors
 from pathconvert.trace import Slot
 
 Gauge = Literal["unit", "pow2"]
@@ -98,7 +98,7 @@ class _Ranges:
         """Marks the units of every element that leaves the normal range; one that is subnormal already may grow."""
         weight = self.tensors[slot.parameter].detach()
         info = torch.finfo(weight.dtype)
-        factor = factor_of(slot, torch.from_numpy(padded), weight.shape)
+        factor = next(factors(slot, torch.from_numpy(padded), weight.shape, max(1, len(weight))))
         scaled = weight.abs().double() * factor
         bad = ((scaled < info.tiny) & (scaled > 0) & (factor < 1)) | (scaled > info.max)
         if not bool(bad.any()):

@@ -295,10 +295,8 @@ class Tracer(TorchFunctionMode):
                 raise TraceError(f"{call.where} writes into out=, which cannot be followed")
             return rule(call)
         writes = changes_its_input(func) or kwargs.get("out") is not None
-        if writes and any(id(tensor) in self.names for tensor in tensors):
-            result = call.run()  # a buffer's update, e.g. num_batches_tracked: on a copy
-        else:
-            result = func(*args, **kwargs)
+        on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)  # as num_batches_tracked's update
+        result = call.run() if on_a_copy else func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta" and id(leaf) not in self.names:
                 self.set(leaf, pinned_like(leaf) * (ZERO if func is torch.zeros else 1))
@@ -384,6 +382,12 @@ def _refill(container: Any, content: Any) -> None:
     elif isinstance(container, dict | set):
         container.clear()
         container.update(content)
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by id, of what hooks computed and keep as attributes (pruning, weight_norm): deepcopy refuses these."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:

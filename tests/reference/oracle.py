@@ -86,7 +86,11 @@ def execute(node: Node, reads: list[Tensor], layers: Any) -> Tensor:
             pools = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
             return pools[spatial - 1](x, 2)
         case "resize":
-            mode = arguments["mode"] if arguments["mode"] == "nearest" else ("linear", "bilinear", "trilinear")[spatial - 1]
+            mode = (
+                arguments["mode"]
+                if arguments["mode"] == "nearest"
+                else ("linear", "bilinear", "trilinear")[spatial - 1]
+            )
             return F.interpolate(x, scale_factor=2, mode=mode)
         case "global_mean":
             return x.mean(list(range(2, x.dim())), keepdim=True)
@@ -319,10 +323,7 @@ class Oracle:
         w = layer.weight.detach()
         groups = getattr(layer, "groups", 1)
         into, out = len(self.columns[weight]) // groups, _width(layer) // groups
-        if getattr(layer, "transposed", False):
-            index = [column, row % out]
-        else:
-            index = [row, column % into]
+        index = [column, row % out] if getattr(layer, "transposed", False) else [row, column % into]
         index += [size // 2 for size in w.shape[2:]]
         return self._next(weight, row)[1] * float(w[tuple(index)])
 
