@@ -232,9 +232,9 @@ def reparam(
 ) -> None:
     """Move a network into path space: same class, names, shapes and dtypes; proven equal before the file appears."""
     del debug
+    steps = _Steps(4 if report else 3)
     from pathconvert import reports
 
-    steps = _Steps(4 if report else 3)
     path = _output(source, output, "path", force)
     if report:
         reports.prepare_report(report, force=force, taken=(Path(source), path))
