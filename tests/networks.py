@@ -20,9 +20,10 @@ from pathconvert.architectures import Architecture, build
 TINY, CLASSES = 1e-6, 7
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
 
-# A stretch of random numbers is copied over and over: drawing 140 million of them takes longer than all the rest.
-# Its prime length keeps the rows of a matrix apart.
-_POOL = torch.rand(1_000_003, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+# A stretch of random numbers, twice in a row, is copied over and over: drawing 140 million takes longer than all
+# the rest. Its prime length keeps the rows of a matrix apart.
+PERIOD = 1_000_003
+_POOL = (torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1).repeat(2)
 
 
 def network(name: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> nn.Module:
@@ -75,10 +76,10 @@ def _randomise_batch_norm(module: Any, name: str) -> None:
 
 def _fill(target: Tensor, key: str, spread: float, centre: float = 0.0) -> None:
     """Numbers in ``centre`` ± ``spread``, from a place in the pool that ``key`` names."""
-    start = zlib.crc32(key.encode()) % len(_POOL)
+    start = zlib.crc32(key.encode()) % PERIOD
     flat = target.view(-1)
-    pool = _POOL.to(target.dtype).roll(-start)
-    whole = len(flat) // len(pool) * len(pool)
-    flat[:whole].view(-1, len(pool)).copy_(pool.expand(whole // len(pool), -1))
-    flat[whole:].copy_(pool[: len(flat) - whole])
+    whole = len(flat) // PERIOD
+    stretch = _POOL[start : start + PERIOD]
+    flat[: whole * PERIOD].view(whole, PERIOD).copy_(stretch)
+    flat[whole * PERIOD :].copy_(stretch[: len(flat) - whole * PERIOD])
     target.mul_(spread).add_(centre)

@@ -33,6 +33,12 @@ COMBINATIONS = [
 ]
 
 
+#: Every pivot rule in both scopes and both gauges: for two networks with wide layers, on which matching takes seconds.
+HALF_OF_THEM = [
+    (scope, pivot, gauge) for scope, pivot, gauge in COMBINATIONS if (scope == "block") == (gauge == "unit")
+]
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a conversion should find. ``movable`` channels are those that are rescaled, or held back by float32."""
@@ -130,7 +136,7 @@ CASES = [
         "inception_v3",
         NO_HEADS,
         Counts(95, (1, 1), (17216, 17216)),
-        shape=(2, 3, 75, 75),
+        shape=(2, 3, 139, 139),
     ),
     plain("shufflenet_v2_x0_5", 57, 3960, dead=16),
     plain("shufflenet_v2_x1_0", 57, 8074, dead=16),
@@ -202,8 +208,7 @@ def assert_stock(conversion: Conversion, original: nn.Module, case: Case) -> Non
         for model in (conversion.model, original)
     ]
     assert kinds[0] == kinds[1]
-    with torch.device("meta"):
-        stock = build(Architecture(case.name, {"num_classes": CLASSES, **case.arguments}))
+    stock = build(Architecture(case.name, {"num_classes": CLASSES, **case.arguments}))
     stock.load_state_dict(conversion.model.state_dict(), strict=True, assign=True)
 
 
@@ -303,7 +308,7 @@ def test_every_combination(name: str) -> None:
     inputs = draw((1, *case.shape[1:]))
     traced = trace_network(original, draw(case.training_shape or case.shape))
     expected = forward_outputs(original, inputs)
-    for scope, pivot, gauge in COMBINATIONS:
+    for scope, pivot, gauge in HALF_OF_THEM if name.startswith(("resnext", "fcn")) else COMBINATIONS:
         conversion = convert_traced(original, traced, scope, pivot, gauge)
         outputs = forward_outputs(conversion.model, inputs)
         if gauge == "pow2":
