@@ -345,7 +345,7 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     for module in model.modules():
         attributes = vars(module)
         before.append((attributes, dict(attributes)))
-        before += [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list))]
+        before += [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)]
     try:
         for module in model.modules():
             module.training = training
@@ -354,34 +354,6 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
         for live, was in before:
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(was)
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the attributes it had: what a forward caches is on the meta device here."""
-
-    def shallow(value: Any) -> Any:
-        return value.copy() if isinstance(value, list | dict | set) else value
-
-    before = [(module, {name: shallow(value) for name, value in vars(module).items()}) for module in model.modules()]
-    originals = [dict(vars(module)) for module, _ in before]
-    try:
-        yield
-    finally:
-        for (module, values), original in zip(before, originals, strict=True):
-            for name, value in values.items():
-                _refill(original[name], value)
-            vars(module).clear()
-            vars(module).update(original)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Give a list, dictionary or set the content it had."""
-    if isinstance(container, list):
-        container[:] = content
-    elif isinstance(container, dict | set):
-        container.clear()
-        container.update(content)
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
@@ -416,7 +388,6 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             tracer.set(leaf, pinned_like(leaf))
     frozen = mock.patch.object(torchvision.ops.misc.FrozenBatchNorm2d, "forward", _frozen_batch_norm)
     with (
-        _attributes_kept(module),
         mode_of(module, training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
