@@ -5,8 +5,8 @@
 All tools take turns in one process on the same network and the same small example (64 pixels, so that a tool which
 traces with numbers pays little for them), one thread each; the least of several turns counts. **Seconds are CPU
 seconds**: they equal wall-clock seconds on an idle machine, and unlike those change little while other programs
-compute. Networks have torchvision's own initialisation with seeded random BatchNorms (γ in 0.4…1.6, variance in
-0.5…2). README.md beside this file says what every column means.
+compute. Networks have torchvision's own initialisation, seeded random γ (0.4…1.6) and β, and the running statistics of
+one random batch. README.md beside this file says what every column means.
 """
 
 from __future__ import annotations
@@ -66,19 +66,26 @@ Channel = tuple[str, int]
 
 
 def build(name: str) -> nn.Module:
-    """torchvision's network as torchvision initialises it, BatchNorms randomised; seeded."""
+    """torchvision's network as torchvision initialises it; γ, β random and statistics true; seeded."""
     torch.manual_seed(0)
-    backbone = (
-        {"weights_backbone": None} if architectures.index()[name]["task"] in ("segmentation", "detection") else {}
-    )
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone)
+    task = architectures.index()[name]["task"]
+    backbone = {"weights_backbone": None} if task in ("segmentation", "detection") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    was = [norm.momentum for norm in norms]
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.weight.uniform_(0.4, 1.6)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2.0)
+        for norm in norms:
+            norm.weight.uniform_(0.4, 1.6)
+            norm.bias.normal_(0, 0.3)
+            norm.momentum = 1.0
+            norm.train()
+        if norms:
+            *rest, _, side = architectures.index()[name]["input_size"]
+            side = side if name in NEEDS_ITS_SIZE else 64
+            body = model.backbone if task == "detection" else model
+            body(torch.randn(8, *rest, side, side))
+    for norm, momentum in zip(norms, was, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 

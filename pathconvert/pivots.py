@@ -177,16 +177,15 @@ def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: Pivot
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     if rule == "diagonal":
         return _positions(layer)[columns] % columns_per_group % rows_per_group, False
-    magnitude = effective.abs()
-    chosen: IdVector = magnitude.argmax(dim=1).numpy()
+    chosen: IdVector = effective.abs().argmax(dim=1).numpy()
     if rule == "max" or rows_per_group == 1:
         return chosen, False
-    if magnitude.numel() > WIDEST_MATCHING * layer.groups:
+    if effective.numel() > WIDEST_MATCHING * layer.groups:
         return chosen, True
     block = columns // columns_per_group
     for index in np.unique(block):
         mine = np.flatnonzero(block == index)
-        chosen[mine] = _match(magnitude[torch.from_numpy(mine)], chosen[mine])
+        chosen[mine] = _match(effective[torch.from_numpy(mine)].abs_(), chosen[mine])
     return chosen, False
 
 
@@ -208,7 +207,7 @@ def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
     chosen = largest.copy()
     left = np.arange(len(cost))
     while left.size:
-        now = cost.numpy()[left]
+        now = cost.numpy() if left.size == len(cost) else cost.numpy()[left]
         if now.shape[0] == now.shape[1]:  # every row is used once: what is common to a row or column decides nothing
             now -= now.min(axis=0)
             now -= now.min(axis=1, keepdims=True)

@@ -9,8 +9,10 @@ outgoing ones divided, so that the pivot becomes a_i · s_next / s_i = ±1.
 ``pow2``  s_i rounded to a power of two: pivots land in [2^-½, 2^½] and every product is exact
 =======  ===========================================================================================
 
-**Held back** is a unit whose factor would carry a weight out of its dtype's normal range, or that itself leaves the
-square root of that range (the activations have the other half of the exponents). Its factor is 1.
+**Held back** is a unit whose factor would carry a weight out of its dtype's normal range, or that leaves too little of
+the exponents for its activations; its factor is 1. Activations keep half of the exponents. With ``unit`` a factor may
+go further, up to 2²⁴ from the ends of the range: activations that then become subnormal are below one rounding of the
+layer's largest, so nothing but rounding changes. With ``pow2`` they would no longer be exact.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def choose_scales(
     The factor of a unit without pivot, held back or on a circle is 1.
     """
     held = np.zeros(units.count, dtype=bool)
-    ranges = _Ranges(units, tensors)
+    ranges = _Ranges(units, tensors, gauge)
     while True:
         scales, circular = _propagate(pivots, gauge, held)
         leaving = ranges.leaving(scales) & ~held
@@ -66,13 +68,16 @@ def _propagate(pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_]) -> tuple[F
 class _Ranges:
     """Finds units whose factors carry a weight out of its dtype's normal range."""
 
-    def __init__(self, units: Units, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, units: Units, tensors: Mapping[str, Tensor], gauge: Gauge) -> None:
         self.slots = [slot for slot in units.slots if (slot.rows >= 0).any() or _reads(slot)]
         self.tensors = tensors
         self._spans: dict[str, tuple[float, float]] = {}
         infos = [torch.finfo(tensors[slot.parameter].dtype) for slot in self.slots]
-        self.lowest = max((info.tiny for info in infos), default=0.0) ** 0.5
-        self.highest = min((info.max for info in infos), default=np.inf) ** 0.5
+        tiny = max((info.tiny for info in infos), default=0.0)
+        largest = min((info.max for info in infos), default=np.inf)
+        self.lowest, self.highest = tiny**0.5, largest**0.5
+        if gauge == "unit":
+            self.lowest, self.highest = min(self.lowest, tiny * 2**24), max(self.highest, largest / 2**24)
 
     def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
         """Units to hold back, [units]."""
