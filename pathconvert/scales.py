@@ -12,7 +12,7 @@ outgoing ones divided, so that the pivot becomes a_i · s_next / s_i = ±1.
 **Held back** is a unit whose factor would carry a weight out of its dtype's normal range, or that leaves too little of
 the exponents for its activations; its factor is 1. Activations keep half of the exponents. With ``unit`` a factor may
 go further, up to 2²⁴ from the ends of the range: activations that then become subnormal are below one rounding of the
-layer's largest, so nothing but rounding changes. With ``pow2`` they would no longer be exact.
+channel's usual ones, so nothing but rounding changes. With ``pow2`` they would no longer be exact.
 """
 
 from __future__ import annotations

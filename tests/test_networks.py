@@ -58,7 +58,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = (2, 3, 64, 64)
     training_shape: tuple[int, ...] | None = None  # where training needs a larger input
-    large: bool = False  # over 100 million parameters: float32, to stay under 4 GiB
+    large: bool = False  # over 80 million parameters: float32, to stay under 4 GiB
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.arguments.items() if k.startswith("aux"))])
@@ -118,8 +118,8 @@ CASES = [
     residual("resnet101", 72, 64 + 2 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840),
     residual("resnet152", 106, 64 + 2 * (3 * 64 + 8 * 128 + 36 * 256 + 3 * 512), 3840),
     residual("resnext50_32x4d", 38, 64 + 4 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512), 3840),
-    residual("resnext101_32x8d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840),
-    residual("resnext101_64x4d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840),
+    residual("resnext101_32x8d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
+    residual("resnext101_64x4d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
     residual("wide_resnet50_2", 38, 64 + 4 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512), 3840),
     residual("wide_resnet101_2", 72, 64 + 4 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
     plain("squeezenet1_0", 26, 2976),
@@ -158,7 +158,7 @@ CASES = [
     gated("regnet_y_1_6gf", 114, 27, 18502, 48 + 120 + 336 + 888),
     gated("regnet_y_3_2gf", 90, 21, 22666, 72 + 216 + 576 + 1512),
     gated("regnet_y_8gf", 74, 17, 29272, 224 + 448 + 896 + 2016),
-    gated("regnet_y_16gf", 78, 18, 41620, 224 + 448 + 1232 + 3024),
+    gated("regnet_y_16gf", 78, 18, 41620, 224 + 448 + 1232 + 3024, large=True),
     gated("regnet_y_32gf", 86, 20, 53922, 232 + 696 + 1392 + 3712, large=True),
     video("r3d_18", 13, 1920),
     video("mc3_18", 13, 1920),
@@ -233,19 +233,21 @@ def test_converted(case: Case) -> None:
     assert traced.left_alone == {}
 
     expected = forward_outputs(original, inputs)
+    conversion = convert_traced(original, traced, "network", "max", "pow2")
+    assert_counts(conversion, case.counts, float32=case.large)
+    assert all(map(torch.equal, forward_outputs(conversion.model, inputs), expected))
+    assert_stock(conversion, original, case)
+    assert_restored(conversion, original)
+    del conversion
+    if case.large:  # float32 has no sharper check than the bits, and a forward takes seconds
+        return
+
     small = sum(p.numel() for p in original.parameters()) < MATCHED_PARAMETERS
     conversion = convert_traced(original, traced, "block", "matching" if small else "max", "unit")
     assert_counts(conversion, case.counts, float32=case.large)
     assert_close(forward_outputs(conversion.model, inputs), expected)
     in_training = [forward_outputs(model, training_inputs, training=True) for model in (conversion.model, original)]
     assert_close(*in_training)
-    assert_stock(conversion, original, case)
-    assert_restored(conversion, original)
-    del conversion
-
-    conversion = convert_traced(original, traced, "network", "max", "pow2")
-    assert_counts(conversion, case.counts, float32=case.large)
-    assert all(map(torch.equal, forward_outputs(conversion.model, inputs), expected))
     assert_restored(conversion, original)
 
 
