@@ -36,6 +36,9 @@ PivotRule = Literal["matching", "max", "diagonal"]
 #: Columns × rows above which ``matching`` falls back to ``max``: linear_sum_assignment takes 3 s at 4096².
 WIDEST_MATCHING = 2048 * 2048
 
+#: Elements of a layer that are looked at together where every column is for itself.
+BLOCK = 1 << 18
+
 FloatVector = NDArray[np.float64]
 
 
@@ -79,14 +82,18 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
         hosted = np.flatnonzero(host == index)
         if not hosted.size:
             continue
-        effective = _effective_taps(layer, host_column[hosted], units.batch_norms, tensors)
-        chosen, fell_back = _choose_rows(layer, host_column[hosted], effective, rule)
-        if fell_back:
-            fallbacks.append(layer.parameter)
         per_group = len(layer.rows) // layer.groups
-        block = host_column[hosted] // (len(layer.columns) // layer.groups)
-        row[hosted] = block * per_group + chosen
-        value[hosted] = effective.numpy()[np.arange(len(hosted)), chosen]
+        rule_here: PivotRule = "max" if per_group == 1 else rule
+        if rule_here == "matching" and len(hosted) * per_group > WIDEST_MATCHING * layer.groups:
+            fallbacks.append(layer.parameter)
+            rule_here = "max"
+        length = max(1, BLOCK // per_group) if rule_here == "max" else len(hosted)  # columns at a time
+        for part in (hosted[start : start + length] for start in range(0, len(hosted), length)):
+            effective = _effective_taps(layer, host_column[part], units.batch_norms, tensors)
+            chosen = _choose_rows(layer, host_column[part], effective, rule_here)
+            block = host_column[part] // (len(layer.columns) // layer.groups)
+            row[part] = block * per_group + chosen
+            value[part] = effective.numpy()[np.arange(len(part)), chosen]
         next_unit[hosted] = layer.next_units[row[hosted]]
     none = (value == 0) | ~np.isfinite(value)
     return Pivots(np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks))
@@ -172,21 +179,19 @@ def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mappin
     return gains
 
 
-def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> tuple[IdVector, bool]:
-    """The row within its group for every hosted column, and whether ``matching`` fell back to ``max``."""
+def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> IdVector:
+    """The row within its group for every hosted column."""
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     if rule == "diagonal":
-        return _positions(layer)[columns] % columns_per_group % rows_per_group, False
+        return _positions(layer)[columns] % columns_per_group % rows_per_group
     chosen: IdVector = effective.abs().argmax(dim=1).numpy()
-    if rule == "max" or rows_per_group == 1:
-        return chosen, False
-    if effective.numel() > WIDEST_MATCHING * layer.groups:
-        return chosen, True
+    if rule == "max":
+        return chosen
     block = columns // columns_per_group
     for index in np.unique(block):
         mine = np.flatnonzero(block == index)
         chosen[mine] = _match(effective[torch.from_numpy(mine)].abs_(), chosen[mine])
-    return chosen, False
+    return chosen
 
 
 def _positions(layer: Layer) -> IdVector:
@@ -201,7 +206,7 @@ def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
     cost = magnitude.log_().neg_()
     zero = torch.isinf(cost)
     cost[zero] = 0.0
-    forbidden = 4 * float(cost.abs().max()) * (min(cost.shape) + 1) + 1
+    forbidden = 4 * float(max(cost.max(), -cost.min())) * (min(cost.shape) + 1) + 1
     cost[zero] = forbidden
     is_zero = zero.numpy()
     chosen = largest.copy()

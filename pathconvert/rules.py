@@ -201,11 +201,24 @@ def tie(call: Call) -> Any:
 
 
 def where(call: Call) -> Any:
-    """where(condition, x, y) selects: x and y have one factor. A condition on numbers would see the factor."""
+    """where(condition, x, y) selects: x and y have one factor, 0 has any; a condition on numbers would see it."""
     condition, x, y = (call.argument(i, name) for i, name in enumerate(("condition", "input", "other")))
-    if call.tracer.is_live(condition) or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+    return _select(call, condition, x, y)
+
+
+def masked_fill(call: Call) -> Any:
+    """masked_fill(x, mask, y) is where(mask, y, x)."""
+    x, mask, value = (call.argument(i, name) for i, name in enumerate(("input", "mask", "value")))
+    return pin(call) if is_variant(call) else _select(call, mask, value, x)
+
+
+def _select(call: Call, condition: Tensor, *choices: Any) -> Any:
+    tensors = [choice for choice in choices if isinstance(choice, Tensor)]
+    numbers = [choice for choice in choices if not isinstance(choice, Tensor)]
+    if call.tracer.is_live(condition) or not tensors or any(number != 0 for number in numbers):
         return pin(call)
-    _, a, b = aligned(call, [condition, x, y])
+    _, *ids = aligned(call, [condition, *tensors])
+    a, b = ids[0], ids[-1]
     call.trace.tie(a.flatten().numpy(), b.flatten().numpy(), call.where)
     return call.give(call.run(), compact(torch.where(a == ZERO, b, a)))
 
@@ -405,6 +418,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("add", "sub", "maximum", "minimum", "fmax", "fmin"), tie),
     **dict.fromkeys(("mul", "multiply", "div", "divide", "true_divide", "truediv"), product),
     "where": where,
+    "masked_fill": masked_fill,
     # layers
     **{f"conv{n}d": convolution(n) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": convolution(n, transposed=True) for n in (1, 2, 3)},

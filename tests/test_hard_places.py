@@ -180,6 +180,8 @@ CARRIES: dict[str, tuple[int, Callable[[Net, Tensor], Tensor]]] = {
     "noise like x": (4, lambda s, x: x * torch.rand_like(x)),
     "drop path": (4, lambda s, x: x * x.new_empty(3, 1, 1, 1).bernoulli_(0.5)),
     "where, condition on the input": (4, lambda s, x: torch.where(torch.zeros(1, dtype=torch.bool), x, F.relu(x))),
+    "where, zero elsewhere": (4, lambda s, x: torch.where(torch.eye(6, dtype=torch.bool), x, 0)),
+    "masked_fill, with zero": (4, lambda s, x: x.masked_fill(torch.eye(6, dtype=torch.bool), 0.0)),
 }  # fmt: skip
 
 
@@ -223,6 +225,11 @@ PINS: dict[str, tuple[int, Callable[[Net, Tensor], Tensor], str]] = {
         UNKNOWN.format("grid_sample"),
     ),
     "written by index": (4, lambda s, x: _write(x, 0.5), UNKNOWN.format("__setitem__")),
+    "masked_fill, with one": (
+        4,
+        lambda s, x: x.masked_fill(torch.eye(6, dtype=torch.bool), 1.0),
+        UNKNOWN.format("masked_fill"),
+    ),
     "condition on numbers": (4, lambda s, x: torch.where(x > 0.3, x, -x), UNKNOWN.format("gt")),
     "an index that depends on numbers": (
         4,
