@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pathconvert.trace import PINNED, ZERO, BatchNormCall, Call, Rule, Slot, changes_its_input, compact, pinned_like
+from pathconvert.trace import (
+    PINNED,
+    ZERO,
+    BatchNormCall,
+    Call,
+    Rule,
+    Slot,
+    changes_its_input,
+    compact,
+    metadata,
+    pinned_like,
+)
 
 
 def is_variant(call: Call) -> bool:
@@ -269,6 +280,7 @@ def convolution(spatial: int, transposed: bool = False) -> Rule:
             call.trace.slots.append(Slot(names[1], rows))
         shape = [1] * result.dim()
         shape[channel] = -1
+        call.tracer.step(names[0], x, result)
         return call.give(result, torch.from_numpy(rows).view(shape))
 
     return rule
@@ -294,7 +306,9 @@ def batch_norm(call: Call) -> Any:
     call.trace.batch_norms.append(BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps))
     shape = [1] * x.dim()
     shape[1] = -1
-    return call.give(torch.empty_like(x, device="meta"), torch.from_numpy(rows).view(shape))
+    result = torch.empty_like(x, device="meta")
+    call.tracer.step(title, x, result)
+    return call.give(result, torch.from_numpy(rows).view(shape))
 
 
 def _affine_rows(call: Call, weight: Tensor | None, bias: Tensor | None, size: int, title: str) -> Any:
@@ -377,11 +391,6 @@ def clamp(call: Call) -> Any:
 def threshold(call: Call) -> Any:
     """threshold(x, 0, 0) is ReLU."""
     return carry(call) if call.argument(1, "threshold") == call.argument(2, "value") == 0 else activation(call)
-
-
-def metadata(call: Call) -> Any:
-    """Shapes, dtypes, devices: no use of the numbers."""
-    return call.func(*call.args, **call.kwargs)
 
 
 _DIMS = (1, 2, 3)

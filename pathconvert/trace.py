@@ -22,6 +22,7 @@ depends on shapes is followed for the shape of the example.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,21 @@ class BatchNormCall:
     eps: float
 
 
+@dataclass(frozen=True)
+class Step:
+    """One call of a layer or of a BatchNorm, and its neighbours.
+
+    Attributes:
+        name: a layer's weight, or a BatchNorm's :attr:`BatchNormCall.name`.
+        source: the step whose result is read, if nothing else reads it; None otherwise.
+        sink: the step that reads the result, if nothing else does; None otherwise.
+    """
+
+    name: str
+    source: str | None
+    sink: str | None
+
+
 @dataclass
 class Trace:
     """What one or several runs of a network say about its ids (see the module's docstring)."""
@@ -84,6 +100,7 @@ class Trace:
     pins: list[tuple[IdVector, str]] = field(default_factory=list)
     residual: list[IdVector] = field(default_factory=list)
     offenders: list[tuple[str, str]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     id_count: int = 2
 
     def copy(self) -> Trace:
@@ -95,8 +112,22 @@ class Trace:
             list(self.pins),
             list(self.residual),
             list(self.offenders),
+            list(self.steps),
             self.id_count,
         )
+
+    def followers(self) -> dict[str, str]:
+        """Step → the step that alone reads what it makes, in every call, and that reads nothing else."""
+        sources: dict[str, set[str | None]] = {}
+        sinks: dict[str, set[str | None]] = {}
+        for step in self.steps:
+            sources.setdefault(step.name, set()).add(step.source)
+            sinks.setdefault(step.name, set()).add(step.sink)
+        return {
+            name: sink
+            for name, (sink, *others) in ((name, tuple(reached)) for name, reached in sinks.items())
+            if sink is not None and not others and sources[sink] == {name}
+        }
 
     def fresh(self, count: int) -> IdVector:
         """``count`` new ids."""
@@ -199,6 +230,11 @@ class Call:
         return kept
 
 
+def metadata(call: Call) -> Any:
+    """Shapes, dtypes, devices: no use of the numbers."""
+    return call.func(*call.args, **call.kwargs)
+
+
 def pinned_like(tensor: Tensor) -> Tensor:
     """Ids of a tensor whose factor is 1 everywhere."""
     return torch.full((1,) * tensor.dim(), PINNED)
@@ -224,6 +260,8 @@ class Tracer(TorchFunctionMode):
         self.stack: list[nn.Module] = []
         self.seen: set[str] = set()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._uses: Counter[int] = Counter()
+        self._steps: list[tuple[str, int, int]] = []
 
     @property
     def path(self) -> str:
@@ -267,6 +305,23 @@ class Tracer(TorchFunctionMode):
             raise TraceError(f"a tensor inside {self.path or 'the network'} comes from code that cannot be followed")
         return pinned_like(tensor)
 
+    def step(self, name: str, read: Tensor, made: Tensor) -> None:
+        """Note a call of a layer or a BatchNorm (:class:`Step`)."""
+        self._steps.append((name, id(read), id(made)))
+
+    def finish(self, outputs: Sequence[Tensor]) -> None:
+        """Note who reads whom, once the forward has returned ``outputs``."""
+        self._uses.update(map(id, outputs))
+        made_by = {made: name for name, _, made in self._steps}
+        read_by = {read: name for name, read, _ in self._steps}
+
+        def alone(tensor: int, names: dict[int, str]) -> str | None:
+            return names.get(tensor) if self._uses[tensor] == 1 else None
+
+        self.trace.steps += [
+            Step(name, alone(read, made_by), alone(made, read_by)) for name, read, made in self._steps
+        ]
+
     def leave_alone(self, tensor: Tensor, reason: str) -> None:
         """Pin a tensor. A parameter without ids gets none: attention has millions of elements to pin one by one."""
         if id(tensor) not in self._values:
@@ -290,6 +345,8 @@ class Tracer(TorchFunctionMode):
         call = Call(self, name, func, args, kwargs)
         tensors = call.tensors()
         self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
+        if rule is not metadata:
+            self._uses.update(id(tensor) for tensor in tensors if self.is_live(tensor))
         if any(self.is_live(tensor) for tensor in tensors):
             if kwargs.get("out") is not None:
                 raise TraceError(f"{call.where} writes into out=, which cannot be followed")
@@ -403,7 +460,9 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             place = tracer.path or tracer.modules.get(module, "") or "the network"
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise TraceError(f"the forward of {place} cannot be followed on shapes alone: {reason[0]}") from error
-    for tensor in output_tensors(output):
+    outputs = output_tensors(output)
+    tracer.finish(outputs)
+    for tensor in outputs:
         tracer.trace.pin(tracer.ids(tensor).flatten().numpy(), _output_reason(tracer, module))
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from pathconvert.errors import RecordError
 from pathconvert.groups import FIXED, find_units
+from pathconvert.parts import trace_network
 from pathconvert.pivots import choose_pivots
 from pathconvert.record import decode_runs, encode_runs, read_record
 from pathconvert.rewrite import factors, rescale
@@ -136,3 +137,20 @@ def test_one_parameter_in_two_kinds_of_use_is_pinned() -> None:
     trace.slots += [Slot("a.weight", rows, ids(PINNED, PINNED)), Slot("a.weight", again)]
     (group,) = find_units(trace).groups
     assert group.pinned_by == "meets a second use of a.weight in another role"
+
+
+def test_followers_are_neighbours_that_nothing_else_reads() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.bn_a, self.bn_b, self.bn_c = (nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            alone = self.bn_a(self.a(x))
+            b = self.b(alone)
+            shared = self.bn_c(self.c(x)) + self.bn_c(self.d(x))  # one BatchNorm after two convolutions
+            return self.bn_b(b) + b.mul(2) + shared  # b has a second reader
+
+    followers = trace_network(Net(), torch.randn(2, 3, 4, 4)).trace.followers()
+    assert followers == {"a.weight": "bn_a", "bn_a": "b.weight"}
