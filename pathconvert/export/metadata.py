@@ -1,0 +1,204 @@
+"""What an ``.onnx`` file says about itself: one metadata property, ``pathconvert``, that holds a JSON object.
+
+The object is a versioned format of its own, the fields of :class:`ModelCard`::
+
+    format_version, tool
+    architecture            name, arguments, input_size, task; null where nothing tells
+    form                    plain, path or path-bn: what the file that was exported held
+    source_name, source_sha256
+    preprocessing           resize, crop, mean, std, interpolation; null where nothing tells
+    labels                  class names in the order of the logits; null where nothing tells
+    precision, softmax, preprocessing_in_graph
+
+``preprocessing_in_graph`` says that the graph takes uint8 pixels and normalises them itself: then only ``resize`` and
+``crop`` are left to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torchvision
+
+from pathconvert import architectures
+from pathconvert.architectures import Architecture
+from pathconvert.errors import CheckpointError
+from pathconvert.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT_VERSION = 1
+#: The key of the metadata property.
+PROPERTY = "pathconvert"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resize, centre crop, [0, 255] → [0, 1], (x − mean) / std.
+
+    Attributes:
+        resize: the shorter side's length, or (height, width).
+        crop: (height, width) of the centre crop; None for none (segmentation).
+        mean, std: of every channel, for values in [0, 1].
+        interpolation: of the resizing, as Pillow names it: ``bilinear``, ``bicubic``, ``nearest``.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    @staticmethod
+    def for_architecture(architecture: Architecture | None) -> Preprocessing | None:
+        """What torchvision's default weights expect, at the architecture's input size.
+
+        None for any other network, for video, detection, and inputs that are not three channels.
+        """
+        transforms = _default_transforms(architecture)
+        if architecture is None or transforms is None:
+            return None
+        resize = int(transforms.resize_size[0])
+        crop = getattr(transforms, "crop_size", None)
+        size = architecture.input_size
+        sides: tuple[int, int] | None = None
+        if crop:
+            sides = (int(crop[0]), int(crop[0])) if size is None else (size[1], size[2])
+            resize = round(resize * max(sides) / int(crop[0]))
+        mean, std = (tuple(float(value) for value in values) for values in (transforms.mean, transforms.std))
+        return Preprocessing(resize, sides, mean, std, transforms.interpolation.value)
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of :func:`dataclasses.asdict` through JSON."""
+        resize, crop = stored["resize"], stored["crop"]
+        return Preprocessing(
+            (int(resize[0]), int(resize[1])) if isinstance(resize, list | tuple) else int(resize),
+            (int(crop[0]), int(crop[1])) if crop else None,
+            tuple(map(float, stored["mean"])),
+            tuple(map(float, stored["std"])),
+            str(stored.get("interpolation", "bilinear")),
+        )
+
+
+def _default_transforms(architecture: Architecture | None) -> Any:
+    """torchvision's transforms for its default weights of a three-channel image network, or None."""
+    weights = _default_weights(architecture)
+    if weights is None or architecture is None or architecture.task not in ("classification", "segmentation"):
+        return None
+    if architecture.input_size is not None and (len(architecture.input_size), architecture.input_size[0]) != (3, 3):
+        return None
+    transforms = weights.transforms()
+    return transforms if hasattr(transforms, "mean") and getattr(transforms, "resize_size", None) else None
+
+
+def _default_weights(architecture: Architecture | None) -> Any:
+    if architecture is None or not architectures.is_known(architecture.name):
+        return None
+    return torchvision.models.get_model_weights(architecture.name).DEFAULT
+
+
+def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
+    """The class names of torchvision's default weights, where the network has as many classes; else None."""
+    weights = _default_weights(architecture)
+    categories = weights.meta.get("categories") if weights is not None else None
+    if architecture is None or not categories:
+        return None
+    usual = len(categories)
+    return tuple(categories) if architecture.arguments.get("num_classes", usual) == usual else None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What an exported file says about itself (see the module's docstring)."""
+
+    architecture: Architecture | None = None
+    form: str = "plain"
+    source_name: str | None = None
+    source_sha256: str | None = None
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] | None = None
+    precision: str = "fp32"
+    softmax: bool = False
+    preprocessing_in_graph: bool = False
+    tool: str = f"pathconvert {__version__}"
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> ModelCard:
+        """Read the JSON object; unknown fields are ignored.
+
+        Raises:
+            CheckpointError: it is of a newer format, or damaged.
+        """
+        version = stored.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the file has pathconvert metadata of format version {version}; this is pathconvert {__version__}, "
+                f"which reads up to version {FORMAT_VERSION}",
+                f"Read it with the version that wrote it: {stored.get('tool', 'unknown')}.",
+            )
+        try:
+            return _card(stored)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            message = f"the file has damaged pathconvert metadata: {type(error).__name__}: {error}"
+            raise CheckpointError(message, "Export it again.") from error
+
+
+def _card(stored: Mapping[str, Any]) -> ModelCard:
+    architecture, preprocessing, labels = (stored.get(k) for k in ("architecture", "preprocessing", "labels"))
+    if architecture is not None:
+        size = architecture["input_size"]
+        architecture = Architecture(
+            architecture["name"], architecture["arguments"], tuple(size) if size else None, architecture["task"]
+        )
+    return ModelCard(
+        architecture,
+        str(stored.get("form", "plain")),
+        stored.get("source_name"),
+        stored.get("source_sha256"),
+        Preprocessing.from_json(preprocessing) if preprocessing is not None else None,
+        tuple(map(str, labels)) if labels is not None else None,
+        str(stored.get("precision", "fp32")),
+        bool(stored.get("softmax", False)),
+        bool(stored.get("preprocessing_in_graph", False)),
+        str(stored.get("tool", "unknown")),
+        int(stored["format_version"]),
+    )
+
+
+def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
+    """Store ``card`` in ``model``, in place of one that it has."""
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != PROPERTY]
+    del model.metadata_props[:]
+    for key, value in [*kept, (PROPERTY, json.dumps(card.to_json()))]:
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+
+
+def read_card(source: onnx.ModelProto | Mapping[str, str]) -> ModelCard | None:
+    """The card of an ONNX model, or of a session's ``get_modelmeta().custom_metadata_map``; None without one.
+
+    Raises:
+        CheckpointError: it is of a newer format, or damaged.
+    """
+    properties = source if isinstance(source, Mapping) else {e.key: e.value for e in source.metadata_props}
+    text = properties.get(PROPERTY)
+    if text is None:
+        return None
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise CheckpointError("the file has damaged pathconvert metadata: it is no JSON object", "Export it again.")
+    return ModelCard.from_json(stored)
