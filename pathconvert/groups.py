@@ -13,6 +13,7 @@ absorbed              read by BatchNorms alone: the factor would have no effect,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class Layer:
         next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that absorbs it.
         batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows], -1 without.
         channels: the row's channel in it, [rows].
+        follower: the BatchNorm that alone reads the layer, and nothing else (:meth:`Trace.followers`); None without.
+        readers: without a follower, the BatchNorms that read rows of it (through a concat): name, rows, channels.
     """
 
     parameter: str
@@ -48,6 +51,8 @@ class Layer:
     next_units: IdVector
     batch_norms: IdVector
     channels: IdVector
+    follower: str | None = None
+    readers: tuple[tuple[str, IdVector, IdVector], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,18 @@ def find_units(trace: Trace) -> Units:
     batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
     reader, position = _single_readers(trace, batch_norms, label_of, absorbed)
     bn_units = [unit_of[call.rows] for call in batch_norms]
-    layers = tuple(
-        _layer(slot, reader[label_of[raw.rows]], position[label_of[raw.rows]], bn_units)
-        for raw, slot in zip(slots, unit_slots, strict=True)
-        if slot.columns is not None
-    )
-    return Units(groups, unit_slots, layers, batch_norms)
+    followers = trace.followers()
+    reads = _Reads(trace, label_of)
+    layers = []
+    for raw, slot in zip(slots, unit_slots, strict=True):
+        if slot.columns is None:
+            continue
+        rows = label_of[raw.rows]
+        layer = _layer(slot, reader[rows], position[rows], bn_units)
+        follower = followers.get(slot.parameter)
+        readers = () if follower or not absorbed[rows].any() else reads.of(rows)
+        layers.append(dataclasses.replace(layer, follower=follower, readers=readers))
+    return Units(groups, unit_slots, tuple(layers), batch_norms)
 
 
 def _concatenate(vectors: Iterable[IdVector]) -> IdVector:
@@ -241,6 +252,28 @@ def _single_readers(
     reader[label[several]] = -1
     reader[~absorbed] = -1
     return reader, position
+
+
+class _Reads:
+    """Which channels of which BatchNorms read a label."""
+
+    def __init__(self, trace: Trace, label_of: IdVector) -> None:
+        self.names = list(dict.fromkeys(call.name for call in trace.batch_norms))
+        index = {name: i for i, name in enumerate(self.names)}
+        labels = _concatenate(label_of[call.columns] for call in trace.batch_norms)
+        order = np.argsort(labels, kind="stable")
+        self.labels = labels[order]
+        self.norm = _concatenate(np.full(len(call.columns), index[call.name]) for call in trace.batch_norms)[order]
+        self.channel = _concatenate(np.arange(len(call.columns)) for call in trace.batch_norms)[order]
+
+    def of(self, labels: IdVector) -> tuple[tuple[str, IdVector, IdVector], ...]:
+        """BatchNorm's name, places in ``labels``, channels."""
+        low, high = (np.searchsorted(self.labels, labels, side) for side in ("left", "right"))
+        counts = high - low
+        row = np.repeat(np.arange(len(labels)), counts)
+        place = np.arange(len(row)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        pairs = np.unique(np.stack([self.norm[place], row, self.channel[place]]), axis=1)
+        return tuple((self.names[i], *pairs[1:, pairs[0] == i]) for i in np.unique(pairs[0]))
 
 
 def _layer(slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVector]) -> Layer:

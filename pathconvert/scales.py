@@ -34,24 +34,26 @@ Gauge = Literal["unit", "pow2"]
 
 
 def choose_scales(
-    units: Units, pivots: Pivots, tensors: Mapping[str, Tensor], gauge: Gauge
+    units: Units, pivots: Pivots, tensors: Mapping[str, Tensor], gauge: Gauge, target: float = 1.0
 ) -> tuple[FloatVector, NDArray[np.bool_], NDArray[np.bool_]]:
     """Factors [units], which units were held back [units], and which lie on a circle of pivots [units].
 
-    The factor of a unit without pivot, held back or on a circle is 1.
+    The factor of a unit without pivot, held back or on a circle is 1. Pivots become ±``target``.
     """
     held = np.zeros(units.count, dtype=bool)
     ranges = _Ranges(units, tensors, gauge)
     while True:
-        scales, circular = _propagate(pivots, gauge, held)
+        scales, circular = _propagate(pivots, gauge, held, target)
         leaving = ranges.leaving(scales) & ~held
         if not leaving.any():
             return scales, held, circular
         held |= leaving
 
 
-def _propagate(pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_]) -> tuple[FloatVector, NDArray[np.bool_]]:
-    """s_i = |a_i| · s_next(i), where next(i) is done; what never gets done is circular."""
+def _propagate(
+    pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_], target: float
+) -> tuple[FloatVector, NDArray[np.bool_]]:
+    """s_i = |a_i| · s_next(i) / target, where next(i) is done; what never gets done is circular."""
     count = len(pivots.layer)
     scales = np.ones(count + 1)  # the last entry stands for FIXED = -1
     done = np.append((pivots.layer < 0) | held, True)
@@ -59,7 +61,7 @@ def _propagate(pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_]) -> tuple[F
         ready = np.flatnonzero(~done[:-1] & done[pivots.next_unit])
         if not ready.size:
             break
-        raw = np.abs(pivots.value[ready]) * scales[pivots.next_unit[ready]]
+        raw = np.abs(pivots.value[ready]) * scales[pivots.next_unit[ready]] / target
         scales[ready] = np.exp2(np.round(np.log2(raw))) if gauge == "pow2" else raw
         done[ready] = True
     return scales[:-1], ~done[:-1]

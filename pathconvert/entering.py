@@ -1,0 +1,387 @@
+"""Entering Path-BN form from a network in path form: which layers, their statistics, the record.
+
+Every layer that holds pivots takes the form, but for the last of the network; ``calibration.py`` gives the statistics
+of its off-pivot sum.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pathconvert.calibration import Places, estimate_sum, measure, unit_moments
+from pathconvert.convert import Conversion, reparameterize
+from pathconvert.equivalence import forward_outputs
+from pathconvert.errors import PathconvertError
+from pathconvert.groups import Layer
+from pathconvert.path_bn import (
+    BATCH_NORM_OF,
+    FORMAT_VERSION,
+    PathBN,
+    has_path_bn,
+    kind_of,
+    pivots_of,
+    replace_layer,
+)
+from pathconvert.record import encode_runs
+from pathconvert.rewrite import rescale
+from pathconvert.scales import Gauge, choose_scales
+from pathconvert.trace import IdVector
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layer that takes Path-BN.
+
+    Attributes:
+        layer: its places in the network's units.
+        name: the module's path.
+        bn: path of the BatchNorm that alone follows it; None without.
+        units, rows, columns: of its pivots, [pivots].
+    """
+
+    layer: Layer
+    name: str
+    bn: str | None
+    units: IdVector
+    rows: IdVector
+    columns: IdVector
+
+    def entry(self) -> dict[str, Any]:
+        """Its part of the record."""
+        readers = [
+            {"bn": bn, "rows": encode_runs(rows), "channels": encode_runs(channels)}
+            for bn, rows, channels in (self.layer.readers if self.bn is None else ())
+        ]
+        return {"name": self.name, "bn": self.bn, "pivots": len(self.units), "readers": readers}
+
+
+@dataclass(frozen=True)
+class _Entered:
+    """A layer in Path-BN form whose statistics are to come; y = a · (w z) + b before, a and b float64 [out]."""
+
+    candidate: _Candidate
+    module: PathBN
+    gain: Tensor
+    shift: Tensor
+
+
+def to_path_bn(
+    conversion_or_model: Conversion | nn.Module,
+    example_input: Any,
+    calibration: Tensor | Iterable[Any] | None = None,
+    skip_scale: float = 1.0,
+) -> nn.Module:
+    """A copy in Path-BN form (PBN eq. 8-10), the same function in evaluation mode.
+
+    Args:
+        conversion_or_model: a conversion, or a network, which is converted first (scope block, pivot matching).
+        example_input: a tensor, or a tuple of the forward's positional arguments; the network runs on it once.
+        calibration: images [N, …], or an iterable of batches; None estimates the statistics from BatchNorms.
+        skip_scale: λ. Other than 1, units are rescaled first so that pivots become ±λ: λ never changes the function.
+
+    Returns:
+        The network, its layers replaced by :class:`~pathconvert.path_bn.PathBN`; ``path_record["path_bn"]`` says
+        which, what was left and why, and where the statistics come from.
+
+    Raises:
+        PathconvertError: no layer can take it; the network has no BatchNorm to estimate statistics from; or
+            calibration images give none.
+    """
+    if not (math.isfinite(skip_scale) and skip_scale > 0):
+        raise PathconvertError(
+            f"skip_scale is {skip_scale}, and has to be positive", "1 is the papers', 0.1 in ResNets."
+        )
+    if isinstance(conversion_or_model, nn.Module) and has_path_bn(conversion_or_model):
+        raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
+    conversion = (
+        conversion_or_model
+        if isinstance(conversion_or_model, Conversion)
+        else reparameterize(conversion_or_model, example_input)
+    )
+    if skip_scale != 1:
+        conversion = _with_skip_scale(conversion, skip_scale)
+    chosen, left = _choose(conversion, example_input)
+    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+    if calibration is None:
+        statistics = _estimates(conversion, chosen)
+        left |= {
+            c.name: "no BatchNorm before it tells its statistics; calibrate with images"
+            for c in chosen
+            if c.name not in statistics
+        }
+        if chosen and not statistics:
+            raise PathconvertError(
+                f"{type(conversion.model).__name__} has no BatchNorm to estimate Path-BN's statistics from",
+                "Give calibration images: --calibrate DIR, or calibration=images.",
+            )
+        chosen = [c for c in chosen if c.name in statistics]
+    if not chosen:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+        raise PathconvertError(f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}")
+    model = copy.deepcopy(conversion.model)
+    entered = [_enter(model, c, conversion, skip_scale) for c in chosen]
+    source: dict[str, Any] = {"source": "gaussian"}
+    if calibration is not None:
+        for one in entered:
+            _set_statistics(one, torch.zeros_like(one.shift), torch.ones_like(one.shift), normalise=False)
+        statistics, count = measure(model, {one.candidate.name: one.module for one in entered}, calibration)
+        source = {"source": "images", "images": count}
+    for one in entered:
+        _set_statistics(one, *statistics[one.candidate.name], normalise=one.candidate.bn is None)
+    vars(model)["path_record"] = conversion.record | {
+        "form": "path-bn",
+        "path_bn": {
+            "format_version": FORMAT_VERSION,
+            "skip_scale": skip_scale,
+            "layers": [c.entry() for c in chosen],
+            "left": left,
+            "calibration": source,
+        },
+    }
+    return model
+
+
+# ---- pivots of ±λ --------------------------------------------------------------------------------------------------
+
+
+def _with_skip_scale(conversion: Conversion, skip_scale: float) -> Conversion:
+    """The conversion with its pivots at ±λ in place of ±1."""
+    units, scales = conversion.units, conversion.scales
+    pivots, held = conversion.pivots, _held(conversion)
+    with_pivot = (pivots.layer >= 0) & ~held & ~_circular(conversion)
+    now = pivots.value * np.append(scales, 1.0)[pivots.next_unit] / scales
+    start = dataclasses.replace(
+        pivots, value=np.where(with_pivot, now, 0.0), layer=np.where(with_pivot, pivots.layer, -1)
+    )
+    tensors = _tensors(conversion.model)
+    gauge: Gauge = "pow2" if conversion.gauge == "pow2" else "unit"
+    extra, newly_held, circular = choose_scales(units, start, tensors, gauge, skip_scale)
+    groups = tuple(
+        dataclasses.replace(
+            public,
+            scales=public.scales * extra[group.start : group.start + group.size],
+            held_back=public.held_back | newly_held[group.start : group.start + group.size],
+        )
+        for group, public in zip(units.groups, conversion.groups, strict=True)
+    )
+    return dataclasses.replace(
+        conversion,
+        model=rescale(conversion.model, units.slots, extra),
+        groups=groups,
+        pivots=dataclasses.replace(pivots, circular=circular | _circular(conversion)),
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+
+
+def _held(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in conversion.groups)])
+
+
+def _circular(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    circular = conversion.pivots.circular
+    return circular if circular is not None else np.zeros(conversion.units.count, dtype=bool)
+
+
+# ---- which layers --------------------------------------------------------------------------------------------------
+
+
+def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate], dict[str, str]]:
+    """The layers that take Path-BN, and of all others that hold pivots why not."""
+    model, units, pivots = conversion.model, conversion.units, conversion.pivots
+    usable = (pivots.layer >= 0) & ~_held(conversion) & ~_circular(conversion)
+    chosen, left = [], {}
+    dimensions = _input_dimensions(model, example_input)
+    outputs = _output_units(conversion)
+    for index, layer in enumerate(units.layers):
+        mine = np.flatnonzero(usable & (pivots.layer == index))
+        name, _, leaf = layer.parameter.rpartition(".")
+        if not mine.size:
+            continue
+        why = _obstacle(model, layer, name, leaf, dimensions, outputs)
+        if why:
+            left[name or layer.parameter] = why
+        else:
+            chosen.append(_Candidate(layer, name, layer.follower, mine, pivots.row[mine], pivots.column[mine]))
+    without_bias = [c for c in chosen if c.bn is None and model.get_submodule(c.name).bias is None]
+    lost = _no_way_for_a_bias(model, without_bias, example_input)
+    return [c for c in chosen if c.name not in lost], left | lost
+
+
+def _output_units(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Units that are outputs, [units + 1]; the last entry is for FIXED."""
+    reasons = [(group.size, group.pinned_by or "") for group in conversion.groups]
+    is_output = [why.startswith(("is a network output", "is an output of")) for _, why in reasons]
+    return np.append(np.repeat(is_output, [size for size, _ in reasons]).astype(bool), False)
+
+
+def _obstacle(
+    model: nn.Module,
+    layer: Layer,
+    name: str,
+    leaf: str,
+    dimensions: dict[str, set[int]],
+    outputs: np.ndarray[Any, np.dtype[np.bool_]],
+) -> str | None:
+    """Why a layer can't take Path-BN; None if it can."""
+    module = model.get_submodule(name)
+    kind = kind_of(module)
+    if outputs[layer.rows].any():
+        return "is the last layer: no normalization comes before an output"
+    if layer.transposed:
+        return "is a transposed convolution, whose skip would be spread over the output"
+    if kind is None or leaf != "weight":
+        return f"is computed by {type(module).__name__}, not by a convolution or linear layer of torch"
+    if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "has hooks or parametrizations"
+    if sum(parameter is module.weight for owner in model.modules() for parameter in owner._parameters.values()) > 1:
+        return "shares its weight with another layer"
+    rank = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
+    if name not in dimensions:
+        return "runs in training mode alone (an auxiliary head)"
+    if dimensions[name] != {rank}:
+        return f"reads {min(dimensions[name])} dimensions, and BatchNorm wants {rank}"
+    return _batch_norm_obstacle(model, layer, kind)
+
+
+def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) -> str | None:
+    if layer.follower is None:
+        return None
+    bn: Any = model.get_submodule(layer.follower)
+    if not isinstance(bn, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
+        return f"is followed by {layer.follower} ({type(bn).__name__}), whose statistics are frozen"
+    if bn.weight is None or bn.running_mean is None or bn._forward_hooks or bn._forward_pre_hooks:
+        return f"is followed by {layer.follower}, which has no γ, no running statistics, or hooks"
+    return None
+
+
+def _input_dimensions(model: nn.Module, example_input: Any) -> dict[str, set[int]]:
+    """What every layer reads on the example: numbers of dimensions."""
+    found: dict[str, set[int]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if kind_of(module) is not None:
+
+            def note(_: nn.Module, args: Any, name: str = name) -> None:
+                found.setdefault(name, set()).add(args[0].dim())
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        forward_outputs(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _no_way_for_a_bias(model: nn.Module, candidates: list[_Candidate], example_input: Any) -> dict[str, str]:
+    """Layers without BatchNorm and bias whose bias could not move into the means of BatchNorms that read them.
+
+    Leaving Path-BN leaves a bias. It is shown to move: each candidate gets a random one and its readers' means take it
+    up; the network's output in float64 has to stay.
+    """
+    if not candidates:
+        return {}
+    none = "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves"
+    lost = {c.name: none for c in candidates if _rows_read(c) < len(c.layer.rows)}
+    remaining = [c for c in candidates if c.name not in lost]
+    biased = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    for c in remaining:
+        layer: Any = biased.get_submodule(c.name)
+        bias = torch.randn(len(c.layer.rows), generator=generator, dtype=torch.float64).to(layer.weight.device)
+        layer.bias = nn.Parameter(bias)
+        for bn, rows, channels in c.layer.readers:
+            mean = biased.get_submodule(bn).running_mean
+            assert isinstance(mean, Tensor)
+            mean[pivots_of(channels).to(bias.device)] += bias[pivots_of(rows).to(bias.device)]
+    before, after = (forward_outputs(one, example_input, dtype=torch.float64) for one in (model, biased))
+    same = all(float((a - b).abs().max()) <= 1e-9 * float(a.abs().max()) for a, b in zip(before, after, strict=True))
+    return lost if same else {c.name: none for c in candidates}
+
+
+def _rows_read(candidate: _Candidate) -> int:
+    return len(
+        np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows, _ in candidate.layer.readers)]))
+    )
+
+
+# ---- the form ------------------------------------------------------------------------------------------------------
+
+
+def _enter(model: nn.Module, candidate: _Candidate, conversion: Conversion, skip_scale: float) -> _Entered:
+    """Put the layer into Path-BN form; its BatchNorm is still the old one."""
+    layer: Any = model.get_submodule(candidate.name)
+    gain, shift = _affine(model, candidate)
+    rows, columns = pivots_of(candidate.rows), pivots_of(candidate.columns)
+    weight = layer.weight.detach().double().cpu()
+    for size in weight.shape[2:]:
+        weight = weight.select(2, size // 2)
+    values = gain[rows] * weight[rows, columns % weight.shape[1]] / skip_scale
+    if conversion.gauge == "unit":  # ±1 but for the rounding of the weights
+        rounding = 8 * torch.finfo(layer.weight.dtype).eps
+        values = torch.where((values.abs() - 1).abs() <= rounding, values.sign(), values)
+    device = layer.weight.device
+    module = replace_layer(model, candidate.entry(), rows.to(device), columns.to(device), values.to(device), skip_scale)
+    return _Entered(candidate, module, gain, shift)
+
+
+def _affine(model: nn.Module, candidate: _Candidate) -> tuple[Tensor, Tensor]:
+    """a and b of y = a · (w z) + b, float64 [out]."""
+    layer: Any = model.get_submodule(candidate.name)
+    bias = layer.bias.detach().double().cpu() if layer.bias is not None else torch.zeros(len(layer.weight)).double()
+    if candidate.bn is None:
+        return torch.ones_like(bias), bias
+    bn: Any = model.get_submodule(candidate.bn)
+    mean, var, gamma, beta = (t.detach().double().cpu() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    gain = gamma / (var + bn.eps).sqrt()
+    return gain, beta + gain * (bias - mean)
+
+
+@torch.no_grad()
+def _set_statistics(entered: _Entered, mean: Tensor, var: Tensor, *, normalise: bool) -> None:
+    """μ', var', and γ' = a √(var' + eps), β' = b + a μ'.
+
+    Args:
+        entered: its module is changed.
+        mean, var: of its off-pivot sum, float64 [out].
+        normalise: also scale the rows of u by powers of two so that var' is near 1: in path space a network without
+            BatchNorm has rows of any size, and eps should stay small beside var'.
+    """
+    module, gain, bn = entered.module, entered.gain, cast(Any, entered.module.bn)
+    if normalise:
+        power = torch.where(var > 0, var, 1.0).sqrt().log2().round().neg()
+        limit = math.log2(torch.finfo(module.weight.dtype).max) / 2
+        factor = torch.exp2(power.clamp(-limit, limit))
+        rows = factor.to(module.weight.device).view(-1, *[1] * (module.weight.dim() - 1))
+        module.weight.copy_(module.weight.double() * rows)
+        mean, var, gain = mean * factor, var * factor**2, gain / factor
+    bn.running_mean.copy_(mean)
+    bn.running_var.copy_(var)
+    mean, var = bn.running_mean.double().cpu(), bn.running_var.double().cpu()  # as they are stored
+    bn.weight.copy_(gain * (var + bn.eps).sqrt())
+    bn.bias.copy_(entered.shift + gain * mean)
+
+
+def _estimates(conversion: Conversion, candidates: list[_Candidate]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The Gaussian estimate, by layer, where BatchNorms allow one (``calibration.py``)."""
+    tensors = _tensors(conversion.model)
+    moments = unit_moments(conversion.units, tensors)
+    found = {}
+    for c in candidates:
+        estimate = estimate_sum(c.layer, c.bn, Places(c.units, c.rows, c.columns), tensors, moments)
+        if all(bool(torch.isfinite(values).all()) for values in estimate):
+            found[c.name] = estimate
+    return found

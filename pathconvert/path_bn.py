@@ -1,0 +1,326 @@
+"""Path-BN: normalise what is trained, leave out what is fixed (PBN eq. 8-10).
+
+A layer with weights w reads z; its BatchNorm has a = γ / √(var + eps) and b = β − a·mean (without BatchNorm a = 1 and b
+is the layer's bias), so that y_j = a_j Σ_k w_jk z_k + b_j. In Path-BN form it computes
+
+    y_j = BN(o)_j + λ Σ_{k with pivot in row j} m_k z_k        with o_j = Σ_{k, l not a pivot} u_jk z_k
+
+====================  =====================================================================================
+u                     :attr:`PathBN.weight`: w with zeros at the pivots
+λ                     :attr:`PathBN.skip_scale`
+m                     ``pivot_value``: λ m_k = a_j w_jk at the pivot, so m_k = ±1 with gauge ``unit``
+BN                    :attr:`PathBN.bn`: mean μ' and variance var' of o, γ' = a √(var' + eps), β' = b + a μ'
+====================  =====================================================================================
+
+In evaluation mode this is y for any μ' and var'; in training mode it is as well where they are those of the batch.
+``entering.py`` chooses the layers and measures the statistics; here are the module and the way back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pathconvert.errors import RecordError
+from pathconvert.record import decode_runs
+from pathconvert.version import __version__
+
+FORMAT_VERSION = 1
+
+#: Layers that Path-BN replaces, and the BatchNorm of each.
+BATCH_NORM_OF: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The layer in :data:`BATCH_NORM_OF` whose forward ``module`` has; None where it has another."""
+    return next((kind for kind in BATCH_NORM_OF if type(module).forward is kind.forward), None)
+
+
+class PathBN(nn.Module):
+    """A convolution or linear layer in Path-BN form (see the module's docstring).
+
+    Args:
+        layer: gives settings and weight, which are copied.
+        bn: the BatchNorm of the off-pivot sum; kept.
+        rows, columns: the pivots' places in the weight, int64 [pivots]; a column counts all input channels.
+        values: m, [pivots].
+        skip_scale: λ.
+
+    Attributes:
+        weight: u, [out, in / groups, *kernel]. Pivot entries are zero, stay so and receive no gradient.
+        bn: BatchNorm over the output channels.
+        skip_scale: λ.
+    """
+
+    pivot_row: Tensor
+    pivot_column: Tensor
+    pivot_value: Tensor
+    _place: Tensor
+    _gather: Tensor
+    _gain: Tensor
+
+    def __init__(
+        self, layer: nn.Module, bn: nn.Module, rows: Tensor, columns: Tensor, values: Tensor, skip_scale: float
+    ) -> None:
+        super().__init__()
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        without_tensors: dict[int, Any] = {id(tensor): None for tensor in layer.parameters(recurse=False)}
+        self._settings = (copy.deepcopy(layer, without_tensors),)  # in a tuple: no submodule
+        self.has_bias = layer.bias is not None
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        self.bn = bn
+        self.skip_scale = skip_scale
+        self.register_buffer("pivot_row", rows)
+        self.register_buffer("pivot_column", columns)
+        self.register_buffer("pivot_value", values.to(weight.dtype))
+        self._plan()
+        with torch.no_grad():
+            self.weight.copy_(self._off_pivot())
+        self.train(layer.training)
+
+    def extra_repr(self) -> str:
+        return f"{type(self._settings[0]).__name__}, {len(self.pivot_row)} pivots, skip_scale={self.skip_scale:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        off_pivot_sum = self._layer(x, self._off_pivot())
+        normalised: Tensor = self.bn(off_pivot_sum)
+        return normalised + self._skip(x, off_pivot_sum)
+
+    # ---- the trained part ------------------------------------------------------------------------------------------
+
+    def _off_pivot(self) -> Tensor:
+        """u: zeros at the pivots, which therefore receive no gradient."""
+        return self.weight.index_put(tuple(self._place.unbind()), self.weight.new_zeros(()))
+
+    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        settings = self._settings[0]
+        if isinstance(settings, nn.Linear):
+            return F.linear(x, weight)
+        result: Tensor = settings._conv_forward(x, weight, None)  # type: ignore[operator]
+        return result
+
+    # ---- the fixed part --------------------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """How the skip reads its input: as it is, by an index, or with a scatter where pivots share a row."""
+        rows, columns, gains = self.pivot_row, self.pivot_column, self.pivot_value * self.skip_scale
+        out, into, *kernel = self.weight.shape
+        places = [rows, columns % into, *(torch.full_like(rows, size // 2) for size in kernel)]
+        self.register_buffer("_place", torch.stack(places), persistent=False)
+        several = len(torch.unique(rows)) < len(rows)
+        gather, gain = columns, gains
+        if not several:  # a row without pivot reads anything, times 0
+            gather = columns.new_zeros(out).index_put((rows,), columns)
+            gain = gains.new_zeros(out).index_put((rows,), gains)
+        straight = not several and torch.equal(gather, torch.arange(out, device=gather.device))
+        into *= getattr(self._settings[0], "groups", 1)
+        self._skip_kind = "scatter" if several else "straight" if straight and out == into else "gather"
+        self._unit_gain = bool((gain == 1).all())
+        self.register_buffer("_gather", gather, persistent=False)
+        self.register_buffer("_gain", gain, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._plan()
+
+    def _skip(self, x: Tensor, like: Tensor) -> Tensor:
+        """λ Σ m_k z_k, in the shape of ``like``."""
+        is_linear = isinstance(self._settings[0], nn.Linear)
+        z = x if is_linear else self._centre_taps(x, like)
+        dim = -1 if is_linear else 1
+        if self._skip_kind != "straight":
+            z = z.index_select(dim, self._gather)
+        if not self._unit_gain:
+            z = z * self._gain.to(z.dtype).view([-1] + [1] * (0 if is_linear else x.dim() - 2))
+        if self._skip_kind == "scatter":
+            z = torch.zeros_like(like, dtype=z.dtype).index_add(dim, self.pivot_row, z)
+        return z
+
+    def _centre_taps(self, x: Tensor, like: Tensor) -> Tensor:
+        """What the kernel's centre reads, [N, in, *spatial of ``like``]."""
+        conv: Any = self._settings[0]
+        count = x.dim() - 2
+        padding = conv._reversed_padding_repeated_twice  # [left, right] from the last dimension on
+        widths, slices = [], []
+        for d in range(count):
+            size, dilation, stride = conv.kernel_size[d], conv.dilation[d], conv.stride[d]
+            left, right = padding[2 * (count - 1 - d) : 2 * (count - d)]
+            start = dilation * (size // 2) - left
+            after = right - dilation * (size - 1 - size // 2)
+            widths.append((max(0, -start), max(0, after)))
+            first = max(0, start)
+            slices.append(slice(first, first + (like.shape[2 + d] - 1) * stride + 1, stride))
+        if any(width for pair in widths for width in pair):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = F.pad(x, [width for pair in reversed(widths) for width in pair], mode=mode)
+        return x[(slice(None), slice(None), *slices)]
+
+    # ---- the way back ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def to_layer(self, *, keep_batch_norm: bool) -> tuple[nn.Module, nn.Module | None, Tensor]:
+        """The layer with its pivots in the weight again; the same function in evaluation mode.
+
+        Args:
+            keep_batch_norm: whether a BatchNorm follows it, else it is folded into the layer.
+
+        Returns:
+            The layer; the BatchNorm, if kept; and what has to be added to the result, float64 [out]: zero unless the
+            BatchNorm was folded into a layer without bias.
+        """
+        gain, shift, deviation = self._affine()
+        u = self._off_pivot().double()
+        pivot = self.skip_scale * self.pivot_value.double()
+        bn = copy.deepcopy(self.bn) if keep_batch_norm else None
+        per_row = gain
+        if bn is not None:
+            # w = u and a = γ' / √(var' + eps) as they are, unless a is too small to hold the pivot: then a = 1
+            in_weight = pivot / gain[self.pivot_row]
+            lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max / 4)
+            unit = torch.zeros_like(gain, dtype=torch.bool).index_put((self.pivot_row[lost],), torch.tensor(True))
+            per_row = torch.where(unit, gain, 1.0)
+            pivot = torch.where(unit[self.pivot_row], pivot, in_weight)
+            for name, value in (("weight", deviation), ("bias", shift), ("running_mean", torch.zeros_like(shift))):
+                tensor = getattr(bn, name)
+                tensor.copy_(torch.where(unit, value, tensor.double()))
+        weight = u * per_row.view(-1, *[1] * (u.dim() - 1))
+        weight = weight.index_put(tuple(self._place.unbind()), pivot, accumulate=True)
+        bias = torch.zeros_like(shift) if keep_batch_norm else shift
+        layer = copy.deepcopy(self._settings[0])
+        layer.weight = nn.Parameter(weight.to(self.weight), requires_grad=self.weight.requires_grad)
+        if self.has_bias:
+            layer.bias = nn.Parameter(bias.to(self.weight), requires_grad=self.weight.requires_grad)
+            bias = torch.zeros_like(bias)
+        return layer.train(self.training), bn, bias
+
+    def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """BN(o) = gain · o + shift in evaluation mode, and √(var + eps); float64 [out]."""
+        bn: Any = self.bn
+        mean, var, gamma, beta = (t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+        deviation = (var + bn.eps).sqrt()
+        gain = gamma / deviation
+        return gain, beta - gain * mean, deviation
+
+
+# ---- whole networks ------------------------------------------------------------------------------------------------
+
+
+def has_path_bn(model: nn.Module) -> bool:
+    """Whether any layer is in Path-BN form."""
+    return any(isinstance(module, PathBN) for module in model.modules())
+
+
+def record_of(model: nn.Module) -> dict[str, Any]:
+    """The record of a network in Path-BN form: its conversion's, and ``path_bn`` on top.
+
+    Raises:
+        RecordError: it has none, or one of a newer format.
+    """
+    record = getattr(model, "path_record", None)
+    if not isinstance(record, dict):
+        raise RecordError(
+            f"this {type(model).__name__} holds no Path-BN record",
+            "Give the module that to_path_bn returned, without a wrapper such as DistributedDataParallel around it.",
+        )
+    return record
+
+
+def leave_path_bn(model: nn.Module) -> nn.Module:
+    """The stock architecture again, its tensors under their own names; the same function in evaluation mode.
+
+    A layer that had a BatchNorm keeps it; where there was none it is folded into weight and bias, or, where there is
+    no bias, into the means of the BatchNorms that read the layer. The result is in path form.
+
+    Args:
+        model: as :func:`~pathconvert.entering.to_path_bn` returned it, trained or not; not changed.
+
+    Raises:
+        RecordError: ``model`` has no Path-BN record.
+    """
+    record = record_of(model)
+    model = copy.deepcopy(model)
+    del model.path_record
+    left_over = []
+    for entry in record["path_bn"]["layers"]:
+        module = model.get_submodule(entry["name"])
+        assert isinstance(module, PathBN)
+        layer, bn, bias = module.to_layer(keep_batch_norm=entry["bn"] is not None)
+        replace(model, module, layer)
+        if bn is not None:
+            replace(model, model.get_submodule(entry["bn"]), bn)
+        left_over.append((entry, bias))
+    for entry, bias in left_over:
+        for reader in entry["readers"]:
+            mean = model.get_submodule(reader["bn"]).running_mean
+            assert isinstance(mean, Tensor)
+            rows, channels = (torch.from_numpy(decode_runs(reader[key])) for key in ("rows", "channels"))
+            mean[channels.to(mean.device)] -= bias[rows.to(bias.device)].to(mean)
+    return model
+
+
+def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """``model`` with the layers of ``record`` in Path-BN form, their tensors yet to be loaded; changed in place.
+
+    Raises:
+        RecordError: the record is of a newer format, or not of this network.
+    """
+    version = record["path_bn"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise RecordError(
+            f"the Path-BN record has format version {version}; this is pathconvert {__version__}, which reads version "
+            f"{FORMAT_VERSION}",
+            f"Install the pathconvert that wrote it: {record.get('tool', 'unknown')}.",
+        )
+    try:
+        for entry in record["path_bn"]["layers"]:
+            none = torch.zeros(entry["pivots"], dtype=torch.int64)
+            replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise RecordError(f"the Path-BN record is not of this network: {error}") from error
+    vars(model)["path_record"] = dict(record)
+    return model
+
+
+def replace_layer(
+    model: nn.Module, entry: Mapping[str, Any], rows: Tensor, columns: Tensor, values: Tensor, skip_scale: float
+) -> PathBN:
+    """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one; changes ``model``."""
+    layer = model.get_submodule(entry["name"])
+    if entry["bn"] is not None:
+        bn = model.get_submodule(entry["bn"])
+        replace(model, bn, nn.Identity())
+    else:
+        kind = kind_of(layer)
+        assert kind is not None
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        bn = BATCH_NORM_OF[kind](len(weight), device=weight.device, dtype=weight.dtype)
+        bn.train(layer.training)
+    module = PathBN(layer, bn, rows, columns, values, skip_scale)
+    replace(model, layer, module)
+    return module
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """``new`` at every place where ``old`` is registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def pivots_of(vector: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """An index vector as a tensor of its own."""
+    return torch.from_numpy(np.ascontiguousarray(vector, dtype=np.int64).copy())
