@@ -1,0 +1,183 @@
+"""The classes that a network sees in images, with the preprocessing and labels that are recorded for it.
+
+What is recorded: in an ``.onnx`` file by pathconvert its model card; for a checkpoint what torchvision's weights of
+that network expect. Where nothing is recorded the pixels are resized to the input's size and scaled to [0, 1], and the
+report says so: normalisation is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from pathconvert.errors import CheckpointError, PathconvertError
+from pathconvert.export.classifiers import Array, Classifier, session_classifier, torch_classifier
+from pathconvert.export.metadata import Preprocessing
+from pathconvert.export.runtime import open_session
+from pathconvert.export.session import shape_text
+from pathconvert.files import LoadedNetwork, open_network
+from pathconvert.inputs import folder_images, read_image
+
+NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], not normalised"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class: its place in the output, its name (None where no labels are recorded), its probability."""
+
+    index: int
+    label: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first, and remarks on how the image was read."""
+
+    image: str
+    classes: tuple[Guess, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What :func:`predict` found.
+
+    Attributes:
+        model: the file or network.
+        engine, device: onnxruntime or torch, and where it ran.
+        fallback: why ``auto`` took the CPU; None if it did not have to.
+        preprocessing: as recorded; None where nothing is.
+        notes: remarks that hold for all images.
+        predictions: one an image, in the order given.
+    """
+
+    model: str
+    engine: str
+    device: str
+    fallback: str | None
+    preprocessing: Preprocessing | None
+    notes: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return asdict(self)
+
+
+def predict(
+    model: str | Path,
+    images: Sequence[str | Path],
+    top: int = 5,
+    device: str = "auto",
+    *,
+    input_size: tuple[int, ...] | None = None,
+    load: Callable[[str], LoadedNetwork] | None = None,
+) -> PredictReport:
+    """Classify images.
+
+    Args:
+        model: an ``.onnx`` file, a checkpoint of any form, or a torchvision name.
+        images: files, or folders of them.
+        top: classes an image; fewer where the network has fewer.
+        device: auto, cuda, tensorrt (``.onnx`` alone) or cpu.
+        input_size: without the batch dimension, where the file does not tell.
+        load: opens a checkpoint; default :func:`pathconvert.files.open_network`.
+
+    Raises:
+        CheckpointError: the file or an image cannot be read, or the network classifies no images.
+        RuntimeUnavailable: the device that was asked for is not there.
+        PathconvertError: an input size is missing or does not fit, or the network gives no numbers.
+    """
+    if top < 1:
+        raise PathconvertError(f"top {top} classes are none", "Give --top 1 or more.")
+    paths = [path for image in images for path in _paths(Path(image))]
+    if not paths:
+        raise PathconvertError("no images to classify", "Give images or folders of them.")
+    if Path(model).suffix.lower() == ".onnx":
+        classifier = session_classifier(open_session(model, device), input_size)
+    else:
+        load = load or (lambda source: open_network(source, input_size=input_size))
+        classifier = torch_classifier(str(model), load(str(model)), device)
+    notes: dict[str, None] = {}  # an ordered set
+    if classifier.preprocessing is None:
+        notes[NOTHING_RECORDED.format(size=shape_text(classifier.input_size[1:]))] = None
+    predictions = tuple(_predictions(classifier, paths, top, notes))
+    return PredictReport(
+        str(model), classifier.engine, classifier.device, classifier.fallback,
+        classifier.preprocessing, tuple(notes), predictions,
+    )  # fmt: skip
+
+
+def _paths(image: Path) -> list[Path]:
+    return folder_images(image) if image.is_dir() else [image]
+
+
+def _predictions(classifier: Classifier, paths: list[Path], top: int, notes: dict[str, None]) -> Iterator[Prediction]:
+    """Batch by batch; adds to ``notes``."""
+    for begin in range(0, len(paths), classifier.batch):
+        part = paths[begin : begin + classifier.batch]
+        pictures = [read_image(path, classifier.input_size[0]) for path in part]
+        batch = [prepare(picture.pixels, classifier) for picture in pictures]
+        if classifier.fixed_batch:
+            batch += [batch[-1]] * (classifier.batch - len(batch))
+        scores = classifier.run(np.stack(batch))[: len(part)]
+        for path, picture, row in zip(part, pictures, _probabilities(classifier, scores, notes), strict=True):
+            order = np.argsort(-row, kind="stable")[:top]
+            labels = _labels(classifier, len(row), notes)
+            classes = tuple(Guess(int(i), labels[i] if labels else None, float(row[i])) for i in order)
+            yield Prediction(str(path), classes, picture.notes)
+
+
+def _labels(classifier: Classifier, count: int, notes: dict[str, None]) -> tuple[str, ...] | None:
+    if classifier.labels and len(classifier.labels) != count:
+        notes[f"{len(classifier.labels)} labels are recorded for {count} outputs: classes are numbered"] = None
+        return None
+    return classifier.labels
+
+
+def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]) -> Array:
+    """[N, classes] → probabilities in float64.
+
+    Raises:
+        PathconvertError: the scores are no numbers, or there are none for a class.
+    """
+    values = scores.astype(np.float64)
+    values = values.reshape(values.shape[:2]) if values.ndim > 2 and set(values.shape[2:]) == {1} else values
+    if values.ndim != 2:
+        raise CheckpointError(f"{classifier.name} gives outputs of size {shape_text(scores.shape)}, no class scores")
+    if not np.isfinite(values).all():
+        raise PathconvertError(f"{classifier.name} gives outputs that are not finite", "fp16 may overflow: try fp32.")
+    are = classifier.gives_probabilities
+    if are is None:
+        are = bool((values >= 0).all() and (abs(values.sum(1) - 1) < 1e-3).all())
+        notes[f"the outputs were taken for {'probabilities' if are else 'logits'}: nothing recorded tells"] = None
+    if are:
+        return values
+    powers = np.exp(values - values.max(1, keepdims=True))
+    normalised: Array = powers / powers.sum(1, keepdims=True)
+    return normalised
+
+
+def prepare(pixels: Tensor, classifier: Classifier) -> Array:
+    """Pixels [C, H, W] in [0, 1] → an input [C, height, width], uint8 where the graph normalises."""
+    recorded = classifier.preprocessing
+    _, height, width = classifier.input_size
+    resize = recorded.resize if recorded else max(height, width)
+    mode = InterpolationMode(recorded.interpolation if recorded else "bilinear")
+    resized = v2.functional.resize(pixels, [resize] if isinstance(resize, int) else list(resize), mode)
+    crop = recorded.crop if recorded else (height, width)
+    cropped: Tensor = v2.functional.center_crop(resized, list(crop)) if crop else resized
+    cropped = cropped.clamp(0, 1)  # bicubic overshoots; Pillow clamps too
+    if classifier.takes_pixels:
+        return (cropped * 255).round().to(torch.uint8).numpy()
+    if recorded:
+        cropped = v2.functional.normalize(cropped, list(recorded.mean), list(recorded.std))
+    return cropped.numpy()
