@@ -1,0 +1,386 @@
+"""A network → one ``.onnx`` file of standard operators, proven equal before it takes its name.
+
+fold (folding.py) → export, strip, float16 (graph.py) → write beside → check and compare (verification.py) → rename
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from pathconvert.checkpoint import _check_existing, _same_file, _sync, _writing
+from pathconvert.errors import EquivalenceError, OutputError, PathconvertError
+from pathconvert.export import verification
+from pathconvert.export.folding import fold, unfolded
+from pathconvert.export.graph import assert_as_asked, reason, to_half, to_onnx
+from pathconvert.export.metadata import ModelCard, Preprocessing, write_card
+from pathconvert.export.verification import Differs, Proof
+from pathconvert.trace import computed_tensors
+
+OPSETS = range(18, 25)
+PRECISIONS = ("fp32", "fp16")
+#: protobuf's limit on one message, and so on a file that holds its weights.
+LARGEST_FILE = 2**31 - 1
+BATCHES = (1, 2, 5)
+_SIZES = {2: "height", 1: "width"}  # by distance from the last dimension
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        opset, precision: as asserted in the file.
+        nodes: of the graph.
+        batch_norms_left: BatchNormalization nodes among them.
+        file_bytes: the file's size.
+        weight_bytes: of the source's tensors.
+        seconds: by step.
+        max_error, noise_ratio, checked_shapes: of the proof (``verification.py``).
+        operators: nodes by operator.
+        notes: remarks for people.
+    """
+
+    path: Path
+    opset: int
+    precision: str
+    nodes: int
+    batch_norms_left: int
+    file_bytes: int
+    weight_bytes: int
+    seconds: dict[str, float]
+    max_error: float
+    noise_ratio: float
+    checked_shapes: tuple[tuple[int, ...], ...]
+    operators: dict[str, int]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return dataclasses.asdict(self) | {"path": str(self.path)}
+
+
+class _Watch:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+class Exported(nn.Module):
+    """A network with what goes into the graph beside it.
+
+    Args:
+        network: what it is.
+        outputs: keys of a dictionary that it returns, in the order wanted; empty where it returns a tensor.
+        preprocessing: uint8 [N, 3, H, W] → normalised float, in the graph.
+        softmax: over the classes, dimension 1.
+    """
+
+    def __init__(
+        self, network: nn.Module, outputs: tuple[str, ...], preprocessing: Preprocessing | None, softmax: bool
+    ) -> None:
+        super().__init__()
+        self.network, self.outputs, self.softmax = network, outputs, softmax
+        self.normalises = preprocessing is not None
+        if preprocessing is not None:
+            mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
+            self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1))
+            self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """[N, …] → the output, or a tuple of them."""
+        x = input
+        if self.normalises:
+            scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
+            x = x.to(scale.dtype) * scale + shift
+        result = self.network(x)
+        chosen = [result[key] for key in self.outputs] if self.outputs else [result]
+        if self.softmax:
+            chosen = [t.softmax(1) for t in chosen]
+        return chosen[0] if len(chosen) == 1 else tuple(chosen)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Tensor,
+    opset: int = 20,
+    precision: str = "fp32",
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    with_preprocessing: Preprocessing | None = None,
+    with_softmax: bool = False,
+    card: ModelCard | None = None,
+    images: Tensor | None = None,
+    force: bool = False,
+    io_dtype: str = "fp32",
+    *,
+    auxiliary: bool = False,
+    gauge: str = "keep",
+    source: Path | None = None,
+) -> ExportReport:
+    """Fold ``model``, write it to ``path``, and prove the file equal to ``model`` in float64 before it appears there.
+
+    Args:
+        model: any form; not changed. Evaluation mode is exported.
+        path: one file, its weights inside.
+        example_input: a normalised input, [N, …]; N is the file's batch size without ``dynamic_batch``.
+        opset: 18 to 24, asserted.
+        precision: ``fp32`` or ``fp16``.
+        dynamic_batch: the batch is an axis named ``batch``.
+        dynamic_size: height and width are axes of these names.
+        with_preprocessing: put uint8 [N, 3, H, W] → normalised float into the graph.
+        with_softmax: probabilities in place of logits.
+        card: what the file says about itself; ``precision``, ``softmax``, ``preprocessing_in_graph`` are filled in.
+        images: normalised images, [M, 3, H, W], to compare on beside random inputs.
+        force: replace an existing file.
+        io_dtype: ``fp32`` or, with precision fp16, ``fp16``.
+        auxiliary: of a segmentation network, the auxiliary head's output too, named ``aux`` beside ``out``.
+        gauge: ``balanced`` evens the channels' ranges out by powers of two (``gauge.py``).
+        source: the file that the network came from, which is never overwritten.
+
+    Raises:
+        PathconvertError: an option or a network that is not offered, by name.
+        OutputError: the path may not be written; nothing is left.
+        EquivalenceError: the graph does not compute what ``model`` computes; no file, the first differing layer named.
+    """
+    _check_options(opset, precision, io_dtype, gauge)
+    path = prepare_onnx_output(path, force=force, source=source)
+    watch = _Watch()
+    with watch.step("fold"):
+        outputs = _outputs_of(model, example_input, auxiliary)
+        wrap = _Wrapper(outputs, with_preprocessing, with_softmax)
+        original = wrap(copy.deepcopy(model, computed_tensors(model)).eval())
+        folded = fold(copy.deepcopy(model, computed_tensors(model)).double(), example_input)
+        left = unfolded(folded)
+        if gauge == "balanced":
+            from pathconvert.export.gauge import balanced
+
+            folded = balanced(folded.float(), example_input, images)
+        exported = wrap(folded).float()
+        _check_size(exported)
+    axes = _axes(example_input, dynamic_batch, dynamic_size)
+    with watch.step("export"):
+        proto, layers = to_onnx(exported, wrap.raw(example_input), axes, opset, auxiliary and len(outputs) > 1)
+        if precision == "fp16":
+            proto = to_half(proto, io_dtype)
+        write_card(proto, _filled(card, precision, with_softmax, with_preprocessing))
+        assert_as_asked(proto, opset, axes)
+    with watch.step("verify and write"):
+        inputs = _inputs(wrap, example_input, axes, images)
+        proof = _write_proven(
+            proto, path, force, lambda file: _prove(file, proto, layers, original, exported, inputs, precision)
+        )
+    operators = Counter(node.op_type for node in proto.graph.node)
+    return ExportReport(
+        path, opset, precision, len(proto.graph.node), operators["BatchNormalization"], path.stat().st_size,
+        sum(t.numel() * t.element_size() for t in model.state_dict().values()), watch.seconds,
+        proof.max_error, proof.noise_ratio, proof.checked_shapes, dict(operators.most_common()), _notes(left, outputs),
+    )  # fmt: skip
+
+
+def _notes(left: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    if left:
+        notes.append(f"{len(left)} BatchNorms could not be folded and are left: {', '.join(left[:3])}…")
+    if outputs == ("out",):
+        notes.append("the main output alone; auxiliary=True adds the auxiliary head")
+    return tuple(notes)
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------
+
+
+def _check_options(opset: int, precision: str, io_dtype: str, gauge: str) -> None:
+    if opset not in OPSETS:
+        raise PathconvertError(
+            f"opset {opset} is not offered: pathconvert writes {OPSETS[0]} to {OPSETS[-1]}",
+            "20 is the default; the exporter itself writes 18 at least.",
+        )
+    if precision not in PRECISIONS:
+        reason = "bf16: the exporter writes invalid files for it" if "bf" in precision else repr(precision)
+        raise PathconvertError(f"no precision {reason}", f"Choose one of {', '.join(PRECISIONS)}.")
+    if io_dtype not in PRECISIONS or (io_dtype == "fp16" and precision != "fp16"):
+        raise PathconvertError(f"no inputs and outputs in {io_dtype!r} with precision {precision}", "Use fp32.")
+    if gauge not in ("keep", "balanced"):
+        raise PathconvertError(f"no gauge {gauge!r} in an export", "Choose one of keep, balanced.")
+
+
+def prepare_onnx_output(path: str | Path, *, force: bool, source: Path | None = None) -> Path:
+    """Check, before any work, that ``path`` may be written.
+
+    Raises:
+        OutputError: another suffix than .onnx, the source itself, a directory, a folder that is missing or not
+            writable, or a file that exists without ``force``.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".onnx":
+        raise OutputError(f"{path} has the suffix {path.suffix!r}; expected .onnx.", "Name the output X.onnx.")
+    if source is not None and _same_file(path, source):
+        raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
+    _check_existing(path, force)
+    return path
+
+
+@torch.no_grad()
+def _outputs_of(model: nn.Module, example_input: Any, auxiliary: bool) -> tuple[str, ...]:
+    """Keys of the dictionary that the network returns, those wanted; empty where it returns a tensor.
+
+    Raises:
+        PathconvertError: it takes or returns something else (detectors).
+    """
+    name = type(model).__name__
+    if not isinstance(example_input, Tensor):
+        raise PathconvertError(
+            f"{name} takes a {type(example_input).__name__}, not one tensor: detectors are not exported, their boxes "
+            "depend on numbers that a graph of fixed operators does not know",
+            "Export the backbone alone: export_onnx(model.backbone, …).",
+        )
+    runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
+    result = runner(example_input[:1].float())
+    if isinstance(result, Tensor):
+        return ()
+    if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):
+        return ("out", "aux") if auxiliary and "aux" in result else ("out",)
+    raise PathconvertError(
+        f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with out",
+        "Export a module that returns the tensor that is wanted.",
+    )
+
+
+def _check_size(exported: nn.Module) -> None:
+    size = sum(t.numel() * t.element_size() for t in exported.state_dict().values())
+    if size >= LARGEST_FILE:
+        raise PathconvertError(
+            f"the weights are {size / 1e9:.1f} GB; one .onnx file holds less than 2 GB", "Export parts of the network."
+        )
+
+
+def _axes(example_input: Tensor, dynamic_batch: bool, dynamic_size: bool) -> dict[int, str]:
+    """Dimension → the name of its axis."""
+    axes = {0: "batch"} if dynamic_batch else {}
+    if dynamic_size:
+        if example_input.dim() < 4:
+            raise PathconvertError("the input has no height and width to make dynamic", "Leave --dynamic-size out.")
+        axes |= {example_input.dim() - distance: name for distance, name in _SIZES.items()}
+    return axes
+
+
+def _filled(card: ModelCard | None, precision: str, softmax: bool, preprocessing: Preprocessing | None) -> ModelCard:
+    card = card or ModelCard(preprocessing=preprocessing)
+    return dataclasses.replace(
+        card, precision=precision, softmax=softmax, preprocessing_in_graph=preprocessing is not None
+    )
+
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """Makes :class:`Exported` of a network, and its inputs of normalised ones."""
+
+    outputs: tuple[str, ...]
+    preprocessing: Preprocessing | None
+    softmax: bool
+
+    def __call__(self, network: nn.Module) -> Exported:
+        return Exported(network, self.outputs, self.preprocessing, self.softmax).eval()
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Normalised [N, …] → what the graph takes: the same in float32, or uint8 pixels."""
+        if self.preprocessing is None:
+            return x.detach().float()
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.preprocessing.mean, self.preprocessing.std))
+        return ((x.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- the proof, and the file -----------------------------------------------------------------------------------
+
+
+def _inputs(wrap: _Wrapper, example: Tensor, axes: dict[int, str], images: Tensor | None) -> list[Tensor]:
+    """Random inputs at several batch sizes (and another size), then the images."""
+    generator = torch.Generator().manual_seed(0)
+    shape = list(example.shape[1:])
+    batches = BATCHES if 0 in axes else (len(example),)
+    shapes = [[batch, *shape] for batch in batches]
+    if len(axes) > (0 in axes):
+        shapes.append([batches[min(1, len(batches) - 1)], *shape[:-2], shape[-2] + 32, shape[-1] + 64])
+    inputs = [torch.randn(size, generator=generator) for size in shapes]
+    if images is not None:
+        count = max(batches)
+        for chunk in images.split(count):
+            whole = chunk if 0 in axes else chunk[torch.arange(count) % len(chunk)]
+            inputs.append(whole)
+    return [wrap.raw(x) for x in inputs]
+
+
+def _prove(
+    file: Path,
+    proto: onnx.ModelProto,
+    layers: Mapping[str, str],
+    original: nn.Module,
+    exported: nn.Module,
+    inputs: Sequence[Tensor],
+    precision: str,
+) -> Proof:
+    """Everything that has to hold for a file that was written, before it takes its name."""
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:  # two of onnx's own classes
+        raise EquivalenceError(f"the exported graph is invalid: {reason(error)}", "Try another --opset.") from error
+    try:
+        proof = verification.prove(verification.runner(file), original, inputs, precision)
+        if precision == "fp16":
+            verification.prove(verification.half_runner(exported), original, inputs, precision)
+    except Differs as difference:
+        where = verification.first_difference(proto, layers, exported, difference.x, precision)
+        raise EquivalenceError(
+            f"the exported graph is not the network: {difference}; {where}",
+            "Try --gauge balanced, or keep fp32." if precision == "fp16" else "Report it; no file was written.",
+        ) from difference
+    return proof
+
+
+def _write_proven(proto: onnx.ModelProto, path: Path, force: bool, check: Any) -> Proof:
+    """Write so that at ``path`` there is the whole proven file, or what was there before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = proto.SerializeToString()
+    size = {"file": torch.empty(len(data), dtype=torch.uint8, device="meta")}
+    try:
+        with _writing(path, size):
+            temporary.write_bytes(data)
+            _sync(temporary)
+        proof: Proof = check(temporary)
+        _check_existing(path, force)
+        with _writing(path, size):
+            os.replace(temporary, path)
+    except BaseException:  # an interrupt leaves nothing behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+    return proof
