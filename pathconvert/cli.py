@@ -55,6 +55,13 @@ class GaugeChoice(StrEnum):
     pow2 = "pow2"
 
 
+class DeviceChoice(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    tensorrt = "tensorrt"
+    cpu = "cpu"
+
+
 class _Settings:
     """What holds for the whole process."""
 
@@ -73,6 +80,7 @@ Arch = Annotated[
 InputSize = Annotated[str | None, typer.Option(help="Such as 3x32x32, where the architecture does not tell.")]
 NumClasses = Annotated[int | None, typer.Option(help="Overrides the number that the tensors show.", min=1)]
 Key = Annotated[str | None, typer.Option(help="The wrapper key to take, such as model_ema.")]
+Device = Annotated[DeviceChoice, typer.Option(help="auto takes a GPU if one works, and says when it does not.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs its code.")]
@@ -351,6 +359,120 @@ def inspect(
         with steps.step("inspect"):
             result = {"file": source} | reports.inspect_network(network)
     _emit(result, _table(source, reports.inspection_rows(result)), as_json)
+
+
+@app.command(epilog="Example: pathconvert bench squeezenet.onnx squeezenet1_1.pth --batch 1,8")
+def bench(
+    sources: Annotated[list[str], typer.Argument(help=".onnx files, checkpoints, torchvision names.")],
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.", show_default="1,8")] = None,
+    threads: Annotated[int | None, typer.Option(help="On the CPU, of each.", min=1)] = None,
+    device: Device = DeviceChoice.auto,
+    repeats: Annotated[int, typer.Option(help="Turns of each at every batch size.", min=1)] = 20,
+    compile: Annotated[bool, typer.Option("--compile", help="Time checkpoints under torch.compile too.")] = False,
+    io_binding: Annotated[bool, typer.Option("--io-binding", help="On a GPU, leave copies out.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay captured kernels.")] = False,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Time networks in turns: ONNX files on ONNX Runtime, checkpoints in PyTorch. Ratios are over the first."""
+    del debug
+    sizes = _batch_sizes(batch)
+    steps = _Steps(1)
+    with steps.shown(), steps.step("load and measure"):
+        from pathconvert.architectures import parse_input_size
+        from pathconvert.export.bench import measure
+
+        report = measure(
+            sources,
+            sizes,
+            device=device.value,
+            threads=threads,
+            rounds=repeats,
+            compile=compile,
+            io_binding=io_binding,
+            cuda_graph=cuda_graph,
+            input_size=parse_input_size(input_size) if input_size else None,
+            load=lambda source: _open(source, arch, input_size, trust_pickle=trust_pickle),
+        )
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    for name, reason in report.fallbacks.items():
+        _note(f"note: {name} runs on the CPU: {reason}")
+    size = "x".join(map(str, report.input_size))
+    title = f"{size}, {report.threads} threads, {report.rounds} turns: median (quartiles)"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold")
+    table.add_column("network", overflow="fold")
+    table.add_column("engine", no_wrap=True)
+    for column in ("batch", "ms", "quartiles", "images/s", "× first"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for t in report.timings:
+        speed = (f"{t.median_ms:.2f}", f"{t.low_ms:.2f}–{t.high_ms:.2f}", f"{t.throughput:.1f}", f"{t.ratio:.2f}")
+        table.add_row(escape(t.source), f"{t.engine}, {t.device}", str(t.batch), *speed)
+    _emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+
+
+def _batch_sizes(text: str | None) -> list[int] | None:
+    try:
+        sizes = None if text is None else [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if sizes is not None and (not sizes or min(sizes) < 1):
+        raise PathconvertError(f"{text!r} is no list of batch sizes", "Such as --batch 1,8")
+    return sizes
+
+
+@app.command(epilog="Example: pathconvert predict squeezenet.onnx photos/ --top 3")
+def predict(
+    model: Annotated[str, typer.Argument(help="An .onnx file, a checkpoint of any form, or a torchvision name.")],
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
+    top: Annotated[int, typer.Option(help="Classes an image.", min=1)] = 5,
+    device: Device = DeviceChoice.auto,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    key: Key = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Classify images, with the preprocessing and labels that are recorded for the network."""
+    del debug
+    steps = _Steps(1)
+    with steps.shown(), steps.step("load and classify"):
+        from pathconvert.architectures import parse_input_size
+        from pathconvert.export.predict import predict as classify
+
+        report = classify(
+            model,
+            images,
+            top,
+            device.value,
+            input_size=parse_input_size(input_size) if input_size else None,
+            load=lambda source: _open(source, arch, input_size, num_classes, key, trust_pickle),
+        )
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    if report.fallback:
+        _note(f"note: {model} runs on the CPU: {report.fallback}")
+    for note in report.notes:
+        _note(f"note: {note}")
+    table = Table(box=box.SIMPLE, title=escape(f"{model}, {report.engine} on {report.device}"), title_justify="left")
+    for column in ("image", "class", "label", "probability"):
+        table.add_column(column, justify="right" if column in ("class", "probability") else "left")
+    for prediction in report.predictions:
+        for note in prediction.notes:
+            _note(f"note: {prediction.image}: {note}")
+        for place, guess in enumerate(prediction.classes):
+            name = escape(prediction.image) if place == 0 else ""
+            table.add_row(name, str(guess.index), escape(guess.label or ""), f"{guess.probability:.1%}")
+    _emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
 
 
 @app.command(epilog="Example: pathconvert archs --json")
