@@ -62,6 +62,11 @@ class DeviceChoice(StrEnum):
     cpu = "cpu"
 
 
+class ExportGauge(StrEnum):
+    keep = "keep"
+    balanced = "balanced"
+
+
 class _Settings:
     """What holds for the whole process."""
 
@@ -305,6 +310,67 @@ def restore(
     rows = {"network": network.architecture.name, "equality": reports.equality_text(equality)}
     rows["original file"] = "restored to the bit" if identical else "restored to rounding (2 units in the last place)"
     _emit(result, _table(f"{source} → {path}", rows | {"time": f"{steps.seconds['total']:.1f} s"}), as_json)
+
+
+@app.command(
+    epilog="Examples: pathconvert export resnet50.pt -o resnet50.onnx; "
+    "pathconvert export resnet50.pt --precision fp16 --gauge balanced"
+)
+def export(
+    source: Source,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    opset: Annotated[int, typer.Option(help="18 to 24.")] = 20,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16; inputs and outputs stay float32.")] = "fp32",
+    gauge: Annotated[
+        ExportGauge, typer.Option(help="balanced: even out the channels' ranges, for fp16.")
+    ] = ExportGauge.keep,
+    batch: Annotated[str, typer.Option(help="dynamic, or a fixed number.")] = "dynamic",
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Height and width dynamic too.")] = False,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="The graph takes uint8 pixels and normalises them.")
+    ] = False,
+    with_softmax: Annotated[bool, typer.Option("--with-softmax", help="Probabilities in place of logits.")] = False,
+    auxiliary: Annotated[bool, typer.Option("--auxiliary", help="A segmentation network's second output too.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Compare on the images of this folder too.")] = None,
+    key: Key = None,
+    force: Force = False,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
+) -> None:
+    """Fold and write one .onnx file; proven equal in ONNX Runtime before it appears."""
+    del debug
+    steps = _Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            from pathconvert.export.networks import check_export, export_network, parse_batch, report_rows
+
+            file = Path(source)
+            path = output or (file.parent if file.exists() else Path()) / f"{_stem(source, 'onnx')}.onnx"
+            check_export(path, opset, precision, force=force, source=file if file.exists() else None)
+            fixed = parse_batch(batch)
+            network = _open(source, arch, input_size, num_classes, key, trust_pickle)
+        with steps.step("export, verify and write"):
+            report, card = export_network(
+                network,
+                path,
+                batch=fixed,
+                with_preprocessing=with_preprocessing,
+                images=images,
+                opset=opset,
+                precision=precision,
+                gauge=gauge.value,
+                dynamic_size=dynamic_size,
+                with_softmax=with_softmax,
+                auxiliary=auxiliary,
+                force=force,
+            )
+    result = report.to_json() | {"source": source, "output": str(path), "card": card.to_json()}
+    result["seconds"] = report.seconds | steps.seconds
+    _emit(result, _table(f"{source} → {path}", report_rows(report, card)), as_json)
 
 
 @app.command(epilog="Example: pathconvert verify resnet50.pt resnet50.path.safetensors --images photos/")

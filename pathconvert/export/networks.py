@@ -9,7 +9,7 @@ from typing import Any
 from pathconvert import path_bn
 from pathconvert.errors import PathconvertError
 from pathconvert.export.metadata import ModelCard, Preprocessing, labels_for
-from pathconvert.export.onnx_export import ExportReport, export_onnx
+from pathconvert.export.onnx_export import ExportReport, check_options, export_onnx, prepare_onnx_output
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import folder_images, load_images, random_input
 
@@ -39,6 +39,16 @@ def parse_batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise PathconvertError(f"{text!r} is no batch size", "Write --batch dynamic, or a number: --batch 1")
     return int(text)
+
+
+def check_export(path: Path, opset: int, precision: str, *, force: bool, source: Path | None) -> None:
+    """Check, before any work, that this is offered and that ``path`` may be written.
+
+    Raises:
+        PathconvertError, OutputError: as their messages say.
+    """
+    check_options(opset, precision)
+    prepare_onnx_output(path, force=force, source=source)
 
 
 def export_network(

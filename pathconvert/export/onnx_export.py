@@ -164,7 +164,7 @@ def export_onnx(
         OutputError: the path may not be written; nothing is left.
         EquivalenceError: the graph does not compute what ``model`` computes; no file, the first differing layer named.
     """
-    _check_options(opset, precision, io_dtype, gauge)
+    check_options(opset, precision, io_dtype, gauge)
     path = prepare_onnx_output(path, force=force, source=source)
     watch = _Watch()
     with watch.step("fold"):
@@ -211,7 +211,12 @@ def _notes(left: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
 # ---- what is asked for -----------------------------------------------------------------------------------------
 
 
-def _check_options(opset: int, precision: str, io_dtype: str, gauge: str) -> None:
+def check_options(opset: int, precision: str, io_dtype: str = "fp32", gauge: str = "keep") -> None:
+    """Refuse what is not offered, before any work.
+
+    Raises:
+        PathconvertError: as its message says.
+    """
     if opset not in OPSETS:
         raise PathconvertError(
             f"opset {opset} is not offered: pathconvert writes {OPSETS[0]} to {OPSETS[-1]}",
