@@ -1,0 +1,220 @@
+"""Timing: the turns, the ratios, and what can be measured against what. Speeds themselves are no test's matter."""
+
+# ruff: noqa: ARG001 - fixtures are asked for what they do: `here` is the current folder
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from networks import network
+from onnx import TensorProto
+from onnx_files import save_linear
+
+from pathconvert.cli import run
+from pathconvert.errors import PathconvertError, RuntimeUnavailable
+from pathconvert.export import bench, contenders
+from pathconvert.export.bench import measure, quartiles, time_contenders, turns_of
+from pathconvert.export.contenders import Contender
+
+GPU = torch.cuda.is_available()
+BUILDER = """
+from torch import nn
+
+def tiny(num_classes=5):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *head)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """``a.onnx`` takes 3x4x4; ``tiny.pt`` the same, built by ``builders:tiny``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(bench, "TURN_SECONDS", 1e-4)
+    save_linear(tmp_path / "a.onnx")
+    (tmp_path / "builders.py").write_text(BUILDER)
+    namespace: dict = {}
+    exec(BUILDER, namespace)
+    torch.manual_seed(0)
+    torch.save(namespace["tiny"]().state_dict(), tmp_path / "tiny.pt")
+    return tmp_path
+
+
+TINY = ["--arch", "builders:tiny", "--input-size", "3x4x4", "--repeats", "3", "--threads", "1", "--device", "cpu"]
+
+
+def sleeper(name: str, seconds: float, calls: list[str]) -> Contender:
+    """Sleeps and notes that it was called."""
+
+    def start(batch: np.ndarray):
+        def call() -> None:
+            calls.append(name)
+            time.sleep(seconds * len(batch))
+
+        return call
+
+    return Contender(name, "sleep", "cpu", (1,), None, start)
+
+
+def test_turns_alternate():
+    calls: list[str] = []
+    turns = turns_of([sleeper(name, 0.02, calls).start(np.zeros((1, 1))) for name in "ab"], rounds=3)
+    assert [len(own) for own in turns] == [3, 3]
+    warm = ["a"] * bench.WARM_UP + ["b"] * bench.WARM_UP
+    assert calls[: len(warm)] == warm
+    # an untimed call and a timed one (each fills a turn alone): a b, b a, a b
+    assert "".join(calls[len(warm) :]) == "aabb" + "bbaa" + "aabb"
+
+
+def test_ratios_are_of_one_round():
+    calls: list[str] = []
+    first, second = time_contenders([sleeper("a", 0.02, calls), sleeper("b", 0.04, calls)], 2, (1,), rounds=3)
+    assert (first.ratio, first.ratio_low, first.ratio_high) == (1, 1, 1)
+    assert 1.5 < second.ratio < 2.5  # a sleep may be late on a busy machine
+    assert first.median_ms >= 40
+    assert first.throughput == pytest.approx(2000 / first.median_ms)
+    assert first.low_ms <= first.median_ms <= first.high_ms
+
+
+def test_quartiles():
+    assert quartiles([3.0]) == (3, 3, 3)
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2, 3, 4)
+
+
+def test_a_file_and_a_checkpoint(here, capsys):
+    before = torch.get_num_threads()
+    assert run(["bench", "a.onnx", "tiny.pt", "--batch", "1,2", "--json", *TINY]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    places = [(t["source"], t["engine"], t["device"], t["batch"]) for t in result["timings"]]
+    assert places == [
+        (source, engine, "cpu", batch)
+        for batch in (1, 2)
+        for source, engine in (("a.onnx", "onnxruntime"), ("tiny.pt", "torch eager"))
+    ]
+    assert all(t["median_ms"] > 0 and t["ratio"] > 0 for t in result["timings"])
+    assert (result["threads"], result["rounds"], result["input_size"]) == (1, 3, [3, 4, 4])
+    assert result["fallbacks"] == {}
+    assert printed.err == ""
+    assert torch.get_num_threads() == before
+
+
+def test_the_table(here, capsys):
+    assert run(["bench", "a.onnx", "a.onnx", *TINY]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == "3x4x4, 1 threads, 3 turns: median (quartiles)"
+    assert sum("onnxruntime, cpu" in line for line in lines) == 4
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.skipif(GPU, reason="asks for a GPU where there is none")
+def test_without_a_gpu(here, capsys):
+    assert run(["bench", "a.onnx", "--repeats", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    (fallback,) = json.loads(printed.out)["fallbacks"].values()
+    assert fallback.startswith("CUDA: the library ")
+    assert printed.err == f"note: a.onnx (onnxruntime) runs on the CPU: {fallback}\n"
+    assert run(["bench", "a.onnx", "--device", "cuda"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ONNX Runtime cannot use cuda: the library ")
+    with pytest.raises(RuntimeUnavailable, match="torch cannot use a GPU here, so squeezenet1_1 cannot run on cuda"):
+        contenders.torch_contender("squeezenet1_1", loaded("squeezenet1_1"), "cuda")
+
+
+def loaded(name: str):
+    """A torchvision network as ``open_network`` gives it, without its weights."""
+    from pathconvert.architectures import Architecture
+    from pathconvert.files import LoadedNetwork
+
+    return LoadedNetwork(network(name), Architecture(name, {}, (3, 64, 64), "classification"), None, ())
+
+
+def test_compile_adds_a_row(here, monkeypatch):
+    monkeypatch.setattr(contenders.torch, "compile", lambda model: model)  # compiling takes longer than all tests here
+    report = measure(
+        ["sq"], [1], device="cpu", threads=1, rounds=1, compile=True, load=lambda _: loaded("squeezenet1_1")
+    )
+    assert [t.engine for t in report.timings] == ["torch eager", "torch.compile"]
+
+
+def test_a_compiler_that_fails(here, monkeypatch):
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("no C++ compiler\nand so on")
+
+    monkeypatch.setattr(contenders.torch, "compile", lambda _: fail)
+    monkeypatch.setattr(contenders, "run_dtype", lambda _: torch.float32)
+    with pytest.raises(PathconvertError, match=r"^torch.compile fails on sq: no C\+\+ compiler$"):
+        measure(["sq"], [1], device="cpu", threads=1, rounds=1, compile=True, load=lambda _: loaded("squeezenet1_1"))
+
+
+def test_fixed_batches(here):
+    save_linear(here / "two.onnx", (2, 3, 4, 4))
+    report = measure(["two.onnx", "a.onnx"], device="cpu", threads=1, rounds=1)
+    assert [t.batch for t in report.timings] == [2, 2]
+    with pytest.raises(PathconvertError, match=r"two.onnx takes batches of 2 alone, not of 1"):
+        measure(["a.onnx", "two.onnx"], [1], device="cpu")
+
+
+def test_uint8_beside_float(here):
+    save_linear(here / "bytes.onnx", kind=TensorProto.UINT8)
+    assert len(measure(["a.onnx", "bytes.onnx"], [1], device="cpu", threads=1, rounds=1).timings) == 2
+
+
+def test_free_sizes(here):
+    save_linear(here / "free.onnx", ("batch", 3, "height", "width"))
+    with pytest.raises(PathconvertError, match=r"^free.onnx takes inputs of any size \(3x\?x\?\)$"):
+        measure(["free.onnx"], device="cpu")
+    assert measure(["free.onnx"], [1], device="cpu", rounds=1, input_size=(3, 6, 6)).input_size == (3, 6, 6)
+    assert measure(["free.onnx", "a.onnx"], [1], device="cpu", rounds=1).input_size == (3, 4, 4)
+
+
+def test_networks_of_other_sizes(here):
+    save_linear(here / "b.onnx", ("batch", 3, 8, 8))
+    with pytest.raises(PathconvertError, match=r"^b.onnx takes inputs of size 3x8x8; a.onnx says 3x4x4$"):
+        measure(["a.onnx", "b.onnx"], device="cpu")
+    with pytest.raises(PathconvertError, match=r"^a.onnx takes inputs of size 3x4x4; --input-size says 3x8x8$"):
+        measure(["a.onnx", "b.onnx"], device="cpu", input_size=(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["a.onnx", "--batch", "x"], "error: 'x' is no list of batch sizes"),
+        (["a.onnx", "--batch", "0"], "error: '0' is no list of batch sizes"),
+        (["none.onnx", "--device", "cpu"], "error: none.onnx does not exist; expected an ONNX file."),
+        (["nosuchnet"], "error: nosuchnet is neither a file here nor a torchvision network that pathconvert knows."),
+    ],
+)
+def test_refusals(here, arguments, line, capsys):
+    assert run(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[0] == line
+
+
+def test_help_has_an_example(capsys):
+    assert run(["bench", "--help"]) == 0
+    assert "Example: pathconvert bench" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU in this machine")
+@pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
+def test_on_a_gpu(here, options):
+    report = measure(
+        ["a.onnx", "sq"], [1, 2], device="cuda", rounds=2, input_size=(3, 4, 4), load=lambda _: tiny(), **options
+    )
+    assert {t.device for t in report.timings} == {"cuda"}
+    assert not report.fallbacks
+
+
+def tiny():
+    from pathconvert.files import open_network
+
+    return open_network("tiny.pt", arch="builders:tiny", input_size=(3, 4, 4))
