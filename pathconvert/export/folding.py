@@ -31,8 +31,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from pathconvert import architectures
 from pathconvert.equivalence import run_dtype
 from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError
-from pathconvert.parts import trace_network
-from pathconvert.trace import Trace, as_arguments, computed_tensors, output_tensors
+from pathconvert.parts import TrainingError, trace_network
+from pathconvert.rules import rule_of
+from pathconvert.trace import Trace, Tracer, as_arguments, computed_tensors, meta_inputs, output_tensors, run
 
 BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -65,9 +66,9 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
     if path_bn.has_path_bn(model):
         folded = path_bn.leave_path_bn(folded).double().eval()
     inputs = example_for(folded) if example_input is None else example_input
-    traced = trace_network(folded, inputs)
-    if traced.parts == ("",):  # what a trace of parts does not see may use a layer too
-        _fold_traced(folded, traced.trace, inputs)
+    trace = _trace(folded, inputs)
+    if trace is not None:
+        _fold_traced(folded, trace, inputs)
     return _in_dtypes_of(folded, model)
 
 
@@ -89,6 +90,17 @@ def example_for(model: nn.Module) -> Tensor:
         raise ArchitectureError(message, "Pass example_input, a tensor such as torch.zeros(1, 3, 224, 224).") from error
     assert size is not None
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _trace(model: nn.Module, inputs: Any) -> Trace | None:
+    """The trace of the whole network; None where only parts can be traced: other code may use their layers too."""
+    try:
+        traced = trace_network(model, inputs)
+    except TrainingError:  # an auxiliary head, which the input is too small for, is not there in evaluation
+        trace, arguments = Trace(), meta_inputs(as_arguments(inputs), run_dtype(model))
+        run(Tracer(model, trace, rule_of), model, arguments, {}, training=False)
+        return trace
+    return traced.trace if traced.parts == ("",) else None
 
 
 def _fold_traced(folded: nn.Module, trace: Trace, inputs: Any) -> None:

@@ -179,7 +179,9 @@ def export_onnx(
             folded = balanced(folded.float(), example_input, images)
         exported = wrap(folded).float()
         _check_size(exported)
-    axes = _axes(example_input, dynamic_batch, dynamic_size)
+        axes = _axes(example_input, dynamic_batch, dynamic_size)
+        if dynamic_size:
+            _check_other_size(original, wrap.raw(_other_size(example_input)))
     with watch.step("export"):
         proto, layers = to_onnx(exported, wrap.raw(example_input), axes, opset, auxiliary and len(outputs) > 1)
         if precision == "fp16":
@@ -195,16 +197,21 @@ def export_onnx(
     return ExportReport(
         path, opset, precision, len(proto.graph.node), operators["BatchNormalization"], path.stat().st_size,
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), watch.seconds,
-        proof.max_error, proof.noise_ratio, proof.checked_shapes, dict(operators.most_common()), _notes(left, outputs),
+        proof.max_error, proof.noise_ratio, proof.checked_shapes, dict(operators.most_common()),
+        _notes(left, outputs, images),
     )  # fmt: skip
 
 
-def _notes(left: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(left: tuple[str, ...], outputs: tuple[str, ...], images: Tensor | None) -> tuple[str, ...]:
     notes = []
     if left:
-        notes.append(f"{len(left)} BatchNorms could not be folded and are left: {', '.join(left[:3])}…")
+        those = "BatchNorm could not be folded and is" if len(left) == 1 else "BatchNorms could not be folded and are"
+        names = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+        notes.append(f"{len(left)} {those} left: {names}")
     if outputs == ("out",):
-        notes.append("the main output alone; auxiliary=True adds the auxiliary head")
+        notes.append("the main output alone; auxiliary adds the auxiliary head's where there is one")
+    if images is not None:
+        notes.append(f"compared on {len(images)} images too")
     return tuple(notes)
 
 
@@ -297,6 +304,23 @@ def _axes(example_input: Tensor, dynamic_batch: bool, dynamic_size: bool) -> dic
     return axes
 
 
+def _other_size(x: Tensor) -> Tensor:
+    """Random, [N, …], 32 higher and 64 wider than ``x``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn([*x.shape[:-2], x.shape[-2] + 32, x.shape[-1] + 64], generator=generator)
+
+
+@torch.no_grad()
+def _check_other_size(original: nn.Module, x: Tensor) -> None:
+    try:
+        copy.deepcopy(original).float()(x)
+    except RuntimeError as error:
+        raise PathconvertError(
+            f"the network takes no other size than the example's: at {'×'.join(map(str, x.shape))} {reason(error)}",
+            "Leave --dynamic-size out.",
+        ) from error
+
+
 def _filled(card: ModelCard | None, precision: str, softmax: bool, preprocessing: Preprocessing | None) -> ModelCard:
     card = card or ModelCard(preprocessing=preprocessing)
     return dataclasses.replace(
@@ -329,12 +353,10 @@ class _Wrapper:
 def _inputs(wrap: _Wrapper, example: Tensor, axes: dict[int, str], images: Tensor | None) -> list[Tensor]:
     """Random inputs at several batch sizes (and another size), then the images."""
     generator = torch.Generator().manual_seed(0)
-    shape = list(example.shape[1:])
     batches = BATCHES if 0 in axes else (len(example),)
-    shapes = [[batch, *shape] for batch in batches]
+    inputs = [torch.randn(batch, *example.shape[1:], generator=generator) for batch in batches]
     if len(axes) > (0 in axes):
-        shapes.append([batches[min(1, len(batches) - 1)], *shape[:-2], shape[-2] + 32, shape[-1] + 64])
-    inputs = [torch.randn(size, generator=generator) for size in shapes]
+        inputs.append(_other_size(inputs[min(1, len(batches) - 1)]))
     if images is not None:
         count = max(batches)
         for chunk in images.split(count):

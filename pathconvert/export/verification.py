@@ -71,7 +71,7 @@ def session(source: Path | bytes) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; this one prints them too
     model = source if isinstance(source, bytes) else str(source)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
