@@ -1,6 +1,7 @@
 """Latency and throughput side by side: ONNX files on ONNX Runtime, checkpoints in PyTorch.
 
-All contenders are loaded at once and take turns, A B, B A, A B…, so that a processor that slows down slows all of them.
+All contenders are loaded at once and take turns, in a new (seeded) order every round, so that a processor that slows
+down slows all of them and nobody always runs after the same other.
 A *turn* is one call that is not timed (the caches are the other's) and then as many as fill :data:`TURN_SECONDS`; its
 result is their mean. Medians and quartiles are over turns. A ratio is the median over rounds of this contender's turn
 over the first contender's turn of the same round, which drift does not reach.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,7 @@ class Timing:
         source, engine, device: the contender.
         batch: images a call.
         median_ms, low_ms, high_ms: median and quartiles of the turns.
+        fastest_ms: the best turn, which other programs disturb least.
         first_ms: the very first call, which allocates, tunes or compiles.
         throughput: images a second at the median.
         ratio, ratio_low, ratio_high: median and quartiles of this turn over the first contender's of the same round.
@@ -52,6 +55,7 @@ class Timing:
     median_ms: float
     low_ms: float
     high_ms: float
+    fastest_ms: float
     first_ms: float
     throughput: float
     ratio: float
@@ -118,7 +122,7 @@ def measure(
     if rounds < 1 or not sources or any(size < 1 for size in batch_sizes or ()):
         raise PathconvertError("nothing to measure", "Give at least one source, one round and batch sizes from 1.")
     threads = threads or torch.get_num_threads()
-    with _torch_threads(threads), torch.inference_mode():
+    with torch_threads(threads):
         contenders = _contenders(sources, device, threads, compile, io_binding, cuda_graph, input_size, load)
         size = common_size(contenders, input_size)
         timings: list[Timing] = []
@@ -130,7 +134,8 @@ def measure(
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """torch on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -155,7 +160,7 @@ def time_contenders(contenders: Sequence[Contender], batch: int, size: tuple[int
         low, median, high = quartiles([1000 * seconds for seconds in own])
         ratio = quartiles([a / b for a, b in zip(own, turns[0], strict=True)])
         places = (contender.name, contender.engine, contender.device, batch)
-        speed = (median, low, high, 1000 * begun, 1000 * batch / median)
+        speed = (median, low, high, 1000 * min(own), 1000 * begun, 1000 * batch / median)
         timings.append(Timing(*places, *speed, ratio[1], ratio[0], ratio[2]))
     return timings
 
@@ -168,9 +173,9 @@ def turns_of(calls: Sequence[Call], rounds: int) -> list[list[float]]:
             call()
         counts.append(max(1, math.ceil(TURN_SECONDS / max(_seconds(call, 1), 1e-6))))
     turns: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
-        order = range(len(calls)) if number % 2 == 0 else range(len(calls) - 1, -1, -1)
-        for i in order:
+    chance = random.Random(0)
+    for _ in range(rounds):
+        for i in chance.sample(range(len(calls)), len(calls)):
             calls[i]()
             turns[i].append(_seconds(calls[i], counts[i]))
     return turns

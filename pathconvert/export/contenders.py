@@ -102,7 +102,8 @@ def _torch_starter(
         batch = torch.from_numpy(array).to(device, dtype)
 
         def call() -> None:
-            model(batch)
+            with torch.inference_mode():
+                model(batch)
             if device == "cuda":
                 torch.cuda.synchronize()
 
@@ -115,7 +116,8 @@ def _torch_starter(
 
 def _compile_now(name: str, model: nn.Module, batch: torch.Tensor) -> None:
     try:
-        model(batch)
+        with torch.inference_mode():
+            model(batch)
     except RuntimeError as error:  # what dynamo and inductor raise, a missing C++ compiler included
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PathconvertError(f"torch.compile fails on {name}: {line[:200]}", "Leave --compile out.") from error
