@@ -477,9 +477,15 @@ def bench(
     for column in ("batch", "ms", "quartiles", "images/s", "× first"):
         table.add_column(column, justify="right", no_wrap=True)
     for t in report.timings:
-        speed = (f"{t.median_ms:.2f}", f"{t.low_ms:.2f}–{t.high_ms:.2f}", f"{t.throughput:.1f}", f"{t.ratio:.2f}")
+        quartiles = f"{_short(t.low_ms)}–{_short(t.high_ms)}"
+        speed = (_short(t.median_ms), quartiles, _short(t.throughput), _short(t.ratio))
         table.add_row(escape(t.source), f"{t.engine}, {t.device}", str(t.batch), *speed)
     _emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _batch_sizes(text: str | None) -> list[int] | None:
