@@ -11,26 +11,36 @@ from typing import TYPE_CHECKING, Any
 from pathconvert.version import __version__
 
 if TYPE_CHECKING:
+    from pathconvert import export
     from pathconvert.convert import Conversion, Pivot, ScaleGroup, reparameterize, restore
+    from pathconvert.entering import to_path_bn
     from pathconvert.equivalence import EquivalenceReport, verify
     from pathconvert.files import load, save
+    from pathconvert.path_bn import PathBN, leave_path_bn
 
 _HOMES = {
     "convert": ("Conversion", "Pivot", "ScaleGroup", "reparameterize", "restore"),
     "files": ("load", "save"),
     "equivalence": ("EquivalenceReport", "verify"),
+    "entering": ("to_path_bn",),
+    "path_bn": ("PathBN", "leave_path_bn"),
 }
+_SUBPACKAGES = ("export",)
 
 __all__ = [
     "Conversion",
     "EquivalenceReport",
+    "PathBN",
     "Pivot",
     "ScaleGroup",
     "__version__",
+    "export",
+    "leave_path_bn",
     "load",
     "reparameterize",
     "restore",
     "save",
+    "to_path_bn",
     "verify",
 ]
 
@@ -41,6 +51,8 @@ def __getattr__(name: str) -> Any:
             value = getattr(importlib.import_module(f"pathconvert.{home}"), name)
             globals()[name] = value
             return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"pathconvert.{name}")
     raise AttributeError(f"module 'pathconvert' has no attribute {name!r}")
 
 

@@ -274,7 +274,7 @@ def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) 
         raise ArchitectureError(f"these tensors fit several networks: {names}", f"Say which: --arch {exact[0].name}")
     closest, differences = min(candidates, key=lambda pair: len(pair[1]))
     raise ArchitectureError(
-        f"no torchvision network has these tensors; the closest is {closest.name} ({len(differences)} differences): "
+        f"no torchvision network has these tensors; the closest is {closest.name} ({_count(differences)}): "
         + "; ".join(differences[:3]),
         f"Close too: {', '.join(name for name in near if name != closest.name) or 'none'}. "
         "A network of your own: --arch package.module:builder",
@@ -322,6 +322,10 @@ def _fit(name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: 
         arguments["frozen_batch_norm"] = f"backbone.body.bn1.{COUNTER}" not in tensors
         arguments = {k: v for k, v in arguments.items() if v is not False or k != "frozen_batch_norm"}
     return Architecture(name, arguments, tuple(entry["input_size"]), entry["task"])
+
+
+def _count(differences: list[str]) -> str:
+    return "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
 
 
 def differences_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -464,19 +468,23 @@ def _timm_input_size(name: str) -> tuple[int, ...] | None:
     return tuple(size) if size else None
 
 
-def load_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
+def load_tensors(
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> nn.Module:
     """The network with these tensors, in their dtypes, in evaluation mode.
 
-    Counters that old checkpoints lack are 0.
+    Counters that old checkpoints lack are 0. ``change`` makes of the stock network the one that the tensors are of.
 
     Raises:
         ArchitectureError: the tensors are not the network's.
     """
-    model = build(architecture)
+    model = change(build(architecture))
     differences = differences_to(model, tensors)
     if differences:
         raise ArchitectureError(
-            f"the tensors are not those of {architecture.name} ({len(differences)} differences): "
+            f"the tensors are not those of {architecture.name} ({_count(differences)}): "
             + "; ".join(differences[:3]),
             "Check --arch and --num-classes.",
         )

@@ -321,7 +321,9 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
     if tensor.dtype in WEIGHT_DTYPES:
         return
-    counter = name.endswith("num_batches_tracked") or (tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.bool))
+    is_flag = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.bool)
+    is_place = name.endswith((".pivot_row", ".pivot_column"))  # of a layer in Path-BN form
+    counter = name.endswith("num_batches_tracked") or is_flag or is_place
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_floating_point() or tensor.is_complex():
         raise CheckpointError(f"{path} holds {quote(name)} in {dtype}, which is not supported.", _FLOAT_TIP)

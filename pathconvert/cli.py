@@ -50,9 +50,19 @@ class PivotChoice(StrEnum):
     diagonal = "diagonal"
 
 
+class Form(StrEnum):
+    path = "path"
+    path_bn = "path-bn"
+
+
 class GaugeChoice(StrEnum):
     unit = "unit"
     pow2 = "pow2"
+
+
+class ExportGauge(StrEnum):
+    keep = "keep"
+    balanced = "balanced"
 
 
 class DeviceChoice(StrEnum):
@@ -60,11 +70,6 @@ class DeviceChoice(StrEnum):
     cuda = "cuda"
     tensorrt = "tensorrt"
     cpu = "cpu"
-
-
-class ExportGauge(StrEnum):
-    keep = "keep"
-    balanced = "balanced"
 
 
 class _Settings:
@@ -208,7 +213,7 @@ def _stem(source: str, kind: str) -> str:
     stem = Path(source).name
     for suffix in (".safetensors", ".pth", ".pt"):
         stem = stem.removesuffix(suffix)
-    return stem.removesuffix(".path") if kind == "restored" else stem
+    return stem if kind == "path" else stem.removesuffix(".path").removesuffix(".path-bn")
 
 
 def _output(source: str, output: Path | None, kind: str, force: bool) -> Path:
@@ -223,7 +228,10 @@ def _output(source: str, output: Path | None, kind: str, force: bool) -> Path:
 # ---- commands --------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example: pathconvert reparam resnet50.pt --pivot max -o resnet50.path.safetensors")
+@app.command(
+    epilog="Examples: pathconvert reparam resnet50.pt --pivot max -o resnet50.path.safetensors; "
+    "pathconvert reparam resnet50.pt --form path-bn --calibrate photos/"
+)
 def reparam(
     source: Source,
     output: Output = None,
@@ -235,6 +243,9 @@ def reparam(
     ] = Scope.block,
     pivot: Annotated[PivotChoice, typer.Option(help="Which outgoing weight becomes ±1.")] = PivotChoice.matching,
     gauge: Annotated[GaugeChoice, typer.Option(help="unit: pivots ±1; pow2: bit-identical.")] = GaugeChoice.unit,
+    form: Annotated[Form, typer.Option(help="path: rescaled weights; path-bn: Path-BN layers, to train.")] = Form.path,
+    calibrate: Annotated[Path | None, typer.Option(help="Folder of images for Path-BN's statistics.")] = None,
+    skip_scale: Annotated[float, typer.Option(help="λ of Path-BN's skip; 0.1 is the papers' for ResNets.")] = 1.0,
     partial: Annotated[bool, typer.Option("--partial", help="Pin what is not homogeneous, convert the rest.")] = False,
     key: Key = None,
     force: Force = False,
@@ -245,27 +256,40 @@ def reparam(
 ) -> None:
     """Move a network into path space: same class, names, shapes and dtypes; proven equal before the file appears."""
     del debug
-    steps = _Steps(4 if report else 3)
+    steps = _Steps(3 + bool(report) + (form == Form.path_bn))
+    if form == Form.path and (calibrate or skip_scale != 1):
+        raise PathconvertError("--calibrate and --skip-scale belong to Path-BN", "Add --form path-bn.")
     from pathconvert import reports
 
-    path = _output(source, output, "path", force)
+    path = _output(source, output, form.value, force)
     if report:
         reports.prepare_report(report, force=force, taken=(Path(source), path))
     with steps.shown():
         with steps.step("load"):
             network = _open(source, arch, input_size, num_classes, key, trust_pickle)
-        from pathconvert.conversions import convert_network, save_checked
+        from pathconvert.conversions import convert_network, enter_path_bn, resume_conversion, save_checked
+        from pathconvert.path_bn import record_of
 
-        if network.record:
+        if network.form == form or network.form == "path-bn":
             raise RecordError(f"{source} is converted already", f"Restore it first: pathconvert restore {source}")
         with steps.step("convert"):
-            conversion = convert_network(network, scope.value, pivot.value, gauge.value, partial)
+            conversion = (
+                resume_conversion(network)
+                if network.record
+                else convert_network(network, scope.value, pivot.value, gauge.value, partial)
+            )
+        path_bn = None
+        if form == Form.path_bn:
+            with steps.step("Path-BN"):
+                path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
         with steps.step("verify and write"):
-            equality = save_checked(conversion, network, path, force=force)
+            equality = save_checked(path_bn or conversion, network, path, force=force)
         if report:
             with steps.step("report"):
                 reports.write_report(conversion, report)
-    summary = reports.summarise(conversion, network, equality, steps.seconds) | {"source": source, "output": str(path)}
+    parts = record_of(path_bn)["path_bn"] if path_bn else None
+    summary = reports.summarise(conversion, parts, network, equality, steps.seconds)
+    summary |= {"source": source, "output": str(path)}
     for note in summary["notes"]:
         _note(f"note: {note}")
     _emit(summary, _table(f"{source} → {path}", reports.summary_rows(summary)), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from pathconvert.architectures import Architecture
+from pathconvert.calibration import CHUNK
 from pathconvert.checkpoint import tensors_digest
-from pathconvert.convert import Conversion, Scope, reparameterize, restore, verify_conversion
+from pathconvert.convert import Conversion, Scope, reparameterize, restore, resume, verify_conversion
+from pathconvert.entering import to_path_bn
 from pathconvert.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify
 from pathconvert.errors import EquivalenceError, PathconvertError
-from pathconvert.files import LoadedNetwork, save_conversion, save_plain
+from pathconvert.files import LoadedNetwork, save_converted, save_plain
 from pathconvert.inputs import folder_images, load_images, random_input
 from pathconvert.pivots import PivotRule
 from pathconvert.scales import Gauge
@@ -23,6 +26,23 @@ from pathconvert.scales import Gauge
 def convert_network(network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool) -> Conversion:
     """:func:`~pathconvert.convert.reparameterize` on a random input of the architecture's size."""
     return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
+
+
+def enter_path_bn(network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float) -> nn.Module:
+    """:func:`~pathconvert.entering.to_path_bn`, calibrated on a folder of images."""
+    calibration = None if images is None else _batches(folder_images(images), network.architecture)
+    return to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
+
+
+def _batches(paths: list[Path], architecture: Architecture) -> Iterator[torch.Tensor]:
+    for start in range(0, len(paths), CHUNK):
+        yield load_images(paths[start : start + CHUNK], architecture)
+
+
+def resume_conversion(network: LoadedNetwork) -> Conversion:
+    """The conversion that a file in path form holds."""
+    assert network.record is not None
+    return resume(network.model, random_input(network.architecture), network.record)
 
 
 def _equality(
@@ -49,8 +69,10 @@ def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
     return equality
 
 
-def save_checked(conversion: Conversion, network: LoadedNetwork, path: Path, *, force: bool) -> EquivalenceReport:
-    """Write a conversion; the file takes its name only if what it holds equals the original.
+def save_checked(
+    converted: Conversion | nn.Module, network: LoadedNetwork, path: Path, *, force: bool
+) -> EquivalenceReport:
+    """Write a conversion, or a network in Path-BN form; the file takes its name only if it equals the original.
 
     Raises:
         EquivalenceError: it does not; no file is left.
@@ -58,10 +80,11 @@ def save_checked(conversion: Conversion, network: LoadedNetwork, path: Path, *, 
     reports: list[EquivalenceReport] = []
 
     def check(written: LoadedNetwork) -> None:
-        equality = _equality(network.model, written.model, conversion.parts, network.architecture)
+        assert written.record is not None
+        equality = _equality(network.model, written.model, tuple(written.record["parts"]), network.architecture)
         reports.append(_require(equality, "the converted network"))
 
-    save_conversion(conversion, network, path, force=force, check=check)
+    save_converted(converted, network, path, force=force, check=check)
     return reports[0]
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pathconvert.equivalence import EquivalenceReport, run_dtype, verify
-from pathconvert.errors import PathconvertError, RefusedNetwork
+from pathconvert.errors import PathconvertError, RecordError, RefusedNetwork
 from pathconvert.groups import Group, Units, find_units
 from pathconvert.parts import Traced, trace_network
-from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots
+from pathconvert.path_bn import has_path_bn, leave_path_bn
+from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
 from pathconvert.record import make_record, read_record
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
@@ -151,6 +152,8 @@ def reparameterize(
         RefusedNetwork: an activation that is not positively homogeneous (ReLU6, GELU, …), without ``partial``.
         TraceError: the forward cannot be followed.
     """
+    if has_path_bn(model):
+        raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
     for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
         if value not in get_args(kind):
             raise PathconvertError(f"{value!r} is none of {', '.join(get_args(kind))}")
@@ -214,15 +217,49 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """Undo a conversion: a copy of ``model`` with every factor of ``record`` taken back.
 
     Args:
-        model: the converted network, fine-tuned or not; not changed.
-        record: :attr:`Conversion.record`.
+        model: the converted network, in path or Path-BN form, fine-tuned or not; not changed.
+        record: :attr:`Conversion.record`, or the ``path_record`` of a network in Path-BN form.
 
     Raises:
         RecordError: the record is of a newer format, or does not fit the network's tensors.
     """
+    if has_path_bn(model):
+        model = leave_path_bn(model)
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
     slots, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return rescale(model, slots, scales, inverse=True)
+
+
+def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conversion:
+    """The conversion that a network in path form and its record describe, traced again.
+
+    Args:
+        model: the converted network, fine-tuned or not; not changed, and not copied.
+        example_input: as for :func:`reparameterize`.
+        record: its record.
+
+    Raises:
+        RecordError: the record is of a newer format, or not of this network.
+    """
+    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    _, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    traced = trace_network(model, example_input)
+    units = find_units(traced.trace)
+    stored = record["pivots"]
+    layer, row, column = (np.asarray(stored[key], dtype=np.int64) for key in ("layer", "row", "column"))
+    if [lay.parameter for lay in units.layers] != stored["parameters"] or not units.count == len(scales) == len(layer):
+        raise RecordError("the conversion record is not of this network: its layers are others")
+    pivots = pivots_at(units, tensors, layer, row, column)
+    pivots = dataclasses.replace(pivots, value=pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit])
+    groups = tuple(
+        ScaleGroup(
+            group.name, group.size, scales[_span(group)], stored_group["pinned_by"], group.producers,
+            np.zeros(group.size, dtype=bool), functools.partial(_named_pivots, units, pivots, pivots.layer < 0, group),
+        )
+        for group, stored_group in zip(units.groups, record["groups"], strict=True)
+    )  # fmt: skip
+    asked = (record["scope"], record["pivot"], record["gauge"])
+    return Conversion(model, groups, traced.parts, traced.left_alone, (), *asked, units, pivots)
 
 
 def verify_conversion(

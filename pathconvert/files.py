@@ -5,7 +5,8 @@ The metadata beside the tensors is a versioned format of its own::
     format_version, tool, torch, torchvision
     architecture     name, arguments, input_size, task; null where the class is not one that can be built by name
     source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
-    record           the conversion record (record.py): scope, pivot, gauge, scales, pivots
+    record           the conversion record (record.py): scope, pivot, gauge, scales, pivots; for a network in Path-BN
+                     form also ``path_bn``: its layers, λ, and where their statistics come from (entering.py)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathconvert.architectures import Architecture
 from pathconvert.checkpoint import Checkpoint, read_checkpoint, tensors_digest, write_checkpoint
 from pathconvert.convert import Conversion
 from pathconvert.errors import ArchitectureError, CheckpointError
+from pathconvert.path_bn import has_path_bn, insert_path_bn, leave_path_bn, record_of
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -40,7 +42,8 @@ class LoadedNetwork:
         model: in evaluation mode, parameters in the checkpoint's dtype.
         architecture: how to build it again; None only for a class that cannot be built by name.
         checkpoint: the file; None where torchvision provided the weights.
-        tensor_names: the tensors of the source, in its order (old checkpoints lack ``num_batches_tracked``).
+        tensor_names: the tensors of the source, in its order (old checkpoints lack ``num_batches_tracked``); those of
+            the stock network where the source is in Path-BN form.
     """
 
     model: nn.Module
@@ -57,6 +60,11 @@ class LoadedNetwork:
     def record(self) -> dict[str, Any] | None:
         """The conversion record; None for a plain checkpoint."""
         return self.metadata.get("record") if self.metadata else None
+
+    @property
+    def form(self) -> str:
+        """``plain``, ``path`` or ``path-bn``."""
+        return str(self.record["form"]) if self.record else "plain"
 
     def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of another network of this architecture under the names that the source has."""
@@ -94,8 +102,17 @@ def open_network(
     checkpoint = read_checkpoint(source, key=key, trust_pickle=trust_pickle)
     tensors = architectures.modern_names(checkpoint.tensors)
     architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
-    model = architectures.load_tensors(architecture, tensors)
-    return LoadedNetwork(model, _sized(architecture, input_size), checkpoint, tuple(tensors))
+    model = _build(architecture, tensors, checkpoint)
+    names = tuple(leave_path_bn(model).state_dict()) if has_path_bn(model) else tuple(tensors)
+    return LoadedNetwork(model, _sized(architecture, input_size), checkpoint, names)
+
+
+def _build(architecture: Architecture, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> nn.Module:
+    """The network in the form that the file is in."""
+    record = (checkpoint.metadata or {}).get("record") or {}
+    if "path_bn" not in record:
+        return architectures.load_tensors(architecture, tensors)
+    return architectures.load_tensors(architecture, tensors, lambda stock: insert_path_bn(stock, record))
 
 
 def _no_such_source(name: str) -> CheckpointError:
@@ -165,8 +182,8 @@ def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | 
     return network.model, network.record
 
 
-def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Path:
-    """Save a conversion made through the Python API.
+def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """Save a conversion, or a network in Path-BN form, made through the Python API.
 
     The architecture is stored where the network is one of torchvision's, in every module's settings; any other is
     loaded again with ``load(path, arch="package.module:builder")``.
@@ -174,15 +191,16 @@ def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Pa
     Raises:
         OutputError: the file exists (without ``force``) or cannot be written.
     """
-    state = conversion.model.state_dict()
-    return write_checkpoint(
-        path, state, make_metadata(conversion, _own_architecture(conversion.model, state), {}), force=force
+    model, record = (
+        (converted.model, converted.record) if isinstance(converted, Conversion) else (converted, record_of(converted))
     )
+    stock = leave_path_bn(model) if has_path_bn(model) else model
+    return write_checkpoint(path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force)
 
 
-def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> Architecture | None:
+def _own_architecture(model: nn.Module) -> Architecture | None:
     try:
-        architecture = architectures.recognise(state)
+        architecture = architectures.recognise(model.state_dict())
     except ArchitectureError:
         return None
     if getattr(model, "transform_input", False):
@@ -194,7 +212,7 @@ def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> Architec
 
 
 def make_metadata(
-    conversion: Conversion, architecture: Architecture | None, source: Mapping[str, str]
+    record: dict[str, Any], architecture: Architecture | None, source: Mapping[str, str]
 ) -> dict[str, Any]:
     """The metadata of a converted file (see the module's docstring)."""
     return {
@@ -204,27 +222,33 @@ def make_metadata(
         "torchvision": torchvision.__version__,
         "architecture": dataclasses.asdict(architecture) if architecture else None,
         "source": dict(source),
-        "record": conversion.record,
+        "record": record,
     }
 
 
-def save_conversion(
-    conversion: Conversion,
+def save_converted(
+    converted: Conversion | nn.Module,
     network: LoadedNetwork,
     path: Path,
     *,
     force: bool,
     check: Callable[[LoadedNetwork], None],
 ) -> Path:
-    """Write a conversion of ``network``; ``check`` sees what the written file holds before it takes its name."""
+    """Write ``network`` converted, in path or Path-BN form; ``check`` sees what was written before it is renamed."""
     file = network.checkpoint
-    source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
-    if file is not None:
-        source |= {"name": file.path.name, "sha256": file.sha256}
+    if network.metadata:  # what was converted first stays the source
+        source = network.metadata["source"]
+    else:
+        source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
+        source |= {"name": file.path.name, "sha256": file.sha256} if file else {}
+    if isinstance(converted, Conversion):
+        tensors, record = network.tensors_of(converted.model), converted.record
+    else:
+        tensors, record = converted.state_dict(), record_of(converted)
     return write_checkpoint(
         path,
-        network.tensors_of(conversion.model),
-        make_metadata(conversion, network.architecture, source),
+        tensors,
+        make_metadata(record, network.architecture, source),
         force=force,
         source=file.path if file else None,
         check=lambda written: check(reopen(written, network)),
@@ -234,7 +258,7 @@ def save_conversion(
 def save_plain(
     model: nn.Module, network: LoadedNetwork, path: Path, *, force: bool, check: Callable[[LoadedNetwork], None]
 ) -> Path:
-    """Write a restored network without metadata; ``check`` as in :func:`save_conversion`."""
+    """Write a restored network without metadata; ``check`` as in :func:`save_converted`."""
     return write_checkpoint(
         path,
         network.tensors_of(model),
@@ -248,5 +272,5 @@ def save_plain(
 def reopen(path: Path, network: LoadedNetwork) -> LoadedNetwork:
     """The network in a file that was just written, in ``network``'s architecture."""
     checkpoint = read_checkpoint(path)
-    model = architectures.load_tensors(network.architecture, checkpoint.tensors)
+    model = _build(network.architecture, checkpoint.tensors, checkpoint)
     return LoadedNetwork(model, network.architecture, checkpoint, network.tensor_names)

@@ -99,6 +99,21 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
     return Pivots(np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks))
 
 
+def pivots_at(units: Units, tensors: Mapping[str, Tensor], layer: IdVector, row: IdVector, column: IdVector) -> Pivots:
+    """The pivots at given places, [units] each; ``layer`` is -1 where a unit has none."""
+    value = np.zeros(units.count)
+    next_unit = np.full(units.count, FIXED)
+    for index, one in enumerate(units.layers):
+        mine = np.flatnonzero(layer == index)
+        if mine.size:
+            in_group = row[mine] % (len(one.rows) // one.groups)
+            taps = _effective_taps(one, column[mine], units.batch_norms, tensors)
+            value[mine] = taps.numpy()[np.arange(len(mine)), in_group]
+            next_unit[mine] = one.next_units[row[mine]]
+    none = (value == 0) | ~np.isfinite(value)
+    return Pivots(np.where(none, -1, layer), row, column, np.where(none, 0.0, value), next_unit, ())
+
+
 def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
     """Per unit: the layer that hosts its pivot and its column there; -1 where no layer may."""
     read = [np.flatnonzero(layer.columns >= 0) for layer in units.layers]
@@ -212,10 +227,12 @@ def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
     chosen = largest.copy()
     left = np.arange(len(cost))
     while left.size:
-        now = cost.numpy() if left.size == len(cost) else cost.numpy()[left]
-        if now.shape[0] == now.shape[1]:  # every row is used once: what is common to a row or column decides nothing
-            now -= now.min(axis=0)
+        now = cost.numpy() if len(cost) <= cost.shape[1] else cost.numpy()[left]  # the only round may use it up
+        # what is common to a line that is surely used decides nothing; without it the search is twice as fast
+        if now.shape[0] <= now.shape[1]:
             now -= now.min(axis=1, keepdims=True)
+        if now.shape[1] <= now.shape[0]:
+            now -= now.min(axis=0)
         matched, rows = linear_sum_assignment(now)
         real = ~is_zero[left[matched], rows]
         chosen[left[matched[real]]] = rows[real]

@@ -17,14 +17,19 @@ from pathconvert.inputs import random_input
 
 
 def summarise(
-    conversion: Conversion, network: LoadedNetwork, equality: EquivalenceReport, seconds: dict[str, float]
+    conversion: Conversion,
+    path_bn: dict[str, Any] | None,
+    network: LoadedNetwork,
+    equality: EquivalenceReport,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The result of ``pathconvert reparam``, JSON-serialisable."""
+    """The result of ``pathconvert reparam``, JSON-serialisable; ``path_bn`` is that part of the record."""
     magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
     has_pivots = bool(magnitudes.size)
     return {
         "architecture": network.architecture.name,
         "arguments": network.architecture.arguments,
+        "form": "path-bn" if path_bn else "path",
         "scope": conversion.scope,
         "pivot": conversion.pivot,
         "gauge": conversion.gauge,
@@ -34,10 +39,11 @@ def summarise(
             "median": float(np.median(magnitudes)) if has_pivots else None,
             "max": float(magnitudes.max()) if has_pivots else None,
         },
+        "path_bn": path_bn and path_bn | {"layers": [layer["name"] for layer in path_bn["layers"]]},
         "equality": equality.to_json(),
         "parts": list(conversion.parts),
         "left_alone": conversion.left_alone,
-        "notes": _notes(conversion),
+        "notes": _notes(conversion) + _path_bn_notes(path_bn),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
     }
 
@@ -55,6 +61,19 @@ def _notes(conversion: Conversion) -> list[str]:
     return notes
 
 
+def _path_bn_notes(path_bn: dict[str, Any] | None) -> list[str]:
+    return [f"no Path-BN: {name} ({why})" for name, why in path_bn["left"].items()] if path_bn else []
+
+
+def _path_bn_row(path_bn: dict[str, Any]) -> str:
+    calibration = path_bn["calibration"]
+    images = calibration.get("images")
+    source = (
+        f"calibrated on {images} images" if images else "statistics estimated from BatchNorms (Gaussian), no images"
+    )
+    return f"{len(path_bn['layers'])} layers, {len(path_bn['left'])} left; λ {path_bn['skip_scale']:g}; {source}"
+
+
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The rows of reparam's table."""
     arguments = ", ".join(f"{name}={value}" for name, value in summary["arguments"].items())
@@ -62,7 +81,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     seconds = summary["seconds"]
     rows = {
         "network": f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"],
-        "form": f"path; scope {summary['scope']}, pivot {summary['pivot']}, gauge {summary['gauge']}",
+        "form": f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge {summary['gauge']}",
         "groups": f"{summary['groups']} ({summary['groups_pinned']} pinned)",
         "channels": f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
         f"{summary['channels_dead']} dead",
@@ -71,6 +90,8 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         rows["pivots before"] = (
             f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max {magnitude['max']:.2e}"
         )
+    if summary["path_bn"]:
+        rows["Path-BN"] = _path_bn_row(summary["path_bn"])
     rows["equality"] = _equality_row(summary["equality"])
     rows["time"] = f"{seconds['total']:.1f} s (conversion {seconds['convert']:.2f} s)"
     return rows
@@ -145,7 +166,7 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
     parameters = list(network.model.parameters())
     file = network.checkpoint
     result: dict[str, Any] = {
-        "form": "path" if network.record else "plain checkpoint",
+        "form": "plain checkpoint" if network.form == "plain" else network.form,
         "architecture": network.architecture.name,
         "arguments": network.architecture.arguments,
         "task": network.architecture.task,
@@ -158,6 +179,9 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
         record = network.record
         result |= {name: record[name] for name in ("scope", "pivot", "gauge", "tool")}
         result["groups"] = len(record["groups"])
+        if "path_bn" in record:
+            layers = [layer["name"] for layer in record["path_bn"]["layers"]]
+            result["path_bn"] = record["path_bn"] | {"layers": layers}
         result["source"] = network.metadata.get("source")
         return result
     try:
@@ -193,6 +217,8 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
     for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):
         if result.get(name) is not None:
             rows[name.replace("_", " ")] = str(result[name])
+    if result.get("path_bn"):
+        rows["Path-BN"] = _path_bn_row(result["path_bn"])
     if result.get("source"):
         rows["converted from"] = ", ".join(f"{k} {v}" for k, v in result["source"].items())
     if result.get("uneven"):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pathconvert.errors import RecordError
 from pathconvert.groups import FIXED, find_units
 from pathconvert.parts import trace_network
-from pathconvert.pivots import choose_pivots
+from pathconvert.pivots import _match, choose_pivots
 from pathconvert.record import decode_runs, encode_runs, read_record
 from pathconvert.rewrite import factors, rescale
 from pathconvert.scales import choose_scales
@@ -154,3 +155,16 @@ def test_followers_are_neighbours_that_nothing_else_reads() -> None:
 
     followers = trace_network(Net(), torch.randn(2, 3, 4, 4)).trace.followers()
     assert followers == {"a.weight": "bn_a", "bn_a": "b.weight"}
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 8), (7, 3), (9, 4)])
+def test_rounds_of_matching_are_each_optimal(shape: tuple[int, int]) -> None:
+    """Columns × rows: every round takes the best assignment of the columns that are left."""
+    magnitude = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = _match(magnitude.clone(), np.zeros(shape[0], dtype=np.int64))
+    left = list(range(shape[0]))
+    while left:
+        cost = -magnitude[left].log().numpy()
+        columns, rows = linear_sum_assignment(cost)
+        assert chosen[[left[c] for c in columns]].tolist() == rows.tolist()
+        left = [unit for place, unit in enumerate(left) if place not in columns]
