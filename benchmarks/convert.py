@@ -71,6 +71,8 @@ def build(name: str) -> nn.Module:
     task = architectures.index()[name]["task"]
     backbone = {"weights_backbone": None} if task in ("segmentation", "detection") else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone).eval()
+    if task == "detection" and name != "ssd300_vgg16":
+        model.transform.min_size, model.transform.max_size = (128,), 192  # not 800 pixels: what is compared is the same
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     was = [norm.momentum for norm in norms]
     with torch.no_grad():

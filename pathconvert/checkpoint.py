@@ -401,7 +401,7 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None) -> Pat
     if path.suffix.lower() not in SUFFIXES:
         message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(SUFFIXES)}."
         raise OutputError(message, "The suffix of the output decides its format: .safetensors is recommended.")
-    if source is not None and _same_file(path, source):
+    if source is not None and same_file(path, source):
         raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
     if path.is_dir():
         raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
@@ -409,11 +409,12 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None) -> Pat
         raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
-    _check_existing(path, force)
+    check_existing(path, force)
     return path
 
 
-def _check_existing(path: Path, force: bool) -> None:
+def check_existing(path: Path, force: bool) -> None:
+    """Refuse an output that exists, or with ``force`` one that is no regular file."""
     if not os.path.lexists(path):
         return
     if path.exists() and not path.is_file():
@@ -422,7 +423,8 @@ def _check_existing(path: Path, force: bool) -> None:
         raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another output with -o.")
 
 
-def _same_file(path: Path, source: Path) -> bool:
+def same_file(path: Path, source: Path) -> bool:
+    """Whether two paths lead to one file, there or to be."""
     with contextlib.suppress(OSError):
         return path.samefile(source)
     return path.absolute() == Path(source).absolute()
@@ -454,19 +456,19 @@ def write_checkpoint(
     write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _writing(path, tensors):
+        with writing(path, tensors):
             write(temporary, tensors, None if metadata is None else json.dumps(metadata))
-            _sync(temporary)
+            sync(temporary)
         if check is not None:
             check(temporary)
-        _check_existing(path, force)  # another process may have been faster
-        with _writing(path, tensors):
+        check_existing(path, force)  # another process may have been faster
+        with writing(path, tensors):
             os.replace(temporary, path)
     except BaseException:  # an interrupt leaves nothing behind either
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -500,7 +502,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Turn an operating system's error, bare or inside one of torch's, into one that names the output."""
     try:
         yield
@@ -529,7 +531,7 @@ def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> 
     return OutputError(f"{path} was not written: {reason}.", "Give another output with -o.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file, or the rename in a folder, last through a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

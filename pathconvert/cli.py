@@ -596,10 +596,10 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
     debug: Debug = False,
 ) -> None:
-    """Train a small ResNet on scikit-learn's digits, then convert, verify and restore it."""
+    """Train a small ResNet on scikit-learn's digits; convert, verify, restore; then Path-BN, ONNX, and its speed."""
     del debug
     from pathconvert.checkpoint import prepare_output
-    from pathconvert.demo import train_digits
+    from pathconvert.demo import save_digits, train_digits
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -608,11 +608,22 @@ def demo(
     source = prepare_output(output_dir / "digits_resnet18.pt", force=True, source=None)
     accuracy = train_digits(source, _note)
     _note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
-    path, restored = (output_dir / f"digits_resnet18.{kind}.safetensors" for kind in ("path", "restored"))
+    digits, onnx = output_dir / "digits", output_dir / "digits_resnet18.onnx"
+    images = save_digits(digits, 64)
+    path, restored, path_bn = (
+        str(output_dir / f"digits_resnet18.{kind}.safetensors") for kind in ("path", "restored", "path-bn")
+    )
     for title, arguments in (
-        ("convert", ["reparam", str(source), "--input-size", "3x32x32", "--force", "-o", str(path)]),
-        ("verify", ["verify", str(source), str(path), "--input-size", "3x32x32"]),
-        ("restore", ["restore", str(path), "--force", "-o", str(restored)]),
+        ("convert", ["reparam", str(source), "--input-size", "3x32x32", "--force", "-o", path]),
+        ("verify", ["verify", str(source), path, "--input-size", "3x32x32", "--images", str(digits)]),
+        ("restore", ["restore", path, "--force", "-o", restored]),
+        (
+            "Path-BN",
+            ["reparam", path, "--form", "path-bn", "--calibrate", str(digits), "--force", "-o", path_bn],
+        ),
+        ("export", ["export", path_bn, "--images", str(digits), "--force", "-o", str(onnx)]),
+        ("predict", ["predict", str(onnx), *map(str, images[:3]), "--top", "1"]),
+        ("latency", ["bench", str(onnx), str(source), "--input-size", "3x32x32", "--batch", "1,8"]),
     ):
         _note(f"\n{title}: pathconvert {' '.join(arguments)}")
         app(arguments, standalone_mode=False)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize, to_pil_image
 
 from pathconvert.errors import PathconvertError
+from pathconvert.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 EPOCHS, BATCH, HELD_OUT = 3, 64, 360
 
@@ -31,6 +33,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 def train_digits(path: Path, note: Callable[[str], None]) -> float:
     """Train, save the state dict at ``path``, return the share of held-out images that are classified right."""
     images, labels = _digits()
+    images = normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = torchvision.models.resnet18(num_classes=10)
@@ -40,6 +43,16 @@ def train_digits(path: Path, note: Callable[[str], None]) -> float:
         correct = (model(images[:HELD_OUT]).argmax(1) == labels[:HELD_OUT]).double().mean()
     torch.save(model.state_dict(), path)
     return float(correct)
+
+
+def save_digits(folder: Path, count: int) -> list[Path]:
+    """The first images of the training set as PNG files, the label last in their names."""
+    images, labels = _digits()
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{i}_{int(labels[i])}.png" for i in range(HELD_OUT, HELD_OUT + count)]
+    for i, path in enumerate(paths, HELD_OUT):
+        to_pil_image(images[i]).save(path)
+    return paths
 
 
 def _train(model: nn.Module, images: Tensor, labels: Tensor, note: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pathconvert import cli
 
@@ -20,12 +21,14 @@ def blocks(language):
 
 def test_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     (code,) = blocks("python")
     exec(compile(code, str(README), "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert "'channels_rescaled': 2880" in printed[0]
     assert printed[-1] == "True"
     assert (tmp_path / "resnet18.path.safetensors").exists()
+    assert (tmp_path / "resnet18.onnx").exists()
 
 
 @pytest.mark.skipif(DATA is None, reason="PATHCONVERT_DATA does not name the folder with the real weights")
@@ -35,13 +38,18 @@ def test_console_examples_print_what_the_readme_shows(tmp_path, monkeypatch, cap
     monkeypatch.setenv("COLUMNS", "100")
     shutil.copy(Path(DATA) / "weights" / "squeezenet1_1.pth", tmp_path)
     shown = "".join(block for block in blocks("console") if block.startswith("$ pathconvert"))
-    commands = re.findall(r"^\$ pathconvert (.*)$", shown, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["reparam", "restore"]
-    for command in commands:
+    shutil.copytree(Path(DATA) / "images" / "imagenet20", tmp_path / "photos")
+    examples = re.findall(r"^\$ pathconvert (.*)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
+    assert [command.split()[0] for command, _ in examples] == [
+        "reparam", "restore", "reparam", "export", "predict", "bench",
+    ]  # fmt: skip
+    for command, expected in examples:
         assert cli.run(shlex.split(command)) == 0
+        printed = capsys.readouterr().out
+        if not command.startswith("bench"):  # its numbers are all times
+            assert stable(printed) == stable(expected)
 
-    def stable(text):
-        lines = [line.split() for line in text.splitlines()]
-        return [line for line in lines if line and line[0] not in ("$", "time", "equality", "largest")]
 
-    assert stable(capsys.readouterr().out) == stable(shown)
+def stable(text):
+    lines = [line.split() for line in text.splitlines()]
+    return [line for line in lines if line and line[0] not in ("time", "equality", "largest")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from pathconvert import conversions
 from pathconvert.convert import Conversion, convert_traced, restore
+from pathconvert.entering import to_path_bn
 from pathconvert.equivalence import forward_outputs, verify
+from pathconvert.export.networks import export_network
+from pathconvert.export.runtime import open_session
 from pathconvert.files import LoadedNetwork, load, open_network, save
 from pathconvert.inputs import folder_images, load_images, random_input
 from pathconvert.parts import Traced, trace_network
@@ -195,3 +199,35 @@ def test_saved_through_the_api(real: Real, tmp_path: Path) -> None:
     model, record = load(tmp_path / "net.path.safetensors", **({"arch": own.name} if ":" in own.name else {}))
     assert record == conversion.record
     assert all(map(torch.equal, model.state_dict().values(), conversion.model.state_dict().values()))
+
+
+@both
+def test_checkpoint_to_onnx_runtime(real: Real, tmp_path: Path) -> None:
+    """Checkpoint → path → Path-BN → ONNX → ONNX Runtime: top-1 stays on every image, in fp32 and fp16."""
+    expected = forward_outputs(real.network.model, real.images)[0].argmax(1)
+    m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
+    equality = conversions.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
+    assert equality.passed, equality
+    own = real.network.architecture
+    network = open_network(tmp_path / "net.path-bn.safetensors", **({"arch": own.name} if ":" in own.name else {}))
+    assert network.form == "path-bn"
+    for precision in ("fp32", "fp16"):
+        report, card = export_network(network, tmp_path / f"{precision}.onnx", precision=precision)
+        assert (card.form, report.batch_norms_left) == ("path-bn", 0)
+        (output,) = open_session(tmp_path / f"{precision}.onnx", "cpu").run(real.images.numpy())
+        assert output.argmax(1).tolist() == expected.tolist(), precision
+
+
+def test_path_bn_trains_as_batch_norm_does(resnet56: Real) -> None:
+    """Training-mode loss on the calibration images, where the running statistics are theirs: within 1 %."""
+    model = copy.deepcopy(resnet56.network.model)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(resnet56.images)
+    model.eval()
+    m = to_path_bn(model, resnet56.images, calibration=resnet56.images)
+    outputs = [forward_outputs(one, resnet56.images, training=True)[0] for one in (model, m)]
+    losses = [float(torch.nn.functional.cross_entropy(output, resnet56.labels)) for output in outputs]
+    assert abs(losses[1] / losses[0] - 1) < 0.01, losses

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pathconvert import path_bn
 from pathconvert.errors import PathconvertError
 from pathconvert.export.metadata import ModelCard, Preprocessing, labels_for
 from pathconvert.export.onnx_export import ExportReport, check_options, export_onnx, prepare_onnx_output
@@ -17,10 +16,9 @@ from pathconvert.inputs import folder_images, load_images, random_input
 def card_of(network: LoadedNetwork) -> ModelCard:
     """What a file exported from ``network`` says about itself."""
     file = network.checkpoint
-    form = "path-bn" if path_bn.has_path_bn(network.model) else "path" if network.record else "plain"
     return ModelCard(
         network.architecture,
-        form,
+        network.form,
         file.path.name if file else None,
         file.sha256 if file else None,
         Preprocessing.for_architecture(network.architecture),

@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from pathconvert.checkpoint import _check_existing, _same_file, _sync, _writing
+from pathconvert.checkpoint import check_existing, same_file, sync, writing
 from pathconvert.errors import EquivalenceError, OutputError, PathconvertError
 from pathconvert.export import verification
 from pathconvert.export.folding import fold, unfolded
@@ -248,7 +248,7 @@ def prepare_onnx_output(path: str | Path, *, force: bool, source: Path | None = 
     path = Path(path)
     if path.suffix.lower() != ".onnx":
         raise OutputError(f"{path} has the suffix {path.suffix!r}; expected .onnx.", "Name the output X.onnx.")
-    if source is not None and _same_file(path, source):
+    if source is not None and same_file(path, source):
         raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
     if path.is_dir():
         raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
@@ -256,7 +256,7 @@ def prepare_onnx_output(path: str | Path, *, force: bool, source: Path | None = 
         raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
-    _check_existing(path, force)
+    check_existing(path, force)
     return path
 
 
@@ -398,16 +398,16 @@ def _write_proven(proto: onnx.ModelProto, path: Path, force: bool, check: Any) -
     data = proto.SerializeToString()
     size = {"file": torch.empty(len(data), dtype=torch.uint8, device="meta")}
     try:
-        with _writing(path, size):
+        with writing(path, size):
             temporary.write_bytes(data)
-            _sync(temporary)
+            sync(temporary)
         proof: Proof = check(temporary)
-        _check_existing(path, force)
-        with _writing(path, size):
+        check_existing(path, force)
+        with writing(path, size):
             os.replace(temporary, path)
     except BaseException:  # an interrupt leaves nothing behind either
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     return proof
