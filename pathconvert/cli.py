@@ -503,7 +503,7 @@ def bench(
     for t in report.timings:
         quartiles = f"{_short(t.low_ms)}–{_short(t.high_ms)}"
         speed = (_short(t.median_ms), quartiles, _short(t.throughput), _short(t.ratio))
-        table.add_row(escape(t.source), f"{t.engine}, {t.device}", str(t.batch), *speed)
+        table.add_row(escape(Path(t.source).name), f"{t.engine}, {t.device}", str(t.batch), *speed)
     _emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
 
 

@@ -392,7 +392,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     assert run(["demo", "--output-dir", str(tmp_path / "demo")]) == 0
     printed = capsys.readouterr()
     assert "trained a torchvision resnet18 on digits" in printed.err
-    assert printed.out.count("passed") == 3
+    assert printed.out.count("passed") == 4
     names = ["digits_resnet18.path.safetensors", "digits_resnet18.pt", "digits_resnet18.restored.safetensors"]
     assert sorted(os.listdir(tmp_path / "demo")) == names
 
@@ -553,8 +553,8 @@ HEADERS = {
         "plain_code": "nothing of it was executed; expected a PyTorch checkpoint",
         "module": "module.pt is a pickled module ('torch.nn.modules.linear.Linear'), which runs code when loaded",
         "nan": "nan.pt has NaN or infinite weights: 2 of 1728 values in 'features.0.weight'; 1 of 52 tensors affected.",
-        "missing_tensor": "the closest is squeezenet1_1 (1 differences): features.0.weight is missing",
-        "extra_tensor": "the closest is squeezenet1_1 (1 differences): extra is extra",
+        "missing_tensor": "the closest is squeezenet1_1 (1 difference): features.0.weight is missing",
+        "extra_tensor": "the closest is squeezenet1_1 (1 difference): extra is extra",
         "misshapen": "features.0.weight has shape [64, 4, 3, 3], expected [64, 3, 3, 3]",
         "integer": "is a quantized or integer checkpoint ('features.0.weight' is int8); expected floating-point",
         "torchscript": f"torchscript.pt is a TorchScript archive (torch.jit.save); {EXPECTED}",
