@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pathconvert.errors import EquivalenceError, OutputError, PathconvertError, RecordError
+from pathconvert.errors import ArchitectureError, EquivalenceError, OutputError, PathconvertError, RecordError
 from pathconvert.version import __version__
 
 if TYPE_CHECKING:
@@ -206,6 +206,25 @@ def _open(
     if network.checkpoint and network.checkpoint.prefix:
         _note(f"{source}: prefix {network.checkpoint.prefix!r} removed from every name")
     return network
+
+
+def _open_pair(a: str, b: str, arch: str | None, input_size: str | None, trust_pickle: bool) -> list[LoadedNetwork]:
+    """Two forms of one network; a converted file knows what a plain checkpoint of an own class does not tell."""
+    opened: dict[str, LoadedNetwork] = {}
+    refusals: list[ArchitectureError] = []
+    for source in (a, b, a, b):
+        if source in opened:
+            continue
+        known = next((n.architecture for n in opened.values()), None) if refusals else None
+        size = "x".join(map(str, known.input_size)) if known and known.input_size else None
+        try:
+            name, classes = (known.name, known.arguments.get("num_classes")) if known else (arch, None)
+            opened[source] = _open(source, name, input_size or size, classes, trust_pickle=trust_pickle)
+        except ArchitectureError as error:
+            refusals.append(error)
+            if len(refusals) == 2 or arch:
+                raise refusals[0] from None
+    return [opened[a], opened[b]]
 
 
 def _stem(source: str, kind: str) -> str:
@@ -413,7 +432,7 @@ def verify(
     steps = _Steps(2)
     with steps.shown():
         with steps.step("load"):
-            network_a, network_b = (_open(s, arch, input_size, trust_pickle=trust_pickle) for s in (a, b))
+            network_a, network_b = _open_pair(a, b, arch, input_size, trust_pickle)
         from pathconvert import reports
         from pathconvert.conversions import compare
 

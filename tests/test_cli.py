@@ -422,6 +422,8 @@ def test_a_builder_in_the_current_folder(refused, here, capsys):
     Image.new("RGB", (30, 40), (200, 10, 10)).save("photos/red.jpg")
     capsys.readouterr()
     assert run(["verify", "grey.path.safetensors", "grey.path.safetensors", "--images", "photos"]) == 0
+    assert run(["verify", "grey.pt", "grey.path.safetensors"]) == 0  # the converted file tells what the other is
+    assert run(["verify", "grey.path.safetensors", "grey.pt"]) == 0
     assert "same top-1 on 1 of 1" in capsys.readouterr().out
 
 
