@@ -90,10 +90,10 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
         length = max(1, BLOCK // per_group) if rule_here == "max" else len(hosted)  # columns at a time
         for part in (hosted[start : start + length] for start in range(0, len(hosted), length)):
             effective = _effective_taps(layer, host_column[part], units.batch_norms, tensors)
-            chosen = _choose_rows(layer, host_column[part], effective, rule_here)
             block = host_column[part] // (len(layer.columns) // layer.groups)
-            row[part] = block * per_group + chosen
-            value[part] = effective.numpy()[np.arange(len(part)), chosen]
+            row[part] = block * per_group + _choose_rows(layer, host_column[part], effective, rule_here)
+            del effective
+        value[hosted] = _values_at(layer, row[hosted], host_column[hosted], units.batch_norms, tensors)
         next_unit[hosted] = layer.next_units[row[hosted]]
     none = (value == 0) | ~np.isfinite(value)
     return Pivots(np.where(none, -1, host), row, host_column, np.where(none, 0.0, value), next_unit, tuple(fallbacks))
@@ -106,9 +106,7 @@ def pivots_at(units: Units, tensors: Mapping[str, Tensor], layer: IdVector, row:
     for index, one in enumerate(units.layers):
         mine = np.flatnonzero(layer == index)
         if mine.size:
-            in_group = row[mine] % (len(one.rows) // one.groups)
-            taps = _effective_taps(one, column[mine], units.batch_norms, tensors)
-            value[mine] = taps.numpy()[np.arange(len(mine)), in_group]
+            value[mine] = _values_at(one, row[mine], column[mine], units.batch_norms, tensors)
             next_unit[mine] = one.next_units[row[mine]]
     none = (value == 0) | ~np.isfinite(value)
     return Pivots(np.where(none, -1, layer), row, column, np.where(none, 0.0, value), next_unit, ())
@@ -181,6 +179,24 @@ def _effective_taps(
     return taps.to(torch.float64, memory_format=torch.contiguous_format, copy=True).mul_(gain[block])
 
 
+def _values_at(
+    layer: Layer,
+    rows: IdVector,
+    columns: IdVector,
+    batch_norms: tuple[BatchNormCall, ...],
+    tensors: Mapping[str, Tensor],
+) -> FloatVector:
+    """a at single places of the centre tap, float64 [places]."""
+    weight = tensors[layer.parameter]
+    for size in weight.shape[2:]:
+        weight = weight.select(2, size // 2)
+    row, column = torch.from_numpy(rows), torch.from_numpy(columns)
+    first, second = (column, row) if layer.transposed else (row, column)  # as stored
+    values = weight[first, second % weight.shape[1]].double() * _gains(layer, batch_norms, tensors)[row]
+    found: FloatVector = values.numpy()
+    return found
+
+
 def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]) -> Tensor:
     """γ / √(var + eps) of the BatchNorm that absorbs each row, float64 [rows]; 1 without."""
     gains = torch.ones(len(layer.rows), dtype=torch.float64)
@@ -195,17 +211,18 @@ def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mappin
 
 
 def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> IdVector:
-    """The row within its group for every hosted column."""
+    """The row within its group for every hosted column; ``effective`` is used up."""
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     if rule == "diagonal":
         return _positions(layer)[columns] % columns_per_group % rows_per_group
-    chosen: IdVector = effective.abs().argmax(dim=1).numpy()
+    chosen: IdVector = effective.abs_().argmax(dim=1).numpy()
     if rule == "max":
         return chosen
     block = columns // columns_per_group
     for index in np.unique(block):
         mine = np.flatnonzero(block == index)
-        chosen[mine] = _match(effective[torch.from_numpy(mine)].abs_(), chosen[mine])
+        all_of_it = mine.size == len(effective)
+        chosen[mine] = _match(effective if all_of_it else effective[torch.from_numpy(mine)], chosen[mine])
     return chosen
 
 
@@ -217,7 +234,10 @@ def _positions(layer: Layer) -> IdVector:
 
 
 def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
-    """Rows by maximum-product matching, in rounds while columns outnumber rows; ``largest`` where zeros are left."""
+    """Rows by maximum-product matching, in rounds while columns outnumber rows; ``largest`` where zeros are left.
+
+    ``magnitude`` is used up.
+    """
     cost = magnitude.log_().neg_()
     zero = torch.isinf(cost)
     cost[zero] = 0.0
