@@ -55,6 +55,8 @@ class _Moments:
 
     def add(self, batch: Tensor) -> None:
         """``batch``: [N, C, …]."""
+        if not batch.numel():
+            return
         dims = [d for d in range(batch.dim()) if d != 1]
         count = batch.numel() // batch.shape[1]
         var, mean = (t.cpu() for t in torch.var_mean(batch.double(), dims, correction=0))
@@ -101,7 +103,7 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
     for name, moment in moments.items():
         if not moment.count:
             raise PathconvertError(
-                f"the calibration images do not reach {name}", "Leave auxiliary heads out, or give no images."
+                f"the calibration images do not reach {name}", "Give images on which it runs, or none."
             )
         if not bool(torch.isfinite(moment.var).all()):
             raise PathconvertError(f"the off-pivot sum of {name} is not finite on the calibration images")

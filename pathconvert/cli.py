@@ -300,13 +300,15 @@ def reparam(
         path_bn = None
         if form == Form.path_bn:
             with steps.step("Path-BN"):
-                path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
+                conversion, path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
         with steps.step("verify and write"):
             equality = save_checked(path_bn or conversion, network, path, force=force)
         if report:
             with steps.step("report"):
                 reports.write_report(conversion, report)
     parts = record_of(path_bn)["path_bn"] if path_bn else None
+    if network.record:
+        _note(f"note: {source} is in path form; its scope, pivot rule and gauge were kept")
     summary = reports.summarise(conversion, parts, network, equality, steps.seconds)
     summary |= {"source": source, "output": str(path)}
     for note in summary["notes"]:

@@ -14,7 +14,7 @@ from pathconvert.architectures import Architecture
 from pathconvert.calibration import CHUNK
 from pathconvert.checkpoint import tensors_digest
 from pathconvert.convert import Conversion, Scope, reparameterize, restore, resume, verify_conversion
-from pathconvert.entering import to_path_bn
+from pathconvert.entering import to_path_bn, with_skip_scale
 from pathconvert.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files import LoadedNetwork, save_converted, save_plain
@@ -28,10 +28,13 @@ def convert_network(network: LoadedNetwork, scope: Scope, pivot: PivotRule, gaug
     return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
 
 
-def enter_path_bn(network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float) -> nn.Module:
-    """:func:`~pathconvert.entering.to_path_bn`, calibrated on a folder of images."""
+def enter_path_bn(
+    network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float
+) -> tuple[Conversion, nn.Module]:
+    """:func:`~pathconvert.entering.to_path_bn`, calibrated on a folder of images, and the conversion with that λ."""
     calibration = None if images is None else _batches(folder_images(images), network.architecture)
-    return to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
+    conversion = with_skip_scale(conversion, skip_scale)
+    return conversion, to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
 
 
 def _batches(paths: list[Path], architecture: Architecture) -> Iterator[torch.Tensor]:

@@ -110,19 +110,25 @@ class Conversion:
         return {
             "groups": len(self.groups),
             "groups_pinned": len(self.groups) - len(free),
-            "channels_rescaled": with_pivot - held - self._circular(),
+            "channels_rescaled": with_pivot - held - int(self.circular().sum()),
             "channels_pinned": sum(group.size for group in self.groups if group.pinned_by is not None),
             "channels_dead": sum(group.size for group in free) - with_pivot,
             "channels_held_back": held,
-            "channels_circular": self._circular(),
+            "channels_circular": int(self.circular().sum()),
         }
+
+    def held_back(self) -> NDArray[np.bool_]:
+        """Which units were held back, [units]."""
+        return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in self.groups)])
+
+    def circular(self) -> NDArray[np.bool_]:
+        """Whose pivots run in a circle, [units]."""
+        circular = self.pivots.circular
+        return circular if circular is not None else np.zeros(self.units.count, dtype=bool)
 
     def _free_groups(self) -> list[Group]:
         pairs = zip(self.units.groups, self.groups, strict=True)
         return [group for group, public in pairs if public.pinned_by is None]
-
-    def _circular(self) -> int:
-        return int(self.pivots.circular.sum()) if self.pivots.circular is not None else 0
 
 
 def _span(group: Group) -> slice:
@@ -251,10 +257,13 @@ def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conv
         raise RecordError("the conversion record is not of this network: its layers are others")
     pivots = pivots_at(units, tensors, layer, row, column)
     pivots = dataclasses.replace(pivots, value=pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit])
+    held = np.zeros(units.count, dtype=bool)
+    held[record.get("held_back", [])] = True
+    left = held | (pivots.layer < 0)
     groups = tuple(
         ScaleGroup(
             group.name, group.size, scales[_span(group)], stored_group["pinned_by"], group.producers,
-            np.zeros(group.size, dtype=bool), functools.partial(_named_pivots, units, pivots, pivots.layer < 0, group),
+            held[_span(group)], functools.partial(_named_pivots, units, pivots, left, group),
         )
         for group, stored_group in zip(units.groups, record["groups"], strict=True)
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from torch.nn.utils import parametrize
 
 from pathconvert.calibration import Places, estimate_sum, measure, unit_moments
 from pathconvert.convert import Conversion, reparameterize
-from pathconvert.equivalence import forward_outputs
-from pathconvert.errors import PathconvertError
+from pathconvert.equivalence import forward_outputs, run_dtype
+from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.groups import Layer
+from pathconvert.parts import observe
 from pathconvert.path_bn import (
     BATCH_NORM_OF,
     FORMAT_VERSION,
@@ -35,7 +36,9 @@ from pathconvert.path_bn import (
 from pathconvert.record import encode_runs
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
-from pathconvert.trace import IdVector
+from pathconvert.trace import IdVector, as_arguments
+
+LAST = "is the last layer: no normalization comes before an output"
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,8 @@ def to_path_bn(
     Raises:
         PathconvertError: no layer can take it; the network has no BatchNorm to estimate statistics from; or
             calibration images give none.
+        EquivalenceError: the result is not the same function (a guard).
     """
-    if not (math.isfinite(skip_scale) and skip_scale > 0):
-        raise PathconvertError(
-            f"skip_scale is {skip_scale}, and has to be positive", "1 is the papers', 0.1 in ResNets."
-        )
     if isinstance(conversion_or_model, nn.Module) and has_path_bn(conversion_or_model):
         raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
     conversion = (
@@ -108,8 +108,7 @@ def to_path_bn(
         if isinstance(conversion_or_model, Conversion)
         else reparameterize(conversion_or_model, example_input)
     )
-    if skip_scale != 1:
-        conversion = _with_skip_scale(conversion, skip_scale)
+    conversion = with_skip_scale(conversion, skip_scale)
     chosen, left = _choose(conversion, example_input)
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
     if calibration is None:
@@ -126,7 +125,7 @@ def to_path_bn(
             )
         chosen = [c for c in chosen if c.name in statistics]
     if not chosen:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) or "none holds a pivot"
         raise PathconvertError(f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}")
     model = copy.deepcopy(conversion.model)
     entered = [_enter(model, c, conversion, skip_scale) for c in chosen]
@@ -148,18 +147,42 @@ def to_path_bn(
             "calibration": source,
         },
     }
+    _require_same(conversion.model, model, example_input)
     return model
+
+
+def _require_same(before: nn.Module, after: nn.Module, example_input: Any) -> None:
+    """A guard: both networks on the example, in float64; weights and statistics were rounded to their dtype."""
+    tolerance = min(2.0**16 * torch.finfo(run_dtype(before)).eps, 0.25)
+    pairs = zip(*(forward_outputs(model, example_input, dtype=torch.float64) for model in (before, after)), strict=True)
+    for a, b in pairs:
+        difference = float((a - b).abs().max()) if a.numel() else 0.0
+        if not difference <= tolerance * float(a.abs().max()):
+            raise EquivalenceError(
+                f"Path-BN form changed the network's output by {difference:.2e}", "Report it: it never should."
+            )
 
 
 # ---- pivots of ±λ --------------------------------------------------------------------------------------------------
 
 
-def _with_skip_scale(conversion: Conversion, skip_scale: float) -> Conversion:
-    """The conversion with its pivots at ±λ in place of ±1."""
+def with_skip_scale(conversion: Conversion, skip_scale: float) -> Conversion:
+    """The conversion with its pivots at ±λ in place of ±1; itself where they are there already.
+
+    Raises:
+        PathconvertError: λ is not positive.
+    """
+    if not (math.isfinite(skip_scale) and skip_scale > 0):
+        raise PathconvertError(
+            f"skip_scale is {skip_scale}, and has to be positive", "1 is the papers', 0.1 in ResNets."
+        )
     units, scales = conversion.units, conversion.scales
-    pivots, held = conversion.pivots, _held(conversion)
-    with_pivot = (pivots.layer >= 0) & ~held & ~_circular(conversion)
+    pivots, held = conversion.pivots, conversion.held_back()
+    with_pivot = (pivots.layer >= 0) & ~held & ~conversion.circular()
     now = pivots.value * np.append(scales, 1.0)[pivots.next_unit] / scales
+    off = np.abs(np.log2(np.abs(now[with_pivot]) / skip_scale))
+    if off.max(initial=0.0) <= (0.5 if conversion.gauge == "pow2" else 0.0) + _rounding(conversion.model):
+        return conversion
     start = dataclasses.replace(
         pivots, value=np.where(with_pivot, now, 0.0), layer=np.where(with_pivot, pivots.layer, -1)
     )
@@ -178,21 +201,17 @@ def _with_skip_scale(conversion: Conversion, skip_scale: float) -> Conversion:
         conversion,
         model=rescale(conversion.model, units.slots, extra),
         groups=groups,
-        pivots=dataclasses.replace(pivots, circular=circular | _circular(conversion)),
+        pivots=dataclasses.replace(pivots, circular=circular | conversion.circular()),
     )
+
+
+def _rounding(model: nn.Module) -> float:
+    """How far from ±1 the rounding of weights, γ and statistics may leave a pivot."""
+    return 8 * float(torch.finfo(run_dtype(model)).eps)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
-
-
-def _held(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in conversion.groups)])
-
-
-def _circular(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    circular = conversion.pivots.circular
-    return circular if circular is not None else np.zeros(conversion.units.count, dtype=bool)
 
 
 # ---- which layers --------------------------------------------------------------------------------------------------
@@ -201,16 +220,16 @@ def _circular(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate], dict[str, str]]:
     """The layers that take Path-BN, and of all others that hold pivots why not."""
     model, units, pivots = conversion.model, conversion.units, conversion.pivots
-    usable = (pivots.layer >= 0) & ~_held(conversion) & ~_circular(conversion)
+    usable = (pivots.layer >= 0) & ~conversion.held_back() & ~conversion.circular()
     chosen, left = [], {}
-    dimensions = _input_dimensions(model, example_input)
-    outputs = _output_units(conversion)
+    calls, uses = observe(model, as_arguments(example_input), run_dtype(model))
+    last = _last_layers(conversion, calls)
     for index, layer in enumerate(units.layers):
         mine = np.flatnonzero(usable & (pivots.layer == index))
         name, _, leaf = layer.parameter.rpartition(".")
         if not mine.size:
             continue
-        why = _obstacle(model, layer, name, leaf, dimensions, outputs)
+        why = LAST if index in last else _obstacle(model, layer, name, leaf, calls.get(name, []), uses)
         if why:
             left[name or layer.parameter] = why
         else:
@@ -220,26 +239,30 @@ def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate
     return [c for c in chosen if c.name not in lost], left | lost
 
 
-def _output_units(conversion: Conversion) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Units that are outputs, [units + 1]; the last entry is for FIXED."""
-    reasons = [(group.size, group.pinned_by or "") for group in conversion.groups]
-    is_output = [why.startswith(("is a network output", "is an output of")) for _, why in reasons]
-    return np.append(np.repeat(is_output, [size for size, _ in reasons]).astype(bool), False)
+def _last_layers(conversion: Conversion, calls: Mapping[str, Any]) -> set[int]:
+    """Layers that make the network's outputs: those whose rows are outputs, and, where an activation comes after it
+    (softmax), the last layer that runs, if no other reads it."""
+    units = conversion.units
+    reasons = np.append(
+        np.repeat([g.pinned_by or "" for g in conversion.groups], [g.size for g in conversion.groups]), ""
+    )
+    is_output = np.array([why.startswith(("is a network output", "is an output of")) for why in reasons], dtype=bool)
+    found = {index for index, layer in enumerate(units.layers) if is_output[layer.rows].any()}
+    running = [i for i, layer in enumerate(units.layers) if layer.parameter.rpartition(".")[0] in calls]
+    if running:
+        rows = units.layers[running[-1]].next_units
+        read = np.concatenate([layer.columns for layer in units.layers])
+        if (rows >= 0).all() and not np.isin(rows, read).any():
+            found.add(running[-1])
+    return found
 
 
 def _obstacle(
-    model: nn.Module,
-    layer: Layer,
-    name: str,
-    leaf: str,
-    dimensions: dict[str, set[int]],
-    outputs: np.ndarray[Any, np.dtype[np.bool_]],
+    model: nn.Module, layer: Layer, name: str, leaf: str, calls: list[Any], uses: Mapping[str, set[tuple[str, ...]]]
 ) -> str | None:
-    """Why a layer can't take Path-BN; None if it can."""
+    """Why a layer can't take Path-BN; None if it can. ``calls`` and ``uses`` are what ``observe`` saw."""
     module = model.get_submodule(name)
     kind = kind_of(module)
-    if outputs[layer.rows].any():
-        return "is the last layer: no normalization comes before an output"
     if layer.transposed:
         return "is a transposed convolution, whose skip would be spread over the output"
     if kind is None or leaf != "weight":
@@ -248,11 +271,15 @@ def _obstacle(
         return "has hooks or parametrizations"
     if sum(parameter is module.weight for owner in model.modules() for parameter in owner._parameters.values()) > 1:
         return "shares its weight with another layer"
-    rank = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
-    if name not in dimensions:
+    stacks = uses.get(layer.parameter, set())
+    if any(not stack or stack[-1] != name for stack in stacks):
+        return "has a weight that other code reads too"
+    if not calls:
         return "runs in training mode alone (an auxiliary head)"
-    if dimensions[name] != {rank}:
-        return f"reads {min(dimensions[name])} dimensions, and BatchNorm wants {rank}"
+    rank = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
+    ranks = {(args[0] if args else kwargs["input"]).dim() for args, kwargs in calls}
+    if ranks != {rank}:
+        return f"reads {min(ranks)} dimensions, and BatchNorm wants {rank}"
     return _batch_norm_obstacle(model, layer, kind)
 
 
@@ -260,56 +287,71 @@ def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) 
     if layer.follower is None:
         return None
     bn: Any = model.get_submodule(layer.follower)
+    if type(bn).forward not in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return f"is followed by {layer.follower} ({type(bn).__name__}), which is no BatchNorm of torch's own"
     if not isinstance(bn, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
-        return f"is followed by {layer.follower} ({type(bn).__name__}), whose statistics are frozen"
+        return f"is followed by {layer.follower} ({type(bn).__name__}), which is made for other dimensions"
     if bn.weight is None or bn.running_mean is None or bn._forward_hooks or bn._forward_pre_hooks:
         return f"is followed by {layer.follower}, which has no γ, no running statistics, or hooks"
     return None
 
 
-def _input_dimensions(model: nn.Module, example_input: Any) -> dict[str, set[int]]:
-    """What every layer reads on the example: numbers of dimensions."""
-    found: dict[str, set[int]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if kind_of(module) is not None:
+def _no_way_for_a_bias(model: nn.Module, candidates: list[_Candidate], example_input: Any) -> dict[str, str]:
+    """Layers without BatchNorm and bias whose bias could not move into the means of BatchNorms that read them.
 
-            def note(_: nn.Module, args: Any, name: str = name) -> None:
-                found.setdefault(name, set()).add(args[0].dim())
+    Leaving Path-BN leaves a bias. It is shown to move, in float64: each candidate gets a large one, of either sign, its
+    readers' means take it up, and what every one of these BatchNorms makes has to stay.
+    """
+    none = "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves"
+    lost = {c.name: none for c in candidates if _rows_read(c) < len(c.layer.rows)}
+    remaining = [c for c in candidates if c.name not in lost]
+    if not remaining:
+        return lost
+    readers = sorted({bn for c in remaining for bn, _, _ in c.layer.readers})
+    plain = copy.deepcopy(model).double()
+    for name in readers:
+        bn: Any = plain.get_submodule(name)
+        nn.init.ones_(bn.weight)
+    before = _results(plain, [*readers, *(c.name for c in remaining)], example_input)
+    if not _biases_move(plain, remaining, before, readers, example_input):
+        lost |= {c.name: none for c in remaining if not _biases_move(plain, [c], before, readers, example_input)}
+    return lost
 
-            handles.append(module.register_forward_pre_hook(note))
+
+def _biases_move(
+    plain: nn.Module, candidates: list[_Candidate], before: dict[str, list[Tensor]], readers: list[str], example: Any
+) -> bool:
+    """Whether the readers' results stay when the candidates get a bias and the readers' means take it up."""
+    biased = copy.deepcopy(plain)
+    generator = torch.Generator().manual_seed(0)
+    for c in candidates:
+        layer: Any = biased.get_submodule(c.name)
+        size = 4 * max(float(result.abs().max()) for result in before[c.name])
+        signs = torch.randint(2, (len(c.layer.rows),), generator=generator).double() * 2 - 1
+        layer.bias = nn.Parameter((size * signs).to(layer.weight))
+        for bn, rows, channels in c.layer.readers:
+            mean = cast(Tensor, biased.get_submodule(bn).running_mean)
+            mean[pivots_of(channels).to(mean.device)] += (size * signs[pivots_of(rows)]).to(mean)
+    after = _results(biased, readers, example)
+    pairs = [pair for name in readers for pair in zip(before.get(name, []), after.get(name, []), strict=True)]
+    return all(float((a - b).abs().max()) <= 1e-9 * float(a.abs().max()) for a, b in pairs)
+
+
+def _results(model: nn.Module, names: list[str], example_input: Any) -> dict[str, list[Tensor]]:
+    """What the modules of these names make on the example, call by call."""
+    found: dict[str, list[Tensor]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, result, name=name: found.setdefault(name, []).append(result.clone())
+        )
+        for name in names
+    ]
     try:
         forward_outputs(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _no_way_for_a_bias(model: nn.Module, candidates: list[_Candidate], example_input: Any) -> dict[str, str]:
-    """Layers without BatchNorm and bias whose bias could not move into the means of BatchNorms that read them.
-
-    Leaving Path-BN leaves a bias. It is shown to move: each candidate gets a random one and its readers' means take it
-    up; the network's output in float64 has to stay.
-    """
-    if not candidates:
-        return {}
-    none = "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves"
-    lost = {c.name: none for c in candidates if _rows_read(c) < len(c.layer.rows)}
-    remaining = [c for c in candidates if c.name not in lost]
-    biased = copy.deepcopy(model).double()
-    generator = torch.Generator().manual_seed(0)
-    for c in remaining:
-        layer: Any = biased.get_submodule(c.name)
-        bias = torch.randn(len(c.layer.rows), generator=generator, dtype=torch.float64).to(layer.weight.device)
-        layer.bias = nn.Parameter(bias)
-        for bn, rows, channels in c.layer.readers:
-            mean = biased.get_submodule(bn).running_mean
-            assert isinstance(mean, Tensor)
-            mean[pivots_of(channels).to(bias.device)] += bias[pivots_of(rows).to(bias.device)]
-    before, after = (forward_outputs(one, example_input, dtype=torch.float64) for one in (model, biased))
-    same = all(float((a - b).abs().max()) <= 1e-9 * float(a.abs().max()) for a, b in zip(before, after, strict=True))
-    return lost if same else {c.name: none for c in candidates}
 
 
 def _rows_read(candidate: _Candidate) -> int:
@@ -331,8 +373,7 @@ def _enter(model: nn.Module, candidate: _Candidate, conversion: Conversion, skip
         weight = weight.select(2, size // 2)
     values = gain[rows] * weight[rows, columns % weight.shape[1]] / skip_scale
     if conversion.gauge == "unit":  # ±1 but for the rounding of the weights
-        rounding = 8 * torch.finfo(layer.weight.dtype).eps
-        values = torch.where((values.abs() - 1).abs() <= rounding, values.sign(), values)
+        values = torch.where((values.abs() - 1).abs() <= _rounding(model), values.sign(), values)
     device = layer.weight.device
     module = replace_layer(model, candidate.entry(), rows.to(device), columns.to(device), values.to(device), skip_scale)
     return _Entered(candidate, module, gain, shift)
@@ -357,12 +398,18 @@ def _set_statistics(entered: _Entered, mean: Tensor, var: Tensor, *, normalise: 
     Args:
         entered: its module is changed.
         mean, var: of its off-pivot sum, float64 [out].
-        normalise: also scale the rows of u by powers of two so that var' is near 1: in path space a network without
-            BatchNorm has rows of any size, and eps should stay small beside var'.
+        normalise: scale all rows of u by powers of two so that var' is near 1 (in path space a network without
+            BatchNorm has rows of any size, and eps should stay small beside var'); else only rows whose var' the
+            dtype does not hold.
     """
     module, gain, bn = entered.module, entered.gain, cast(Any, entered.module.bn)
-    if normalise:
-        power = torch.where(var > 0, var, 1.0).sqrt().log2().round().neg()
+    info = torch.finfo(bn.running_var.dtype)
+    rows_to_scale = (
+        (var > info.max / 4) | (var < info.tiny) if not normalise else torch.ones_like(var, dtype=torch.bool)
+    )
+    rows_to_scale &= var > 0
+    if bool(rows_to_scale.any()):
+        power = torch.where(rows_to_scale, var, 1.0).sqrt().log2().round().neg()
         limit = math.log2(torch.finfo(module.weight.dtype).max) / 2
         factor = torch.exp2(power.clamp(-limit, limit))
         rows = factor.to(module.weight.device).view(-1, *[1] * (module.weight.dim() - 1))

@@ -69,10 +69,10 @@ def load_images(paths: list[Path], architecture: Architecture) -> Tensor:
     size = size_of(architecture)
     if len(size) != 3 or size[0] not in (1, 3):
         shown = "x".join(map(str, size))
-        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave --images out.")
+        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave the images out.")
     channels, height, width = size
     steps: list[Any] = [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width))]
-    if channels == 3 and architecture.task != "other":
+    if channels == 3 and architecture.task not in ("other", "detection"):  # detectors normalise by themselves
         steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
     transform = v2.Compose(steps)
     return torch.stack([transform(read_image(path, channels).pixels) for path in paths])

@@ -119,10 +119,11 @@ class _Watcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _observe(
+def observe(
     model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
 ) -> tuple[dict[str, list[Arguments]], dict[str, set[tuple[str, ...]]]]:
-    """Run the network once: what every module was called with (as meta tensors), and where parameters were used."""
+    """Run the network once in evaluation mode: what every module was called with (as meta tensors), and in which stacks
+    of modules, outermost first, every parameter was used."""
     calls: dict[str, list[Arguments]] = {}
     stack: list[str] = []
     handles = []
@@ -166,7 +167,7 @@ def _trace_parts(
 ) -> tuple[Trace, tuple[str, ...], set[str], dict[str, str]]:
     """Trace the largest children that can be; ``error`` says why the whole cannot."""
     try:
-        calls, uses = _observe(model, arguments, dtype)
+        calls, uses = observe(model, arguments, dtype)
     except Exception as cause:
         error.tip = error.tip or f"running it on the example input failed too: {str(cause).splitlines()[0]}"
         raise error from cause

@@ -79,6 +79,8 @@ class PathBN(nn.Module):
         without_tensors: dict[int, Any] = {id(tensor): None for tensor in layer.parameters(recurse=False)}
         self._settings = (copy.deepcopy(layer, without_tensors),)  # in a tuple: no submodule
         self.has_bias = layer.bias is not None
+        for name in getattr(layer, "__constants__", ()):  # kernel_size, out_channels, …: some forwards ask for them
+            setattr(self, name, getattr(layer, name))
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         self.bn = bn
         self.skip_scale = skip_scale
@@ -88,15 +90,16 @@ class PathBN(nn.Module):
         self._plan()
         with torch.no_grad():
             self.weight.copy_(self._off_pivot())
-        self.train(layer.training)
+        self.training = layer.training  # bn keeps its own mode
 
     def extra_repr(self) -> str:
         return f"{type(self._settings[0]).__name__}, {len(self.pivot_row)} pivots, skip_scale={self.skip_scale:g}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        off_pivot_sum = self._layer(x, self._off_pivot())
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in, *spatial] → [N, out, *spatial]; the name is that of torch's layers."""
+        off_pivot_sum = self._layer(input, self._off_pivot())
         normalised: Tensor = self.bn(off_pivot_sum)
-        return normalised + self._skip(x, off_pivot_sum)
+        return normalised + self._skip(input, off_pivot_sum)
 
     # ---- the trained part ------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class PathBN(nn.Module):
         if bn is not None:
             # w = u and a = γ' / √(var' + eps) as they are, unless a is too small to hold the pivot: then a = 1
             in_weight = pivot / gain[self.pivot_row]
-            lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max / 4)
+            lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max ** 0.5)  # the sums need room
             unit = torch.zeros_like(gain, dtype=torch.bool).index_put((self.pivot_row[lost],), torch.tensor(True))
             per_row = torch.where(unit, gain, 1.0)
             pivot = torch.where(unit[self.pivot_row], pivot, in_weight)
@@ -199,11 +202,13 @@ class PathBN(nn.Module):
         weight = weight.index_put(tuple(self._place.unbind()), pivot, accumulate=True)
         bias = torch.zeros_like(shift) if keep_batch_norm else shift
         layer = copy.deepcopy(self._settings[0])
-        layer.weight = nn.Parameter(weight.to(self.weight), requires_grad=self.weight.requires_grad)
+        trained = self.weight.requires_grad
+        layer.weight = nn.Parameter(weight.to(self.weight), requires_grad=trained)
         if self.has_bias:
-            layer.bias = nn.Parameter(bias.to(self.weight), requires_grad=self.weight.requires_grad)
+            layer.bias = nn.Parameter(bias.to(self.weight), requires_grad=trained)
             bias = torch.zeros_like(bias)
-        return layer.train(self.training), bn, bias
+        layer.training = self.training
+        return layer, bn, bias
 
     def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """BN(o) = gain · o + shift in evaluation mode, and √(var + eps); float64 [out]."""
@@ -287,7 +292,7 @@ def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         for entry in record["path_bn"]["layers"]:
             none = torch.zeros(entry["pivots"], dtype=torch.int64)
             replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+    except (AttributeError, AssertionError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise RecordError(f"the Path-BN record is not of this network: {error}") from error
     vars(model)["path_record"] = dict(record)
     return model
@@ -300,14 +305,16 @@ def replace_layer(
     layer = model.get_submodule(entry["name"])
     if entry["bn"] is not None:
         bn = model.get_submodule(entry["bn"])
-        replace(model, bn, nn.Identity())
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{entry['bn']} is no BatchNorm")
+        replace(model, bn, nn.Identity().train(bn.training))
     else:
         kind = kind_of(layer)
         assert kind is not None
         weight = layer.weight
         assert isinstance(weight, Tensor)
         bn = BATCH_NORM_OF[kind](len(weight), device=weight.device, dtype=weight.dtype)
-        bn.train(layer.training)
+        bn.train(layer.training).requires_grad_(weight.requires_grad)
     module = PathBN(layer, bn, rows, columns, values, skip_scale)
     replace(model, layer, module)
     return module

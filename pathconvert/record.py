@@ -63,11 +63,12 @@ def make_record(conversion: Conversion) -> dict[str, Any]:
         "scales": conversion.scales.tolist(),
         "pivots": {
             "parameters": [layer.parameter for layer in layers],
-            "layer": pivots.layer.tolist(),
+            "layer": np.where(conversion.circular(), -1, pivots.layer).tolist(),
             "row": pivots.row.tolist(),
             "column": pivots.column.tolist(),
             "negative": (pivots.value < 0).astype(int).tolist(),
         },
+        "held_back": np.flatnonzero(conversion.held_back()).tolist(),
         "tensors": {slot.parameter: _encode_slot(slot) for slot in conversion.units.slots},
     }
 

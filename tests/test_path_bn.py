@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pathconvert
 from pathconvert.equivalence import forward_outputs
-from pathconvert.errors import PathconvertError, RecordError
+from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
 from pathconvert.path_bn import PathBN
 
 COMBINATIONS = [
@@ -394,6 +394,94 @@ def test_what_is_left_has_a_reason() -> None:
     }
     assert list(layers(m)) == ["twice"]
     assert error(output(m, x), output(model, x)) < 1e-10
+
+
+class Odd(nn.Module):
+    """A convolution with everything around it that may go wrong, by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, bias=kind != "bias behind a ReLU")
+        self.bn = ActivatedNorm(6) if kind == "own BatchNorm" else nn.BatchNorm2d(6)
+        self.other = nn.BatchNorm2d(6)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu(self.norm(self.first(x)))
+        if self.kind == "bias behind a ReLU":
+            y = F.relu(self.conv(z))
+            y = self.bn(y) + self.other(y)
+        elif self.kind == "weight read elsewhere":
+            y = self.bn(self.conv(z)) + self.other(F.conv2d(z.flip(2), self.conv.weight, padding=1))
+        elif self.kind == "by keyword":
+            y = self.bn(input=self.conv(input=z)) / self.conv.out_channels
+        else:
+            y = self.bn(self.conv(z))
+        y = self.last(F.relu(y).mean((2, 3)))
+        return y.softmax(1) if self.kind == "softmax" else y
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("own BatchNorm", "is followed by bn (ActivatedNorm), which is no BatchNorm of torch's own"),
+        ("weight read elsewhere", "has a weight that other code reads too"),
+        (
+            "bias behind a ReLU",
+            "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves",
+        ),
+    ],
+)
+def test_what_would_change_the_function_is_left(kind: str, left: str) -> None:
+    model, x = randomised(Odd(kind)), draw(2, 3, 6, 6)
+    if kind == "bias behind a ReLU":  # nothing of it reaches the output now; after training it would
+        nn.init.zeros_(model.bn.weight)
+        nn.init.zeros_(model.other.weight)
+    with pytest.raises(PathconvertError, match="no layer of Odd can take Path-BN") as refusal:
+        pathconvert.to_path_bn(model, x, calibration=x)
+    assert f"conv: {left}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["by keyword", "softmax"])
+def test_what_is_odd_but_right(kind: str) -> None:
+    model, x = randomised(Odd(kind)), draw(2, 3, 6, 6)
+    m = pathconvert.to_path_bn(model, x, calibration=x)
+    assert list(layers(m)) == ["conv"]  # the classifier before a softmax is none either
+    assert error(output(m, x), output(model, x)) < 1e-10
+
+
+def test_variances_that_float16_does_not_hold() -> None:
+    model, x = randomised(Odd("plain")), draw(2, 3, 6, 6)
+    with torch.no_grad():  # sums of 1e3, variances of 1e6
+        for tensor in (model.conv.weight, model.bn.running_mean):
+            tensor.mul_(1e3)
+        model.bn.running_var.mul_(1e3).mul_(10)
+    model, x = model.half(), x.half()
+    m = pathconvert.to_path_bn(model, x, calibration=x)
+    assert torch.isfinite(m(x)).all()
+    assert error(m.double()(x.double()), model.double()(x.double())) < 0.05  # float16 rounds by 5e-4, often
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    model, x = network("squeezenet1_1", torch.float64), draw(2, 3, 64, 64)
+    model.requires_grad_(False).train()
+    m = pathconvert.to_path_bn(model, x, calibration=x)
+    assert not any(parameter.requires_grad for parameter in m.parameters())
+    assert all(module.training for module in m.modules())
+
+
+def test_a_guard_refuses_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PathBN, "_skip", lambda self, x, like: torch.zeros_like(like))
+    x = draw(2, 3, 64, 64)
+    with pytest.raises(EquivalenceError, match="Path-BN form changed the network's output"):
+        pathconvert.to_path_bn(network("resnet18", torch.float64), x)
 
 
 # ---- the rest of PyTorch -------------------------------------------------------------------------------------------
