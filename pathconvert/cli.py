@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import sys
 import threading
 import time
@@ -658,7 +659,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without → or × shows ? there
             stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminated(number: int, _: object) -> None:
+    """A job manager's end is an exit: temporary files go."""
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

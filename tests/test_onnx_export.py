@@ -520,10 +520,41 @@ def test_preprocessing_that_is_not_known_is_refused(capsys):
 
 
 @pytest.mark.usefixtures("here")
-def test_detectors_are_refused(monkeypatch):
+def test_detectors_are_refused():
     opened = networks.LoadedNetwork(
         nn.Identity(), Architecture("ssd300_vgg16", {}, (3, 300, 300), "detection"), None, ()
     )
-    monkeypatch.setattr(networks.path_bn, "has_path_bn", lambda _: False)
     with pytest.raises(PathconvertError, match=r"^ssd300_vgg16 is a detector and is not exported: "):
         networks.export_network(opened, Path("x.onnx"))
+
+
+def test_outputs_that_are_not_finite_prove_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    nn.init.constant_(model[3].bias, float("nan"))
+    with pytest.raises(EquivalenceError):
+        export_onnx(model, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_named_as_an_input(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input = nn.Parameter(torch.ones(3, 1, 1))
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x * self.input + self.scale).mean((2, 3))
+
+    report = export_onnx(
+        Named(), tmp_path / "x.onnx", torch.randn(2, 3, 8, 8),
+        with_preprocessing=Preprocessing(8, (8, 8), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+    )  # fmt: skip
+    assert report.noise_ratio <= 8
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    with pytest.raises(PathconvertError, match="images of 2×3×9×9 do not go with an input of 1×3×8×8"):
+        export_onnx(model, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8), images=torch.randn(2, 3, 9, 9))

@@ -166,8 +166,8 @@ def test_the_card_is_followed(here, capsys):
     order = np.argsort(-probabilities)[:2]
     assert [guess["index"] for guess in prediction["classes"]] == order.tolist()
     assert [guess["label"] for guess in prediction["classes"]] == [LABELS[i] for i in order]
-    # float32 resizing by two libraries
-    assert [guess["probability"] for guess in prediction["classes"]] == pytest.approx(probabilities[order], abs=1e-4)
+    # resizing rounds to whole pixel values, 1/255
+    assert [guess["probability"] for guess in prediction["classes"]] == pytest.approx(probabilities[order], abs=2e-3)
     assert result["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
     assert (result["engine"], result["device"], result["notes"]) == ("onnxruntime", "cpu", [])
 
@@ -216,11 +216,12 @@ def test_a_checkpoint_with_torchvisions_recipe(here):
     report = predict("sq", ["a.png"], 3, "cpu", load=lambda _: squeezenet())
     transforms = SqueezeNet1_1_Weights.DEFAULT.transforms(resize_size=73, crop_size=64)
     with torch.inference_mode():
-        logits = squeezenet().model(transforms(read_image(Path("a.png")).pixels)[None])[0]
+        pixels = (read_image(Path("a.png")).pixels * 255).round().to(torch.uint8)
+        logits = squeezenet().model(transforms(pixels)[None])[0]
     best = logits.softmax(0).topk(3)
     assert [guess.index for guess in report.predictions[0].classes] == best.indices.tolist()
     assert [guess.probability for guess in report.predictions[0].classes] == pytest.approx(
-        best.values.tolist(), rel=1e-3
+        best.values.tolist(), rel=1e-2  # two resizers that round to whole pixel values
     )
     assert report.predictions[0].classes[0].label == SqueezeNet1_1_Weights.DEFAULT.meta["categories"][best.indices[0]]
     assert (report.engine, report.notes) == ("torch", ())
@@ -247,7 +248,7 @@ def test_a_plain_foreign_file_works_and_says_what_was_assumed(here, capsys):
     printed = capsys.readouterr()
     result = json.loads(printed.out)
     probabilities = softmax(input_of(None).mean((1, 2)).numpy() @ weight)
-    assert result["predictions"][0]["classes"][0]["probability"] == pytest.approx(probabilities.max(), abs=1e-4)
+    assert result["predictions"][0]["classes"][0]["probability"] == pytest.approx(probabilities.max(), abs=2e-3)
     assert result["predictions"][0]["classes"][0]["label"] is None
     assert printed.err.splitlines() == [
         "note: no preprocessing is recorded: pixels were resized to 4x4 and scaled to [0, 1], not normalised",
@@ -345,3 +346,14 @@ def test_notes_name_the_image(here, capsys):
 def test_help_has_an_example(capsys):
     assert run(["predict", "--help"]) == 0
     assert "Example: pathconvert predict" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_input_that_leaves_nothing_of_a_feature_map(here):
+    """ONNX Runtime's pooling would divide by zero, which ends the process."""
+    torch.onnx.export(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.MaxPool2d(4), torch.nn.Flatten(2)).eval(),
+        (torch.zeros(2, 3, 32, 32),), "pool.onnx", dynamo=True, verbose=False, external_data=False, opset_version=20,
+        dynamic_shapes=({2: "height", 3: "width"},),
+    )  # fmt: skip
+    with pytest.raises(PathconvertError, match=r"pool\.onnx takes no input as small as 3×4×4"):
+        predict("pool.onnx", ["a.png"], device="cpu", input_size=(3, 4, 4))

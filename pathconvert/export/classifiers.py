@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathconvert import architectures
+from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
 from pathconvert.export.metadata import Preprocessing, labels_for
+from pathconvert.export.runtime import require_size
 from pathconvert.export.session import Session, shape_text
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import size_of
@@ -66,6 +69,7 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
     """
     card = session.card
     size = _session_size(session, input_size)
+    require_size(session, size)
     takes_pixels = session.input_dtype == np.uint8
     if takes_pixels and not (card and card.preprocessing_in_graph):
         raise CheckpointError(
@@ -90,9 +94,16 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
         fixed_batch=isinstance(batch, int),
         preprocessing=_for_size(card.preprocessing, size) if card else None,
         labels=card.labels if card else None,
-        gives_probabilities=card.softmax if card else None,
+        gives_probabilities=_gives_probabilities(card.architecture, card.softmax) if card else None,
         takes_pixels=takes_pixels,
     )
+
+
+def _gives_probabilities(architecture: Architecture | None, softmax: bool) -> bool | None:
+    """Whether a softmax comes last; None where nothing tells: a network of one's own may end in one."""
+    if softmax:
+        return True
+    return False if architecture and architectures.is_known(architecture.name) else None
 
 
 def _is_scores(shape: tuple[int | str | None, ...]) -> bool:
@@ -108,7 +119,7 @@ def _session_size(session: Session, wanted: tuple[int, ...] | None) -> tuple[int
             f"{session.path} takes inputs of size {shape_text(shape)}; images are [batch, 1 or 3, height, width]",
             "Export it for images in that layout.",
         )
-    size = wanted or (own if None not in own else _recorded_size(session, own[0]))
+    size = wanted or (own if None not in own else recorded_size(session, own[0]))
     if size is None:
         raise PathconvertError(
             f"{session.path} takes images of any size ({shape_text(shape)}) and records none",
@@ -122,7 +133,8 @@ def _session_size(session: Session, wanted: tuple[int, ...] | None) -> tuple[int
     return int(size[0] or 0), int(size[1] or 0), int(size[2] or 0)
 
 
-def _recorded_size(session: Session, channels: int | None) -> tuple[int | None, ...] | None:
+def recorded_size(session: Session, channels: int | None) -> tuple[int | None, ...] | None:
+    """The input's size without the batch dimension that the file's card names; None without one."""
     card = session.card
     if card and card.preprocessing and card.preprocessing.crop:
         return (channels, *card.preprocessing.crop)
@@ -173,7 +185,7 @@ def torch_classifier(name: str, network: LoadedNetwork, device: str) -> Classifi
         fixed_batch=False,
         preprocessing=Preprocessing.for_architecture(architecture),
         labels=labels_for(architecture),
-        gives_probabilities=False,
+        gives_probabilities=_gives_probabilities(architecture, softmax=False),
         takes_pixels=False,
     )
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from pathconvert.equivalence import run_dtype
 from pathconvert.errors import PathconvertError, RuntimeUnavailable
+from pathconvert.export.classifiers import recorded_size
+from pathconvert.export.runtime import require_size
 from pathconvert.export.session import Session, shape_text
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import size_of
@@ -30,6 +32,7 @@ class Contender:
         input_size: without the batch dimension; a side is None where the graph leaves it free.
         fixed_batch: the only batch size that it takes; None for any.
         start: input batch → the call to time, which returns when the outputs are computed.
+        recorded_size: the size that the file's card names, where the graph leaves sides free.
         fallback: why it does not run where ``auto`` looked first.
         pixels: whether it takes uint8 values.
         precision: dtype of the input, or of the network's weights.
@@ -41,6 +44,7 @@ class Contender:
     input_size: tuple[int | None, ...]
     fixed_batch: int | None
     start: Callable[[np.ndarray[Any, Any]], Call]
+    recorded_size: tuple[int | None, ...] | None = None
     fallback: str | None = None
     pixels: bool = False
     precision: str = "float32"
@@ -53,13 +57,20 @@ def session_contender(session: Session, name: str | None = None) -> Contender:
         CheckpointError: it has several inputs, or one that holds no numbers.
     """
     batch, *rest = session.input_shape or (None,)
+    own = tuple(side if isinstance(side, int) else None for side in rest)
+
+    def start(array: np.ndarray[Any, Any]) -> Call:
+        require_size(session, array.shape[1:])
+        return session.runner(array)
+
     return Contender(
         name=name or str(session.path),
         engine="onnxruntime",
         device=session.device,
-        input_size=tuple(side if isinstance(side, int) else None for side in rest),
+        input_size=own,
+        recorded_size=recorded_size(session, own[0]) if None in own else None,
         fixed_batch=batch if isinstance(batch, int) else None,
-        start=session.runner,
+        start=start,
         fallback=session.fallback,
         pixels=session.input_dtype == np.uint8,
         precision=session.input_dtype.name,
@@ -100,6 +111,15 @@ def _torch_starter(
 ) -> Callable[[np.ndarray[Any, Any]], Call]:
     def start(array: np.ndarray[Any, Any]) -> Call:
         batch = torch.from_numpy(array).to(device, dtype)
+        if not compiled:
+            try:
+                with torch.inference_mode():
+                    model(batch)
+            except (RuntimeError, ValueError) as error:
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise PathconvertError(
+                    f"{name} cannot run on an input of {shape_text(array.shape[1:])}: {line}", "Give --input-size."
+                ) from error
 
         def call() -> None:
             with torch.inference_mode():
@@ -134,7 +154,8 @@ def common_size(contenders: Sequence[Contender], wanted: tuple[int, ...] | None 
         PathconvertError: there is none, or nothing tells it.
     """
     known = [contender for contender in contenders if None not in contender.input_size]
-    size: tuple[int | None, ...] | None = wanted or (known[0].input_size if known else None)
+    recorded = next((c.recorded_size for c in contenders if c.recorded_size), None)
+    size: tuple[int | None, ...] | None = wanted or (known[0].input_size if known else recorded)
     if size is None:
         text = shape_text(contenders[0].input_size)
         raise PathconvertError(f"{contenders[0].name} takes inputs of any size ({text})", "Say which: --input-size.")

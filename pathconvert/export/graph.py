@@ -88,36 +88,42 @@ def _clean(proto: onnx.ModelProto) -> None:
     """Remove metadata (it holds the paths of this machine), and the wrapper's name from the weights'."""
     proto.producer_name, proto.producer_version, proto.doc_string = "pathconvert", __version__, ""
     del proto.metadata_props[:]
-    weights = {tensor.name for tensor in proto.graph.initializer}
+    graph = proto.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    taken = {port.name for port in (*graph.input, *graph.output)} | {name for n in graph.node for name in n.output}
+    taken |= weights
+    renamed = {
+        name: short for name in weights if (short := name.removeprefix(PREFIX)) != name and short not in taken
+    }
     kept = [info for info in proto.graph.value_info if info.name not in weights]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
-    _clean_graph(proto.graph)
+    _clean_graph(proto.graph, renamed)
     for tensor in proto.graph.initializer:
-        tensor.name = tensor.name.removeprefix(PREFIX)
+        tensor.name = renamed.get(tensor.name, tensor.name)
     for function in proto.functions:
-        _clean_nodes(function.node)
+        _clean_nodes(function.node, {})
         function.doc_string = ""
         del function.metadata_props[:]
 
 
-def _clean_graph(graph: onnx.GraphProto) -> None:
+def _clean_graph(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     for entry in (graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.doc_string = ""
         del entry.metadata_props[:]
-    _clean_nodes(graph.node)
+    _clean_nodes(graph.node, renamed)
 
 
-def _clean_nodes(nodes: Any) -> None:
+def _clean_nodes(nodes: Any, renamed: dict[str, str]) -> None:
     for node in nodes:
         node.doc_string = ""
         del node.metadata_props[:]
         for i, name in enumerate(node.input):
-            node.input[i] = name.removeprefix(PREFIX)
+            node.input[i] = renamed.get(name, name)
         for attribute in node.attribute:
             attribute.doc_string = ""
             for graph in (attribute.g, *attribute.graphs) if attribute.type in GRAPH_ATTRIBUTES else ():
-                _clean_graph(graph)
+                _clean_graph(graph, renamed)
 
 
 def to_half(proto: onnx.ModelProto, io_dtype: str) -> onnx.ModelProto:

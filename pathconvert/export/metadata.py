@@ -37,6 +37,9 @@ FORMAT_VERSION = 1
 PROPERTY = "pathconvert"
 
 
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes an input: resize, centre crop, [0, 255] → [0, 1], (x − mean) / std.
@@ -77,6 +80,10 @@ class Preprocessing:
     def from_json(stored: Mapping[str, Any]) -> Preprocessing:
         """The inverse of :func:`dataclasses.asdict` through JSON."""
         resize, crop = stored["resize"], stored["crop"]
+        if not (len(stored["mean"]) == len(stored["std"]) and all(float(value) > 0 for value in stored["std"])):
+            raise ValueError("mean and std are no normalisation")
+        if stored.get("interpolation", "bilinear") not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {stored['interpolation']!r} is not known")
         return Preprocessing(
             (int(resize[0]), int(resize[1])) if isinstance(resize, list | tuple) else int(resize),
             (int(crop[0]), int(crop[1])) if crop else None,

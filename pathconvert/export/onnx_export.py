@@ -49,7 +49,7 @@ class ExportReport:
         file_bytes: the file's size.
         weight_bytes: of the source's tensors.
         seconds: by step.
-        max_error, noise_ratio, checked_shapes: of the proof (``verification.py``).
+        max_error, noise_ratio, checked_shapes: of the proof (``verification.py``); fp16 has no noise ratio.
         operators: nodes by operator.
         notes: remarks for people.
     """
@@ -63,7 +63,7 @@ class ExportReport:
     weight_bytes: int
     seconds: dict[str, float]
     max_error: float
-    noise_ratio: float
+    noise_ratio: float | None
     checked_shapes: tuple[tuple[int, ...], ...]
     operators: dict[str, int]
     notes: tuple[str, ...]
@@ -165,6 +165,9 @@ def export_onnx(
         EquivalenceError: the graph does not compute what ``model`` computes; no file, the first differing layer named.
     """
     check_options(opset, precision, io_dtype, gauge)
+    if images is not None and (not len(images) or (images.shape[1:] != example_input.shape[1:] and not dynamic_size)):
+        given, wanted = ("×".join(map(str, t.shape)) for t in (images, example_input))
+        raise PathconvertError(f"images of {given} do not go with an input of {wanted}", "Give them at its size.")
     path = prepare_onnx_output(path, force=force, source=source)
     watch = _Watch()
     with watch.step("fold"):
@@ -197,18 +200,20 @@ def export_onnx(
     return ExportReport(
         path, opset, precision, len(proto.graph.node), operators["BatchNormalization"], path.stat().st_size,
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), watch.seconds,
-        proof.max_error, proof.noise_ratio, proof.checked_shapes, dict(operators.most_common()),
-        _notes(left, outputs, images),
+        proof.max_error, proof.noise_ratio if precision == "fp32" else None, proof.checked_shapes,
+        dict(operators.most_common()), _notes(left, outputs, auxiliary, images),
     )  # fmt: skip
 
 
-def _notes(left: tuple[str, ...], outputs: tuple[str, ...], images: Tensor | None) -> tuple[str, ...]:
+def _notes(left: tuple[str, ...], outputs: tuple[str, ...], auxiliary: bool, images: Tensor | None) -> tuple[str, ...]:
     notes = []
     if left:
         those = "BatchNorm could not be folded and is" if len(left) == 1 else "BatchNorms could not be folded and are"
         names = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
         notes.append(f"{len(left)} {those} left: {names}")
-    if outputs == ("out",):
+    if auxiliary and len(outputs) < 2:
+        notes.append("no auxiliary output: the network has none in evaluation mode")
+    elif outputs == ("out",):
         notes.append("the main output alone; auxiliary adds the auxiliary head's where there is one")
     if images is not None:
         notes.append(f"compared on {len(images)} images too")
@@ -275,7 +280,13 @@ def _outputs_of(model: nn.Module, example_input: Any, auxiliary: bool) -> tuple[
             "Export the backbone alone: export_onnx(model.backbone, …).",
         )
     runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
-    result = runner(example_input[:1].float())
+    try:
+        result = runner(example_input[:1].float())
+    except (RuntimeError, ValueError) as error:
+        size = "×".join(map(str, example_input.shape[1:]))
+        raise PathconvertError(
+            f"{name} cannot run on an input of {size}: {reason(error)}", "Give another size: --input-size."
+        ) from error
     if isinstance(result, Tensor):
         return ()
     if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):

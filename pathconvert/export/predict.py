@@ -172,12 +172,13 @@ def prepare(pixels: Tensor, classifier: Classifier) -> Array:
     _, height, width = classifier.input_size
     resize = recorded.resize if recorded else max(height, width)
     mode = InterpolationMode(recorded.interpolation if recorded else "bilinear")
+    pixels = (pixels * 255).round().to(torch.uint8)  # torchvision's recipe resizes pixels, not numbers
     resized = v2.functional.resize(pixels, [resize] if isinstance(resize, int) else list(resize), mode)
     crop = recorded.crop if recorded else (height, width)
     cropped: Tensor = v2.functional.center_crop(resized, list(crop)) if crop else resized
-    cropped = cropped.clamp(0, 1)  # bicubic overshoots; Pillow clamps too
     if classifier.takes_pixels:
-        return (cropped * 255).round().to(torch.uint8).numpy()
+        return cropped.numpy()
+    cropped = cropped.float() / 255
     if recorded:
         cropped = v2.functional.normalize(cropped, list(recorded.mean), list(recorded.std))
     return cropped.numpy()

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pathconvert.errors import CheckpointError, RuntimeUnavailable
+import onnx
+
+from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
 from pathconvert.export.diagnosis import explain_load_failure
 from pathconvert.export.metadata import read_card
 from pathconvert.export.session import RUNTIME_ERRORS, Port, Session, ort
@@ -76,6 +78,34 @@ def open_session(
     made, _ = _load(path, options, [CPU])
     fallback = f"CUDA: {missing}" if missing else None
     return _session(path, "cpu", made, fallback, io_binding, cuda_graph=False)
+
+
+def require_size(session: Session, size: tuple[int, ...]) -> None:
+    """Refuse an input that leaves nothing of a feature map: a kernel would divide by zero and end the process.
+
+    Args:
+        session: its file is read again.
+        size: of one input, without the batch dimension; looked at where the graph leaves sides free.
+
+    Raises:
+        PathconvertError: a feature map would be empty.
+    """
+    if all(isinstance(side, int) for side in session.input_shape[1:]):
+        return
+    model = onnx.load(str(session.path), load_external_data=False)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, side in zip(dims, (1, *size), strict=True):
+        dim.dim_value = side
+    del model.graph.value_info[:]
+    text = "×".join(map(str, size))
+    too_small = PathconvertError(f"{session.path} takes no input as small as {text}", "Give a larger --input-size.")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise too_small from error
+    for info in (*inferred.graph.value_info, *inferred.graph.output):
+        if any(dim.HasField("dim_value") and dim.dim_value <= 0 for dim in info.type.tensor_type.shape.dim):
+            raise too_small
 
 
 def _options(threads: int | None, optimize: bool, take_turns: bool) -> Any:
@@ -171,9 +201,13 @@ class _Held:
 @contextlib.contextmanager
 def _stderr_held() -> Iterator[_Held]:
     """Keep what C++ code writes to stderr; it is the only place where ONNX Runtime names a missing library."""
-    sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
+        try:
+            sys.stderr.flush()
+            kept = os.dup(2)
+        except (AttributeError, OSError):  # stderr is closed
+            yield _Held(file)
+            return
         try:
             os.dup2(file.fileno(), 2)
             yield _Held(file)

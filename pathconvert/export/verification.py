@@ -131,6 +131,9 @@ def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: s
     """
     exact, narrow = torch_runner(original, torch.float64), torch_runner(original, torch.float32)
     results = [(x, file(x), exact(x), narrow(x) if precision == "fp32" else None) for x in inputs]
+    for _, _, reference, _ in results:
+        if not all(bool(torch.isfinite(expected).all()) for expected in reference):
+            raise EquivalenceError("the network's own outputs are not finite", "Its weights hold NaN or infinity.")
     worst_error = worst_ratio = 0.0
     noises = _noises([(reference, rounded) for _, _, reference, rounded in results])
     for x, got, reference, _ in results:
@@ -140,10 +143,14 @@ def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: s
             error = _largest(value - expected)
             worst_error, worst_ratio = max(worst_error, error), max(worst_ratio, error / noise if noise else 0.0)
             if precision == "fp32" and not error <= PASSING_NOISE_RATIO * noise:
-                raise Differs(f"the largest error is {error:.2e}, {error / noise:.0f} times float32's own noise", x)
+                raise Differs(f"the largest error is {error:.2e}, {_times(error, noise)} float32's own noise", x)
             if precision == "fp16":
                 _check_half(value, expected, error, x)
     return Proof(worst_error, worst_ratio, tuple(dict.fromkeys(tuple(x.shape) for x in inputs)))
+
+
+def _times(error: float, noise: float) -> str:
+    return f"{error / noise:.0f} times" if noise else "and there should be none:"
 
 
 class Differs(Exception):
