@@ -22,7 +22,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -390,7 +390,9 @@ def _parse_metadata(path: Path, text: object) -> dict[str, Any] | None:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def prepare_output(path: str | Path, *, force: bool, source: Path | None) -> Path:
+def prepare_output(
+    path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES
+) -> Path:
     """Check, before any work, that ``path`` may be written.
 
     Raises:
@@ -398,9 +400,9 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None) -> Pat
             writable, or a file that exists without ``force``.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(SUFFIXES)}."
-        raise OutputError(message, "The suffix of the output decides its format: .safetensors is recommended.")
+    if path.suffix.lower() not in suffixes:
+        message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(suffixes)}."
+        raise OutputError(message, f"The suffix of the output decides its format: {suffixes[0]} is recommended.")
     if source is not None and same_file(path, source):
         raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
     if path.is_dir():

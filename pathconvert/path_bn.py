@@ -192,7 +192,8 @@ class PathBN(nn.Module):
             # w = u and a = γ' / √(var' + eps) as they are, unless a is too small to hold the pivot: then a = 1
             in_weight = pivot / gain[self.pivot_row]
             lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max ** 0.5)  # the sums need room
-            unit = torch.zeros_like(gain, dtype=torch.bool).index_put((self.pivot_row[lost],), torch.tensor(True))
+            unit = torch.zeros_like(gain, dtype=torch.bool)
+            unit[self.pivot_row[lost]] = True
             per_row = torch.where(unit, gain, 1.0)
             pivot = torch.where(unit[self.pivot_row], pivot, in_weight)
             for name, value in (("weight", deviation), ("bias", shift), ("running_mean", torch.zeros_like(shift))):

@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from pathconvert.checkpoint import prepare_output
 from pathconvert.errors import PathconvertError
 from pathconvert.export.metadata import ModelCard, Preprocessing, labels_for
-from pathconvert.export.onnx_export import ExportReport, check_options, export_onnx, prepare_onnx_output
+from pathconvert.export.onnx_export import SUFFIXES, ExportReport, check_options, export_onnx
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import folder_images, load_images, random_input
 
@@ -46,7 +47,7 @@ def check_export(path: Path, opset: int, precision: str, *, force: bool, source:
         PathconvertError, OutputError: as their messages say.
     """
     check_options(opset, precision)
-    prepare_onnx_output(path, force=force, source=source)
+    prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
 
 
 def export_network(

@@ -20,8 +20,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from pathconvert.checkpoint import check_existing, same_file, sync, writing
-from pathconvert.errors import EquivalenceError, OutputError, PathconvertError
+from pathconvert.checkpoint import check_existing, prepare_output, sync, writing
+from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export import verification
 from pathconvert.export.folding import fold, unfolded
 from pathconvert.export.graph import assert_as_asked, reason, to_half, to_onnx
@@ -31,6 +31,7 @@ from pathconvert.trace import computed_tensors
 
 OPSETS = range(18, 25)
 PRECISIONS = ("fp32", "fp16")
+SUFFIXES = (".onnx",)
 #: protobuf's limit on one message, and so on a file that holds its weights.
 LARGEST_FILE = 2**31 - 1
 BATCHES = (1, 2, 5)
@@ -168,7 +169,7 @@ def export_onnx(
     if images is not None and (not len(images) or (images.shape[1:] != example_input.shape[1:] and not dynamic_size)):
         given, wanted = ("×".join(map(str, t.shape)) for t in (images, example_input))
         raise PathconvertError(f"images of {given} do not go with an input of {wanted}", "Give them at its size.")
-    path = prepare_onnx_output(path, force=force, source=source)
+    path = prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
     watch = _Watch()
     with watch.step("fold"):
         outputs = _outputs_of(model, example_input, auxiliary)
@@ -241,28 +242,6 @@ def check_options(opset: int, precision: str, io_dtype: str = "fp32", gauge: str
         raise PathconvertError(f"no inputs and outputs in {io_dtype!r} with precision {precision}", "Use fp32.")
     if gauge not in ("keep", "balanced"):
         raise PathconvertError(f"no gauge {gauge!r} in an export", "Choose one of keep, balanced.")
-
-
-def prepare_onnx_output(path: str | Path, *, force: bool, source: Path | None = None) -> Path:
-    """Check, before any work, that ``path`` may be written.
-
-    Raises:
-        OutputError: another suffix than .onnx, the source itself, a directory, a folder that is missing or not
-            writable, or a file that exists without ``force``.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".onnx":
-        raise OutputError(f"{path} has the suffix {path.suffix!r}; expected .onnx.", "Name the output X.onnx.")
-    if source is not None and same_file(path, source):
-        raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
-    if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
-    check_existing(path, force)
-    return path
 
 
 @torch.no_grad()
