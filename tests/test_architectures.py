@@ -152,7 +152,7 @@ def test_missing_tensor():
     del tensors["layer1.0.conv2.weight"]
     message, tip = refusal(recognise, tensors)
     assert message == (
-        "no torchvision network has these tensors; the closest is resnet50 (1 differences): "
+        "no torchvision network has these tensors; the closest is resnet50 (1 difference): "
         "layer1.0.conv2.weight is missing"
     )
     assert "resnext50_32x4d" in tip or "none" in tip
@@ -172,7 +172,7 @@ def test_misshapen_tensor():
     tensors = tensors_of("resnet18") | {"conv1.weight": torch.empty(64, 1, 7, 7)}
     message, _ = refusal(recognise, tensors)
     assert message == (
-        "no torchvision network has these tensors; the closest is resnet18 (1 differences): "
+        "no torchvision network has these tensors; the closest is resnet18 (1 difference): "
         "conv1.weight has shape [64, 1, 7, 7], expected [64, 3, 7, 7]"
     )
 

@@ -393,8 +393,9 @@ def test_demo(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "trained a torchvision resnet18 on digits" in printed.err
     assert printed.out.count("passed") == 4
-    names = ["digits_resnet18.path.safetensors", "digits_resnet18.pt", "digits_resnet18.restored.safetensors"]
-    assert sorted(os.listdir(tmp_path / "demo")) == names
+    kinds = ("onnx", "path-bn.safetensors", "path.safetensors", "pt", "restored.safetensors")
+    assert sorted(os.listdir(tmp_path / "demo")) == ["digits", *(f"digits_resnet18.{kind}" for kind in kinds)]
+    assert "× first" in printed.out  # the latency's ratio
 
 
 def test_demo_into_a_file(refused):
