@@ -51,7 +51,7 @@ def test_console_examples_print_what_the_readme_shows(tmp_path, monkeypatch, cap
 
 
 def stable(text):
-    """Words line by line, without the lines that hold times or errors."""
-    lines = [line.split() for line in text.splitlines()]
+    """Words line by line, without probabilities and without the lines that hold times or errors."""
+    lines = [[word for word in line.split() if not word.endswith("%")] for line in text.splitlines()]
     varying = ("time", "equality", "largest", "1×3×224×224,")
     return [line for line in lines if line and line[0] not in varying and line[-1] != "relative)"]
