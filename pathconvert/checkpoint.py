@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,6 +52,8 @@ WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "model
 
 PREFIXES = ("module.", "_orig_mod.")
 SUFFIXES = (".safetensors", ".pt", ".pth")
+
+Checked = TypeVar("Checked")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _STATE_DICT_TIP = "Give a file with the network's weights: torch.save(model.state_dict(), 'weights.pt')."
@@ -403,7 +405,7 @@ def prepare_output(
     if path.suffix.lower() not in suffixes:
         message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(suffixes)}."
         raise OutputError(message, f"The suffix of the output decides its format: {suffixes[0]} is recommended.")
-    if source is not None and same_file(path, source):
+    if source is not None and _same_file(path, source):
         raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
     if path.is_dir():
         raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
@@ -411,11 +413,11 @@ def prepare_output(
         raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
-    check_existing(path, force)
+    _check_existing(path, force)
     return path
 
 
-def check_existing(path: Path, force: bool) -> None:
+def _check_existing(path: Path, force: bool) -> None:
     """Refuse an output that exists, or with ``force`` one that is no regular file."""
     if not os.path.lexists(path):
         return
@@ -425,7 +427,7 @@ def check_existing(path: Path, force: bool) -> None:
         raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another output with -o.")
 
 
-def same_file(path: Path, source: Path) -> bool:
+def _same_file(path: Path, source: Path) -> bool:
     """Whether two paths lead to one file, there or to be."""
     with contextlib.suppress(OSError):
         return path.samefile(source)
@@ -456,22 +458,49 @@ def write_checkpoint(
     """
     path = prepare_output(path, force=force, source=source)
     write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
+    text = None if metadata is None else json.dumps(metadata)
+    write_atomically(path, tensors, lambda file: write(file, tensors, text), check or (lambda _: None), force=force)
+    return path
+
+
+def write_atomically(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    write: Callable[[Path], object],
+    check: Callable[[Path], Checked],
+    *,
+    force: bool,
+) -> Checked:
+    """Write so that at ``path`` there is the whole new file, or what was there before.
+
+    Args:
+        path: as :func:`prepare_output` returned it.
+        tensors: what is written; its size tells a full disk from other failures.
+        write: writes the temporary file that it is given.
+        check: called with the temporary file before it is renamed; what it raises removes that file and propagates.
+        force: replace a file that exists.
+
+    Returns:
+        What ``check`` returns.
+
+    Raises:
+        OutputError: the disk is full, or the system refuses; nothing is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path, tensors):
-            write(temporary, tensors, None if metadata is None else json.dumps(metadata))
-            sync(temporary)
-        if check is not None:
-            check(temporary)
-        check_existing(path, force)  # another process may have been faster
-        with writing(path, tensors):
+        with _writing(path, tensors):
+            write(temporary)
+            _sync(temporary)
+        checked = check(temporary)
+        _check_existing(path, force)  # another process may have been faster
+        with _writing(path, tensors):
             os.replace(temporary, path)
     except BaseException:  # an interrupt leaves nothing behind either
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
-    return path
+    _sync(path.parent)
+    return checked
 
 
 def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
@@ -504,7 +533,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Turn an operating system's error, bare or inside one of torch's, into one that names the output."""
     try:
         yield
@@ -533,7 +562,7 @@ def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> 
     return OutputError(f"{path} was not written: {reason}.", "Give another output with -o.")
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Make a file, or the rename in a folder, last through a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

@@ -145,9 +145,9 @@ def _zip_kind(path: Path, size: int) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         message = f"{path} is a truncated or damaged torch.save file (a zip archive without an intact end record)."
-        raise CheckpointError(message, AGAIN) from None
+        raise CheckpointError(message, AGAIN) from error  # --debug shows what zipfile met
     what, tip = _zip_contents([member.filename for member in members])
     if what:
         raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)

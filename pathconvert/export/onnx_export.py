@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from pathconvert.checkpoint import check_existing, prepare_output, sync, writing
+from pathconvert.checkpoint import prepare_output, write_atomically
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export import verification
 from pathconvert.export.folding import fold, unfolded
@@ -382,22 +381,7 @@ def _prove(
     return proof
 
 
-def _write_proven(proto: onnx.ModelProto, path: Path, force: bool, check: Any) -> Proof:
-    """Write so that at ``path`` there is the whole proven file, or what was there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_proven(proto: onnx.ModelProto, path: Path, force: bool, check: Callable[[Path], Proof]) -> Proof:
     data = proto.SerializeToString()
     size = {"file": torch.empty(len(data), dtype=torch.uint8, device="meta")}
-    try:
-        with writing(path, size):
-            temporary.write_bytes(data)
-            sync(temporary)
-        proof: Proof = check(temporary)
-        check_existing(path, force)
-        with writing(path, size):
-            os.replace(temporary, path)
-    except BaseException:  # an interrupt leaves nothing behind either
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-    return proof
+    return write_atomically(path, size, lambda file: file.write_bytes(data), check, force=force)
