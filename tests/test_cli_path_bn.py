@@ -142,3 +142,14 @@ def test_resume_is_the_conversion_again():
     assert np.allclose(again.pivots.value, conversion.pivots.value, rtol=1e-5, atol=0)  # float32 weights
     places = [[pivot and pivot[:4] for pivot in one.groups[0].pivots] for one in (again, conversion)]
     assert places[0] == places[1]
+
+
+def test_resume_knows_what_was_held_back():
+    """float16 and diagonals of 1e-6: most factors would leave the normal range."""
+    from pathconvert.convert import resume
+
+    model, x = network("squeezenet1_1"), torch.randn(1, 3, 64, 64)
+    conversion = pathconvert.reparameterize(model.half(), x, pivot="diagonal", gauge="pow2")
+    again = resume(conversion.model, x, conversion.record)
+    assert conversion.counts()["channels_held_back"] > 0
+    assert again.counts() == conversion.counts()

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -357,3 +359,12 @@ def test_an_input_that_leaves_nothing_of_a_feature_map(here):
     )  # fmt: skip
     with pytest.raises(PathconvertError, match=r"pool\.onnx takes no input as small as 3×4×4"):
         predict("pool.onnx", ["a.png"], device="cpu", input_size=(3, 4, 4))
+
+
+def test_stderr_may_be_closed(here):
+    save_linear(here / "a.onnx")
+    code = "import sys; from pathconvert.cli import run; sys.exit(run(sys.argv[1:]))"
+    shell = '"$0" -c "$1" predict a.onnx a.png --json 2>&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["engine"] == "onnxruntime"
