@@ -648,6 +648,17 @@ def test_kill_before_the_file_has_its_name(here, existed):
     assert not existed or Path("x.pt").read_bytes() == b"old"
 
 
+def test_a_job_managers_end_leaves_no_temporary_file(here):
+    ends = (
+        KILLED.replace("os.getpid(), 9", "os.getpid(), 15")
+        .replace("import run", "import main")
+        .replace("run(sys.argv[1:])", "main()")
+    )
+    done = process("-c", ends, "reparam", "sq.pt", *SMALL)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert os.listdir(here) == ["sq.pt"]
+
+
 def test_a_terminal_without_arrows(here):
     done = process("-m", "pathconvert.cli", "reparam", "sq.pt", *SMALL, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
