@@ -1,0 +1,189 @@
+"""Into path space and back, and what a file is: reparam, restore, verify, inspect, archs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathconvert.commands.console import Steps, emit, facts, grid, note
+from pathconvert.commands.loading import Loader, checked_output
+from pathconvert.commands.options import (
+    Arch,
+    Force,
+    Form,
+    GaugeChoice,
+    Images,
+    InputSize,
+    Json,
+    Key,
+    NumClasses,
+    Output,
+    PivotChoice,
+    Scope,
+    Source,
+    TrustPickle,
+)
+from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
+
+
+def reparam(
+    source: Source,
+    output: Output = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    scope: Annotated[
+        Scope, typer.Option(help="block leaves residual streams alone; network takes them.")
+    ] = Scope.block,
+    pivot: Annotated[PivotChoice, typer.Option(help="Which outgoing weight becomes ±1.")] = PivotChoice.matching,
+    gauge: Annotated[GaugeChoice, typer.Option(help="unit: pivots ±1; pow2: bit-identical.")] = GaugeChoice.unit,
+    form: Annotated[Form, typer.Option(help="path: rescaled weights; path-bn: Path-BN layers, to train.")] = Form.path,
+    calibrate: Annotated[Path | None, typer.Option(help="Folder of images for Path-BN's statistics.")] = None,
+    skip_scale: Annotated[float, typer.Option(help="λ of Path-BN's skip; 0.1 is the papers' for ResNets.")] = 1.0,
+    partial: Annotated[bool, typer.Option("--partial", help="Pin what is not homogeneous, convert the rest.")] = False,
+    key: Key = None,
+    force: Force = False,
+    report: Annotated[Path | None, typer.Option(help="Write every group and pivot to this JSON file.")] = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Move a network into path space: same class, names, shapes and dtypes; proven equal before the file appears."""
+    steps = Steps(3 + bool(report) + (form == Form.path_bn))
+    if form == Form.path and (calibrate or skip_scale != 1):
+        raise PathconvertError("--calibrate and --skip-scale belong to Path-BN", "Add --form path-bn.")
+    from pathconvert import reports
+
+    path = checked_output(source, output, form.value, force)
+    if report:
+        reports.prepare_report(report, force=force, taken=(Path(source), path))
+    with steps.shown():
+        with steps.step("load"):
+            network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
+        from pathconvert.conversions import convert_network, enter_path_bn, resume_conversion, save_checked
+        from pathconvert.path_bn import record_of
+
+        if network.form == form or network.form == "path-bn":
+            raise RecordError(f"{source} is converted already", f"Restore it first: pathconvert restore {source}")
+        with steps.step("convert"):
+            conversion = (
+                resume_conversion(network)
+                if network.record
+                else convert_network(network, scope.value, pivot.value, gauge.value, partial)
+            )
+        path_bn = None
+        if form == Form.path_bn:
+            with steps.step("Path-BN"):
+                conversion, path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
+        with steps.step("verify and write"):
+            equality = save_checked(path_bn or conversion, network, path, force=force)
+        if report:
+            with steps.step("report"):
+                reports.write_report(conversion, report)
+    parts = record_of(path_bn)["path_bn"] if path_bn else None
+    if network.record:
+        note(f"note: {source} is in path form; its scope, pivot rule and gauge were kept")
+    summary = reports.summarise(conversion, parts, network, equality, steps.seconds)
+    summary |= {"source": source, "output": str(path)}
+    for remark in summary["notes"]:
+        note(f"note: {remark}")
+    emit(summary, facts(f"{source} → {path}", reports.summary_rows(summary)), as_json)
+
+
+def restore(
+    source: Source,
+    output: Output = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take a conversion back: the original network, fine-tuned or not."""
+    steps = Steps(2)
+    path = checked_output(source, output, "restored", force)
+    with steps.shown():
+        with steps.step("load"):
+            network = Loader(arch, input_size).open(source)
+        if network.record is None:
+            raise RecordError(
+                f"{source} was never converted by pathconvert: it holds no conversion record",
+                "Give the .path.safetensors file that pathconvert reparam wrote.",
+            )
+        from pathconvert.conversions import restore_checked
+
+        with steps.step("restore, verify and write"):
+            equality, identical = restore_checked(network, path, force=force)
+    from pathconvert import reports
+
+    result = {
+        "source": source,
+        "output": str(path),
+        "architecture": network.architecture.name,
+        "equality": equality.to_json(),
+        "bit_identical_to_the_original": identical,
+        "seconds": steps.seconds,
+    }
+    rows = {"network": network.architecture.name, "equality": reports.equality_text(equality)}
+    rows["original file"] = "restored to the bit" if identical else "restored to rounding (2 units in the last place)"
+    emit(result, facts(f"{source} → {path}", rows | steps.total()), as_json)
+
+
+def verify(
+    a: Annotated[str, typer.Argument(help="The original.")],
+    b: Annotated[str, typer.Argument(help="The other network, in any form.")],
+    images: Images = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Compare two networks of one architecture; exit 1 if they are not the same function."""
+    steps = Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            network_a, network_b = Loader(arch, input_size, trust_pickle=trust_pickle).open_pair(a, b)
+        from pathconvert import reports
+        from pathconvert.conversions import compare
+
+        with steps.step("verify"):
+            comparison = compare(network_a, network_b, images)
+    result = comparison.to_json() | {"a": a, "b": b, "seconds": steps.seconds}
+    rows = {"equality": reports.equality_text(comparison.equality)}
+    if comparison.images:
+        rows["images"] = f"same top-1 on {comparison.same_top1} of {comparison.images}"
+    emit(result, facts(f"{a} and {b}", rows | steps.total()), as_json)
+    if not comparison.passed:
+        raise EquivalenceError(f"{a} and {b} are not the same function")
+
+
+def inspect(
+    source: Source,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Tell what a file is; for a plain checkpoint, how uneven its channel scales are."""
+    steps = Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            network = Loader(arch, input_size, None, key, trust_pickle).open(source)
+        from pathconvert import reports
+
+        with steps.step("inspect"):
+            result = {"file": source} | reports.inspect_network(network)
+    emit(result, facts(source, reports.inspection_rows(result)), as_json)
+
+
+def archs(as_json: Json = False) -> None:
+    """List the networks that are supported, and why the rest is not."""
+    from pathconvert.architectures import catalogue
+
+    entries = catalogue()
+    rows = ((e.name, e.task, "yes" if e.supported else f"no: {e.reason}") for e in entries)
+    table = grid("torchvision networks", {"network": "left", "task": "left", "supported": "wrap"}, rows)
+    keys = ("name", "task", "supported", "reason")
+    emit({"architectures": [{k: getattr(e, k) for k in keys} for e in entries]}, table, as_json)
+    note("Any other module: --arch package.module:builder, or timm/NAME where timm is installed.")

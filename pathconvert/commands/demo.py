@@ -1,0 +1,49 @@
+"""The whole way on a network that is trained in some seconds, one command after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pathconvert.commands.console import note
+from pathconvert.errors import OutputError
+
+
+def demo(
+    context: typer.Context,
+    output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
+) -> None:
+    """Train a small ResNet on scikit-learn's digits; convert, verify, restore; then Path-BN, ONNX, and its speed."""
+    from pathconvert.checkpoint import prepare_output
+    from pathconvert.demo import save_digits, train_digits
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {output_dir} cannot be made: {error.strerror}.", "Give another.") from error
+    source = prepare_output(output_dir / "digits_resnet18.pt", force=True, source=None)
+    accuracy = train_digits(source, note)
+    note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
+    digits = output_dir / "digits"
+    for title, arguments in _lines(output_dir, source, digits, save_digits(digits, 64)):
+        note(f"\n{title}: pathconvert {' '.join(arguments)}")
+        context.find_root().command.main(arguments, standalone_mode=False)
+
+
+def _lines(folder: Path, source: Path, digits: Path, images: list[Path]) -> list[tuple[str, list[str]]]:
+    """What each command is for, and its arguments."""
+    onnx = str(folder / "digits_resnet18.onnx")
+    path, restored, path_bn = (
+        str(folder / f"digits_resnet18.{kind}.safetensors") for kind in ("path", "restored", "path-bn")
+    )
+    return [
+        ("convert", ["reparam", str(source), "--input-size", "3x32x32", "--force", "-o", path]),
+        ("verify", ["verify", str(source), path, "--input-size", "3x32x32", "--images", str(digits)]),
+        ("restore", ["restore", path, "--force", "-o", restored]),
+        ("Path-BN", ["reparam", path, "--form", "path-bn", "--calibrate", str(digits), "--force", "-o", path_bn]),
+        ("export", ["export", path_bn, "--images", str(digits), "--force", "-o", onnx]),
+        ("predict", ["predict", onnx, *map(str, images[:3]), "--top", "1"]),
+        ("latency", ["bench", onnx, str(source), "--input-size", "3x32x32", "--batch", "1,8"]),
+    ]

@@ -1,0 +1,187 @@
+"""Out of PyTorch: export, bench, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pathconvert.commands.console import Steps, emit, facts, grid, note
+from pathconvert.commands.loading import Loader, default_output, source_file
+from pathconvert.commands.options import (
+    Arch,
+    Device,
+    DeviceChoice,
+    ExportGauge,
+    Force,
+    Images,
+    InputSize,
+    Json,
+    Key,
+    NumClasses,
+    Source,
+    TrustPickle,
+)
+from pathconvert.errors import PathconvertError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pathconvert.export.bench import Timing
+    from pathconvert.export.predict import PredictReport
+
+
+def export(
+    source: Source,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    opset: Annotated[int, typer.Option(help="18 to 24.")] = 20,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16; inputs and outputs stay float32.")] = "fp32",
+    gauge: Annotated[
+        ExportGauge, typer.Option(help="balanced: even out the channels' ranges, for fp16.")
+    ] = ExportGauge.keep,
+    batch: Annotated[str, typer.Option(help="dynamic, or a fixed number.")] = "dynamic",
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Height and width dynamic too.")] = False,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="The graph takes uint8 pixels and normalises them.")
+    ] = False,
+    with_softmax: Annotated[bool, typer.Option("--with-softmax", help="Probabilities in place of logits.")] = False,
+    auxiliary: Annotated[bool, typer.Option("--auxiliary", help="A segmentation network's second output too.")] = False,
+    images: Images = None,
+    key: Key = None,
+    force: Force = False,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Fold and write one .onnx file; proven equal in ONNX Runtime before it appears."""
+    steps = Steps(2)
+    with steps.shown():
+        with steps.step("load"):
+            from pathconvert.export.networks import check_export, export_network, parse_batch, report_rows
+
+            path = output or default_output(source, ".onnx")
+            check_export(path, opset, precision, force=force, source=source_file(source))
+            fixed = parse_batch(batch)
+            network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
+        with steps.step("export, verify and write"):
+            report, card = export_network(
+                network,
+                path,
+                batch=fixed,
+                with_preprocessing=with_preprocessing,
+                images=images,
+                opset=opset,
+                precision=precision,
+                gauge=gauge.value,
+                dynamic_size=dynamic_size,
+                with_softmax=with_softmax,
+                auxiliary=auxiliary,
+                force=force,
+            )
+    result = report.to_json() | {"source": source, "output": str(path), "card": card.to_json()}
+    result["seconds"] = report.seconds | steps.seconds
+    emit(result, facts(f"{source} → {path}", report_rows(report, card)), as_json)
+
+
+def bench(
+    sources: Annotated[list[str], typer.Argument(help=".onnx files, checkpoints, torchvision names.")],
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.", show_default="1,8")] = None,
+    threads: Annotated[int | None, typer.Option(help="On the CPU, of each.", min=1)] = None,
+    device: Device = DeviceChoice.auto,
+    repeats: Annotated[int, typer.Option(help="Turns of each at every batch size.", min=1)] = 20,
+    compile: Annotated[bool, typer.Option("--compile", help="Time checkpoints under torch.compile too.")] = False,
+    io_binding: Annotated[bool, typer.Option("--io-binding", help="On a GPU, leave copies out.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay captured kernels.")] = False,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Time networks in turns: ONNX files on ONNX Runtime, checkpoints in PyTorch. Ratios are over the first."""
+    sizes = _batch_sizes(batch)
+    steps = Steps(1)
+    with steps.shown(), steps.step("load and measure"):
+        from pathconvert.export.bench import measure
+
+        loader = Loader(arch, input_size, trust_pickle=trust_pickle)
+        report = measure(
+            sources,
+            sizes,
+            device=device.value,
+            threads=threads,
+            rounds=repeats,
+            compile=compile,
+            io_binding=io_binding,
+            cuda_graph=cuda_graph,
+            input_size=loader.size,
+            load=loader.open,
+        )
+    for name, reason in report.fallbacks.items():
+        note(f"note: {name} runs on the CPU: {reason}")
+    size = "x".join(map(str, report.input_size))
+    title = f"{size}, {report.threads} threads, {report.rounds} turns: median (quartiles)"
+    numbers = dict.fromkeys(("batch", "ms", "quartiles", "images/s", "× first"), "right")
+    table = grid(title, {"network": "wrap", "engine": "left"} | numbers, map(_timing_row, report.timings))
+    emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+
+
+def _timing_row(t: Timing) -> tuple[str, ...]:
+    quartiles = f"{_short(t.low_ms)}–{_short(t.high_ms)}"
+    speed = (_short(t.median_ms), quartiles, _short(t.throughput), _short(t.ratio))
+    return (Path(t.source).name, f"{t.engine}, {t.device}", str(t.batch), *speed)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _batch_sizes(text: str | None) -> list[int] | None:
+    try:
+        sizes = None if text is None else [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if sizes is not None and (not sizes or min(sizes) < 1):
+        raise PathconvertError(f"{text!r} is no list of batch sizes", "Such as --batch 1,8")
+    return sizes
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="An .onnx file, a checkpoint of any form, or a torchvision name.")],
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
+    top: Annotated[int, typer.Option(help="Classes an image.", min=1)] = 5,
+    device: Device = DeviceChoice.auto,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    key: Key = None,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Classify images, with the preprocessing and labels that are recorded for the network."""
+    steps = Steps(1)
+    with steps.shown(), steps.step("load and classify"):
+        from pathconvert.export.predict import predict as classify
+
+        loader = Loader(arch, input_size, num_classes, key, trust_pickle)
+        report = classify(model, images, top, device.value, input_size=loader.size, load=loader.open)
+    if report.fallback:
+        note(f"note: {model} runs on the CPU: {report.fallback}")
+    for remark in report.notes:
+        note(f"note: {remark}")
+    for prediction in report.predictions:
+        for remark in prediction.notes:
+            note(f"note: {prediction.image}: {remark}")
+    columns = {"image": "wrap", "class": "right", "label": "wrap", "probability": "right"}
+    table = grid(f"{model}, {report.engine} on {report.device}", columns, _guesses(report))
+    emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+
+
+def _guesses(report: PredictReport) -> Iterator[tuple[str, ...]]:
+    for prediction in report.predictions:
+        for place, guess in enumerate(prediction.classes):
+            image = prediction.image if place == 0 else ""
+            yield image, str(guess.index), guess.label or "", f"{guess.probability:.1%}"

@@ -1,0 +1,99 @@
+"""From the names on a command line to networks, and to the file that will be written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pathconvert.commands.console import note
+from pathconvert.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from pathconvert.files import LoadedNetwork
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How sources are to be read: the options of these names."""
+
+    arch: str | None = None
+    input_size: str | None = None
+    num_classes: int | None = None
+    key: str | None = None
+    trust_pickle: bool = False
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """The input size, read."""
+        from pathconvert.architectures import parse_input_size
+
+        return parse_input_size(self.input_size) if self.input_size else None
+
+    def open(self, source: str) -> LoadedNetwork:
+        """Load a network and say what was chosen on the way."""
+        from pathconvert.files import open_network
+
+        network = open_network(
+            source,
+            arch=self.arch,
+            num_classes=self.num_classes,
+            input_size=self.size,
+            key=self.key,
+            trust_pickle=self.trust_pickle,
+        )
+        if network.checkpoint and network.checkpoint.key:
+            note(f"{source}: taking the weights under {network.checkpoint.key!r}")
+        if network.checkpoint and network.checkpoint.prefix:
+            note(f"{source}: prefix {network.checkpoint.prefix!r} removed from every name")
+        return network
+
+    def open_pair(self, a: str, b: str) -> list[LoadedNetwork]:
+        """Two forms of one network; a converted file knows what a plain checkpoint of an own class does not tell."""
+        opened: dict[str, LoadedNetwork] = {}
+        refusals: list[ArchitectureError] = []
+        for source in (a, b, a, b):
+            if source in opened:
+                continue
+            known = next(iter(opened.values()), None) if refusals else None
+            try:
+                opened[source] = (self._like(known) if known else self).open(source)
+            except ArchitectureError as error:
+                refusals.append(error)
+                if len(refusals) == 2 or self.arch:
+                    raise refusals[0] from None
+        return [opened[a], opened[b]]
+
+    def _like(self, network: LoadedNetwork) -> Loader:
+        known = network.architecture
+        size = "x".join(map(str, known.input_size)) if known.input_size else None
+        classes = known.arguments.get("num_classes")
+        return Loader(known.name, self.input_size or size, classes, self.key, self.trust_pickle)
+
+
+def default_output(source: str, ending: str) -> Path:
+    """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``; in the current folder where the source is no file.
+
+    But for the way into path space, ``resnet50.path.safetensors`` is ``resnet50`` again.
+    """
+    file = Path(source)
+    stem = file.name
+    for suffix in (".safetensors", ".pth", ".pt"):
+        stem = stem.removesuffix(suffix)
+    if ending != ".path.safetensors":
+        stem = stem.removesuffix(".path").removesuffix(".path-bn")
+    return (file.parent if file.exists() else Path()) / f"{stem}{ending}"
+
+
+def source_file(source: str) -> Path | None:
+    """The source, where it is a file, which is never overwritten."""
+    file = Path(source)
+    return file if file.exists() else None
+
+
+def checked_output(source: str, output: Path | None, kind: str, force: bool) -> Path:
+    """Where the result goes, checked before any work."""
+    from pathconvert.checkpoint import prepare_output
+
+    path = output or default_output(source, f".{kind}.safetensors")
+    return prepare_output(path, force=force, source=source_file(source))
