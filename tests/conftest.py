@@ -1,7 +1,49 @@
-"""Two threads in all: one for each of pytest-xdist's two workers."""
+"""Two threads in all: one for each of pytest-xdist's two workers. Fixtures of the commands' tests."""
 
 import os
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
+from command_line import STOCK
+from networks import network
+
+from pathconvert.cli import run
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory) -> Path:
+    """A folder with the state dict of every network of ``STOCK``."""
+    folder = tmp_path_factory.mktemp("stock")
+    for name, arguments in STOCK.items():
+        torch.save(network(name, **arguments).state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture
+def here(stock, tmp_path, monkeypatch) -> Path:
+    """An empty current folder but for ``sq.pt``, a SqueezeNet with 5 classes."""
+    shutil.copy(stock / "squeezenet1_1.pt", tmp_path / "sq.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """Run, expect exit code 2, one or two lines on stderr and no new file; the lines."""
+
+    def check(*arguments: object, code: int = 2) -> list[str]:
+        before = sorted(os.listdir(here))
+        capsys.readouterr()
+        assert run([str(argument) for argument in arguments]) == code
+        printed = capsys.readouterr()
+        lines = printed.err.splitlines()
+        assert printed.out == ""
+        assert [line.split(":")[0] for line in lines] in (["error"], ["error", "tip"])
+        assert sorted(os.listdir(here)) == before
+        return lines
+
+    return check

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import SMALL, header
 from networks import network
 from PIL import Image
-from test_cli import SMALL, header, refused, stock  # noqa: F401 - fixtures
 
 import pathconvert
 from pathconvert.cli import run
 
 
 @pytest.fixture
-def here(stock, tmp_path, monkeypatch) -> Path:  # noqa: F811
+def here(stock, tmp_path, monkeypatch) -> Path:
     """A folder with a SqueezeNet (``sq.pt``), a ResNet (``res.pt``) and eight images in ``photos/``."""
     shutil.copy(stock / "squeezenet1_1.pt", tmp_path / "sq.pt")
     shutil.copy(stock / "resnet18.pt", tmp_path / "res.pt")
@@ -90,14 +90,14 @@ def test_the_table_says_where_statistics_come_from(here, capsys):
         (["--form", "path-bn", "--skip-scale", "nan"], "skip_scale is nan, and has to be positive"),
     ],
 )
-def test_bad_input(here, refused, arguments, message):  # noqa: F811
+def test_bad_input(here, refused, arguments, message):
     for folder in ("empty", "broken"):
         (here / folder).mkdir()
     (here / "broken" / "x.png").write_bytes(b"no picture")
     assert message in " ".join(refused("reparam", "sq.pt", *SMALL, *arguments)[0].split())
 
 
-def test_what_is_converted_is_not_converted_again(here, refused):  # noqa: F811
+def test_what_is_converted_is_not_converted_again(here, refused):
     assert run(["reparam", "res.pt", "--form", "path-bn", *SMALL]) == 0
     for form in ("path", "path-bn"):
         lines = refused("reparam", "res.path-bn.safetensors", "--form", form, "-o", "x.safetensors")
