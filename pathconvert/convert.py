@@ -20,7 +20,7 @@ from pathconvert.groups import Group, Units, find_units
 from pathconvert.parts import Traced, trace_network
 from pathconvert.path_bn import has_path_bn, leave_path_bn
 from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
-from pathconvert.record import make_record, read_record
+from pathconvert.record import attach_record, make_record, read_record
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
 from pathconvert.trace import as_arguments, mode_of
@@ -73,7 +73,7 @@ class Conversion:
     """A converted network and all that is known of it.
 
     Attributes:
-        model: a rescaled copy, same class and tensor names.
+        model: a rescaled copy, same class and tensor names; ``path_record`` on it is the record.
         groups: every scale group of the network, in forward order.
         parts: the modules that were converted; ``("",)`` for the whole network.
         left_alone: module or parameter → why it was not looked at.
@@ -193,9 +193,11 @@ def convert_traced(
         for group, reason in zip(units.groups, reasons, strict=True)
     )  # fmt: skip
     rescaled = rescale(model, units.slots, scales)
-    return Conversion(
+    conversion = Conversion(
         rescaled, groups, traced.parts, traced.left_alone, pivots.fallbacks, scope, pivot, gauge, units, pivots
     )
+    attach_record(rescaled, conversion.record)
+    return conversion
 
 
 def _pinned_by(group: Group, scope: Scope) -> str | None:
@@ -233,7 +235,9 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
         model = leave_path_bn(model)
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
     slots, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return rescale(model, slots, scales, inverse=True)
+    restored = rescale(model, slots, scales, inverse=True)
+    vars(restored).pop("path_record", None)  # nor does the original have one
+    return restored
 
 
 def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conversion:

@@ -33,7 +33,7 @@ from pathconvert.path_bn import (
     pivots_of,
     replace_layer,
 )
-from pathconvert.record import encode_runs
+from pathconvert.record import attach_record, encode_runs
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
 from pathconvert.trace import IdVector, as_arguments
@@ -137,16 +137,14 @@ def to_path_bn(
         source = {"source": "images", "images": count}
     for one in entered:
         _set_statistics(one, *statistics[one.candidate.name], normalise=one.candidate.bn is None)
-    vars(model)["path_record"] = conversion.record | {
-        "form": "path-bn",
-        "path_bn": {
-            "format_version": FORMAT_VERSION,
-            "skip_scale": skip_scale,
-            "layers": [c.entry() for c in chosen],
-            "left": left,
-            "calibration": source,
-        },
+    path_bn = {
+        "format_version": FORMAT_VERSION,
+        "skip_scale": skip_scale,
+        "layers": [c.entry() for c in chosen],
+        "left": left,
+        "calibration": source,
     }
+    attach_record(model, conversion.record | {"form": "path-bn", "path_bn": path_bn})
     _require_same(conversion.model, model, example_input)
     return model
 
@@ -197,12 +195,14 @@ def with_skip_scale(conversion: Conversion, skip_scale: float) -> Conversion:
         )
         for group, public in zip(units.groups, conversion.groups, strict=True)
     )
-    return dataclasses.replace(
+    rescaled = dataclasses.replace(
         conversion,
         model=rescale(conversion.model, units.slots, extra),
         groups=groups,
         pivots=dataclasses.replace(pivots, circular=circular | conversion.circular()),
     )
+    attach_record(rescaled.model, rescaled.record)
+    return rescaled
 
 
 def _rounding(model: nn.Module) -> float:

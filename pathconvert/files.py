@@ -7,6 +7,8 @@ The metadata beside the tensors is a versioned format of its own::
     source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
     record           the conversion record (record.py): scope, pivot, gauge, scales, pivots; for a network in Path-BN
                      form also ``path_bn``: its layers, λ, and where their statistics come from (entering.py)
+    preprocessing    of a network that was fine-tuned: how its images were prepared (preprocessing.py); else left out
+    labels           of a network that was fine-tuned: its classes in the order of the logits; else left out
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ from pathconvert.architectures import Architecture
 from pathconvert.checkpoint import Checkpoint, read_checkpoint, tensors_digest, write_checkpoint
 from pathconvert.convert import Conversion
 from pathconvert.errors import ArchitectureError, CheckpointError
-from pathconvert.path_bn import has_path_bn, insert_path_bn, leave_path_bn, record_of
+from pathconvert.filetypes import AGAIN
+from pathconvert.path_bn import has_path_bn, insert_path_bn, leave_path_bn
+from pathconvert.preprocessing import Preprocessing, labels_for
+from pathconvert.record import attach_record, record_of
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -66,6 +71,29 @@ class LoadedNetwork:
         """``plain``, ``path`` or ``path-bn``."""
         return str(self.record["form"]) if self.record else "plain"
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the network was fine-tuned with, at the architecture's size; else as torchvision's weights expect.
+
+        None where nothing tells.
+        """
+        own = _own_preprocessing(self.checkpoint)
+        if own is None:
+            return Preprocessing.for_architecture(self.architecture)
+        size = self.architecture.input_size
+        return own.at((size[1], size[2])) if size and len(size) == 3 else own
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The classes that the network was fine-tuned to; else those of torchvision's weights; None without either."""
+        own = _own_labels(self.checkpoint)
+        return labels_for(self.architecture) if own is None else own
+
+    @property
+    def was_trained_here(self) -> bool:
+        """Whether the file records what its network was fine-tuned with."""
+        return _own_preprocessing(self.checkpoint) is not None
+
     def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of another network of this architecture under the names that the source has."""
         state = model.state_dict()
@@ -100,6 +128,8 @@ def open_network(
     if not Path(source).exists() and re.fullmatch(r"\w+", str(source)):
         raise _no_such_source(str(source))
     checkpoint = read_checkpoint(source, key=key, trust_pickle=trust_pickle)
+    _own_preprocessing(checkpoint)  # refused here where it is damaged
+    _own_labels(checkpoint)
     tensors = architectures.modern_names(checkpoint.tensors)
     architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
     model = _build(architecture, tensors, checkpoint)
@@ -111,8 +141,49 @@ def _build(architecture: Architecture, tensors: Mapping[str, Tensor], checkpoint
     """The network in the form that the file is in."""
     record = (checkpoint.metadata or {}).get("record") or {}
     if "path_bn" not in record:
-        return architectures.load_tensors(architecture, tensors)
+        model = architectures.load_tensors(architecture, tensors)
+        if record:
+            attach_record(model, record)
+        return model
     return architectures.load_tensors(architecture, tensors, lambda stock: insert_path_bn(stock, record))
+
+
+def _own_preprocessing(checkpoint: Checkpoint | None) -> Preprocessing | None:
+    """As the file records it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    stored = _recorded(checkpoint, "preprocessing")
+    if stored is None:
+        return None
+    try:
+        return Preprocessing.from_json(stored)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _damaged(checkpoint, f"preprocessing: {type(error).__name__}: {error}") from error
+
+
+def _own_labels(checkpoint: Checkpoint | None) -> tuple[str, ...] | None:
+    """As the file records them.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    stored = _recorded(checkpoint, "labels")
+    if stored is None:
+        return None
+    if not isinstance(stored, list) or not all(isinstance(label, str) for label in stored):
+        raise _damaged(checkpoint, "labels are no list of names")
+    return tuple(stored)
+
+
+def _recorded(checkpoint: Checkpoint | None, what: str) -> Any:
+    return (checkpoint.metadata or {}).get(what) if checkpoint else None
+
+
+def _damaged(checkpoint: Checkpoint | None, what: str) -> CheckpointError:
+    path = checkpoint.path if checkpoint else "the network"
+    return CheckpointError(f"{path} has damaged pathconvert metadata: {what}", AGAIN)
 
 
 def _no_such_source(name: str) -> CheckpointError:
@@ -212,9 +283,16 @@ def _own_architecture(model: nn.Module) -> Architecture | None:
 
 
 def make_metadata(
-    record: dict[str, Any], architecture: Architecture | None, source: Mapping[str, str]
+    record: dict[str, Any],
+    architecture: Architecture | None,
+    source: Mapping[str, str],
+    *,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a converted file (see the module's docstring)."""
+    own: dict[str, Any] = {} if preprocessing is None else {"preprocessing": dataclasses.asdict(preprocessing)}
+    own |= {} if labels is None else {"labels": list(labels)}
     return {
         "format_version": FORMAT_VERSION,
         "tool": f"pathconvert {__version__}",
@@ -223,7 +301,7 @@ def make_metadata(
         "architecture": dataclasses.asdict(architecture) if architecture else None,
         "source": dict(source),
         "record": record,
-    }
+    } | own
 
 
 def save_converted(
@@ -233,8 +311,14 @@ def save_converted(
     *,
     force: bool,
     check: Callable[[LoadedNetwork], None],
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
-    """Write ``network`` converted, in path or Path-BN form; ``check`` sees what was written before it is renamed."""
+    """Write ``network`` converted, in path or Path-BN form; ``check`` sees what was written before it is renamed.
+
+    ``preprocessing`` and ``labels`` are those that the network was fine-tuned with; without them the file keeps those
+    that ``network``'s has.
+    """
     file = network.checkpoint
     if network.metadata:  # what was converted first stays the source
         source = network.metadata["source"]
@@ -248,7 +332,13 @@ def save_converted(
     return write_checkpoint(
         path,
         tensors,
-        make_metadata(record, network.architecture, source),
+        make_metadata(
+            record,
+            network.architecture,
+            source,
+            preprocessing=preprocessing or _own_preprocessing(file),
+            labels=_own_labels(file) if labels is None else labels,
+        ),
         force=force,
         source=file.path if file else None,
         check=lambda written: check(reopen(written, network)),

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathconvert.errors import RecordError
-from pathconvert.record import decode_runs
+from pathconvert.record import attach_record, decode_runs, record_of
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -228,21 +228,6 @@ def has_path_bn(model: nn.Module) -> bool:
     return any(isinstance(module, PathBN) for module in model.modules())
 
 
-def record_of(model: nn.Module) -> dict[str, Any]:
-    """The record of a network in Path-BN form: its conversion's, and ``path_bn`` on top.
-
-    Raises:
-        RecordError: it has none, or one of a newer format.
-    """
-    record = getattr(model, "path_record", None)
-    if not isinstance(record, dict):
-        raise RecordError(
-            f"this {type(model).__name__} holds no Path-BN record",
-            "Give the module that to_path_bn returned, without a wrapper such as DistributedDataParallel around it.",
-        )
-    return record
-
-
 def leave_path_bn(model: nn.Module) -> nn.Module:
     """The stock architecture again, its tensors under their own names; the same function in evaluation mode.
 
@@ -253,11 +238,13 @@ def leave_path_bn(model: nn.Module) -> nn.Module:
         model: as :func:`~pathconvert.entering.to_path_bn` returned it, trained or not; not changed.
 
     Raises:
-        RecordError: ``model`` has no Path-BN record.
+        RecordError: ``model`` is not in Path-BN form.
     """
     record = record_of(model)
+    if "path_bn" not in record:
+        raise RecordError(f"this {type(model).__name__} is in path form, not in Path-BN form")
     model = copy.deepcopy(model)
-    del model.path_record
+    attach_record(model, {key: value for key, value in record.items() if key != "path_bn"} | {"form": "path"})
     left_over = []
     for entry in record["path_bn"]["layers"]:
         module = model.get_submodule(entry["name"])
@@ -295,7 +282,7 @@ def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
             replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
     except (AttributeError, AssertionError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise RecordError(f"the Path-BN record is not of this network: {error}") from error
-    vars(model)["path_record"] = dict(record)
+    attach_record(model, dict(record))
     return model
 
 

@@ -2,7 +2,8 @@
 
 ``scales`` holds one factor a unit. ``tensors`` says for every parameter which units its rows and columns belong to, as
 *runs* ``[first unit, length, repeat]``: ``length`` consecutive units from ``first unit`` on, each ``repeat`` times
-(a flatten repeats one channel H·W times); first unit -1 stands for factor 1.
+(a flatten repeats one channel H·W times); first unit -1 stands for factor 1. ``row_ends`` gives, as runs too, the units
+that a layer's rows end in, where a BatchNorm comes between.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from pathconvert.errors import RecordError
 from pathconvert.groups import FIXED
@@ -45,6 +47,27 @@ def decode_runs(runs: list[Run]) -> IdVector:
     return np.concatenate([np.zeros(0, dtype=np.int64), *pieces])
 
 
+def attach_record(model: nn.Module, record: dict[str, Any]) -> None:
+    """Let ``model`` carry the record of the conversion that it went through."""
+    vars(model)["path_record"] = record
+
+
+def record_of(model: nn.Module) -> dict[str, Any]:
+    """The record that ``model`` carries; in Path-BN form with ``path_bn`` on top.
+
+    Raises:
+        RecordError: it has none.
+    """
+    record = getattr(model, "path_record", None)
+    if not isinstance(record, dict):
+        raise RecordError(
+            f"this {type(model).__name__} holds no conversion record",
+            "Give the module that reparameterize, to_path_bn or load made, without a wrapper such as "
+            "DistributedDataParallel around it.",
+        )
+    return record
+
+
 def make_record(conversion: Conversion) -> dict[str, Any]:
     """The record of ``conversion``."""
     pivots, layers = conversion.pivots, conversion.units.layers
@@ -67,10 +90,24 @@ def make_record(conversion: Conversion) -> dict[str, Any]:
             "row": pivots.row.tolist(),
             "column": pivots.column.tolist(),
             "negative": (pivots.value < 0).astype(int).tolist(),
-        },
+            "next_unit": pivots.next_unit.tolist(),
+        }
+        | ({"magnitude": _magnitudes(conversion).tolist()} if conversion.gauge == "pow2" else {}),
         "held_back": np.flatnonzero(conversion.held_back()).tolist(),
         "tensors": {slot.parameter: _encode_slot(slot) for slot in conversion.units.slots},
+        "row_ends": {
+            layer.parameter: encode_runs(layer.next_units)
+            for layer in layers
+            if not np.array_equal(layer.next_units, layer.rows)
+        },
     }
+
+
+def _magnitudes(conversion: Conversion) -> FloatVector:
+    """The pivots' effective |a| after the conversion, [units]; 0 without a pivot."""
+    pivots, scales = conversion.pivots, conversion.scales
+    magnitudes: FloatVector = np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
+    return magnitudes
 
 
 def _encode_slot(slot: Slot) -> dict[str, Any]:

@@ -355,7 +355,7 @@ def test_refusals() -> None:
     for enter in (pathconvert.to_path_bn, pathconvert.reparameterize):
         with pytest.raises(PathconvertError, match="the network is in Path-BN form already"):
             enter(m, x)
-    with pytest.raises(RecordError, match="this ResNet holds no Path-BN record"):
+    with pytest.raises(RecordError, match="this ResNet holds no conversion record"):
         pathconvert.leave_path_bn(resnet18)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double()
     with pytest.raises(PathconvertError, match="no layer of Sequential can take Path-BN"):

@@ -62,7 +62,7 @@ def reparam(
         with steps.step("load"):
             network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
         from pathconvert.conversions import convert_network, enter_path_bn, resume_conversion, save_checked
-        from pathconvert.path_bn import record_of
+        from pathconvert.record import record_of
 
         if network.form == form or network.form == "path-bn":
             raise RecordError(f"{source} is converted already", f"Restore it first: pathconvert restore {source}")
