@@ -32,14 +32,14 @@ def enter_path_bn(
     network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float
 ) -> tuple[Conversion, nn.Module]:
     """:func:`~pathconvert.entering.to_path_bn`, calibrated on a folder of images, and the conversion with that λ."""
-    calibration = None if images is None else _batches(folder_images(images), network.architecture)
+    calibration = None if images is None else _batches(folder_images(images), network)
     conversion = with_skip_scale(conversion, skip_scale)
     return conversion, to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
 
 
-def _batches(paths: list[Path], architecture: Architecture) -> Iterator[torch.Tensor]:
+def _batches(paths: list[Path], network: LoadedNetwork) -> Iterator[torch.Tensor]:
     for start in range(0, len(paths), CHUNK):
-        yield load_images(paths[start : start + CHUNK], architecture)
+        yield load_images(paths[start : start + CHUNK], network.architecture, network.preprocessing)
 
 
 def resume_conversion(network: LoadedNetwork) -> Conversion:
@@ -155,7 +155,7 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
     reports = [_equality(a.model, b.model, parts, a.architecture)]
     same = count = 0
     if images is not None:
-        batch = load_images(folder_images(images), a.architecture)
+        batch = load_images(folder_images(images), a.architecture, (b if b.was_trained_here else a).preprocessing)
         for chunk in batch.split(8):
             reports.append(verify(a.model, b.model, chunk))
             first, second = (_top1(network, chunk) for network in (a, b))

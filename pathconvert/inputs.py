@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError, PathconvertError
+from pathconvert.preprocessing import Preprocessing, whole_levels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 #: One side of an image over the other, at most: the longer side grows when the shorter one is resized.
@@ -59,8 +60,14 @@ def folder_images(folder: Path) -> list[Path]:
     return paths
 
 
-def load_images(paths: list[Path], architecture: Architecture) -> Tensor:
-    """Images as a batch [N, C, H, W]: shorter side resized, centre cropped, normalised as torchvision's weights expect.
+def load_images(paths: list[Path], architecture: Architecture, preprocessing: Preprocessing | None) -> Tensor:
+    """Images as a batch [N, C, H, W], prepared as the network expects.
+
+    Args:
+        paths: the files.
+        architecture: tells the input's size.
+        preprocessing: as recorded for the network; None where nothing is, then values in [0, 1], normalised as
+            ImageNet's unless the network is of its owner's own class.
 
     Raises:
         CheckpointError: a file is no intact image.
@@ -70,12 +77,13 @@ def load_images(paths: list[Path], architecture: Architecture) -> Tensor:
     if len(size) != 3 or size[0] not in (1, 3):
         shown = "x".join(map(str, size))
         raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave the images out.")
-    channels, height, width = size
-    steps: list[Any] = [v2.Resize(max(height, width), antialias=True), v2.CenterCrop((height, width))]
-    if channels == 3 and architecture.task not in ("other", "detection"):  # detectors normalise by themselves
-        steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
-    transform = v2.Compose(steps)
-    return torch.stack([transform(read_image(path, channels).pixels) for path in paths])
+    recipe = preprocessing or Preprocessing.plain(size)
+    if preprocessing is None and size[0] == 3 and architecture.task not in ("other", "detection"):
+        recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # detectors normalise by themselves
+    if recipe.crop is None:  # segmentation: a batch has one size
+        recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
+    placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]
+    return recipe.normalise(torch.stack(placed))
 
 
 @dataclass(frozen=True)

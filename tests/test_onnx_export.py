@@ -22,8 +22,9 @@ from pathconvert.cli import run
 from pathconvert.errors import CheckpointError, EquivalenceError, OutputError, PathconvertError
 from pathconvert.export import gauge, networks, onnx_export
 from pathconvert.export.folding import fold
-from pathconvert.export.metadata import PROPERTY, ModelCard, Preprocessing, labels_for, read_card, write_card
+from pathconvert.export.metadata import PROPERTY, ModelCard, read_card, write_card
 from pathconvert.export.onnx_export import export_onnx
+from pathconvert.preprocessing import Preprocessing, labels_for
 
 ROOT = Path(__file__).parent.parent
 X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

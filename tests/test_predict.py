@@ -22,10 +22,11 @@ from torchvision.models import SqueezeNet1_1_Weights
 from pathconvert.architectures import Architecture
 from pathconvert.cli import run
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
-from pathconvert.export.metadata import ModelCard, Preprocessing
+from pathconvert.export.metadata import ModelCard
 from pathconvert.export.predict import predict
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import read_image
+from pathconvert.preprocessing import Preprocessing
 
 GPU = torch.cuda.is_available()
 LABELS = ("ant", "bee", "[cat]", "dog", "eel")

@@ -59,7 +59,7 @@ def prepare(network: LoadedNetwork, folder: str) -> Real:
     paths = folder_images(Path(DATA).resolve() / "images" / folder)
     labels = torch.tensor([int(path.stem.rpartition("_")[2]) for path in paths])
     traced = trace_network(network.model, random_input(network.architecture))
-    return Real(network, traced, load_images(paths, network.architecture), labels)
+    return Real(network, traced, load_images(paths, network.architecture, network.preprocessing), labels)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_squeezenet_is_recognised(squeezenet: Real) -> None:
     assert architecture.input_size == (3, 224, 224)
 
 
-@pytest.mark.parametrize(("real", "correct"), [("squeezenet", 11), ("resnet56", 19)], indirect=["real"])
+@pytest.mark.parametrize(("real", "correct"), [("squeezenet", 14), ("resnet56", 19)], indirect=["real"])
 def test_the_images_fit_the_weights(real: Real, correct: int) -> None:
     """Of 20: what the published accuracies let expect. Else the tests below would compare noise."""
     assert int((forward_outputs(real.network.model, real.images)[0].argmax(1) == real.labels).sum()) == correct

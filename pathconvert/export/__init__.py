@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathconvert.export.folding import fold, unfolded
     from pathconvert.export.gauge import balanced
-    from pathconvert.export.metadata import ModelCard, Preprocessing, read_card, write_card
+    from pathconvert.export.metadata import ModelCard, read_card, write_card
     from pathconvert.export.onnx_export import ExportReport, export_onnx
+    from pathconvert.preprocessing import Preprocessing
 
 _HOMES = {
-    "folding": ("fold", "unfolded"),
-    "gauge": ("balanced",),
-    "metadata": ("ModelCard", "Preprocessing", "read_card", "write_card"),
-    "onnx_export": ("ExportReport", "export_onnx"),
+    "export.folding": ("fold", "unfolded"),
+    "export.gauge": ("balanced",),
+    "export.metadata": ("ModelCard", "read_card", "write_card"),
+    "export.onnx_export": ("ExportReport", "export_onnx"),
+    "preprocessing": ("Preprocessing",),
 }
 
 __all__ = [
@@ -37,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f"pathconvert.export.{home}"), name)
+            value = getattr(importlib.import_module(f"pathconvert.{home}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module 'pathconvert.export' has no attribute {name!r}")

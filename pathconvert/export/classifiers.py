@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ from torch import Tensor
 from pathconvert import architectures
 from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
-from pathconvert.export.metadata import Preprocessing, labels_for
 from pathconvert.export.runtime import require_size
 from pathconvert.export.session import Session, shape_text
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import size_of
+from pathconvert.preprocessing import Preprocessing
 
 #: Images a call, where the file does not fix it.
 BATCH = 8
@@ -92,7 +91,7 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
         input_size=size,
         batch=batch if isinstance(batch, int) else BATCH,
         fixed_batch=isinstance(batch, int),
-        preprocessing=_for_size(card.preprocessing, size) if card else None,
+        preprocessing=card.preprocessing.at(size[1:]) if card and card.preprocessing else None,
         labels=card.labels if card else None,
         gives_probabilities=_gives_probabilities(card.architecture, card.softmax) if card else None,
         takes_pixels=takes_pixels,
@@ -141,14 +140,6 @@ def recorded_size(session: Session, channels: int | None) -> tuple[int | None, .
     return card.architecture.input_size if card and card.architecture else None
 
 
-def _for_size(recorded: Preprocessing | None, size: tuple[int, int, int]) -> Preprocessing | None:
-    """The recorded preprocessing at another size: resized in proportion, as torchvision's recipe is for its own."""
-    if recorded is None or recorded.crop in (None, size[1:]) or not isinstance(recorded.resize, int):
-        return recorded
-    share = max(size[1:]) / max(recorded.crop or size[1:])
-    return dataclasses.replace(recorded, resize=round(recorded.resize * share), crop=(size[1], size[2]))
-
-
 def torch_classifier(name: str, network: LoadedNetwork, device: str) -> Classifier:
     """A checkpoint as a classifier, in float32.
 
@@ -183,8 +174,8 @@ def torch_classifier(name: str, network: LoadedNetwork, device: str) -> Classifi
         input_size=(size[0], size[1], size[2]),
         batch=BATCH,
         fixed_batch=False,
-        preprocessing=Preprocessing.for_architecture(architecture),
-        labels=labels_for(architecture),
+        preprocessing=network.preprocessing,
+        labels=network.labels,
         gives_probabilities=_gives_probabilities(architecture, softmax=False),
         takes_pixels=False,
     )

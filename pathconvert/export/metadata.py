@@ -22,11 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torchvision
-
-from pathconvert import architectures
 from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError
+from pathconvert.preprocessing import Preprocessing
 from pathconvert.version import __version__
 
 if TYPE_CHECKING:
@@ -35,89 +33,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 #: The key of the metadata property.
 PROPERTY = "pathconvert"
-
-
-INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes an input: resize, centre crop, [0, 255] → [0, 1], (x − mean) / std.
-
-    Attributes:
-        resize: the shorter side's length, or (height, width).
-        crop: (height, width) of the centre crop; None for none (segmentation).
-        mean, std: of every channel, for values in [0, 1].
-        interpolation: of the resizing, as Pillow names it: ``bilinear``, ``bicubic``, ``nearest``.
-    """
-
-    resize: int | tuple[int, int]
-    crop: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bilinear"
-
-    @staticmethod
-    def for_architecture(architecture: Architecture | None) -> Preprocessing | None:
-        """What torchvision's default weights expect, at the architecture's input size.
-
-        None for any other network, for video, detection, and inputs that are not three channels.
-        """
-        transforms = _default_transforms(architecture)
-        if architecture is None or transforms is None:
-            return None
-        resize = int(transforms.resize_size[0])
-        crop = getattr(transforms, "crop_size", None)
-        size = architecture.input_size
-        sides: tuple[int, int] | None = None
-        if crop:
-            sides = (int(crop[0]), int(crop[0])) if size is None else (size[1], size[2])
-            resize = round(resize * max(sides) / int(crop[0]))
-        mean, std = (tuple(float(value) for value in values) for values in (transforms.mean, transforms.std))
-        return Preprocessing(resize, sides, mean, std, transforms.interpolation.value)
-
-    @staticmethod
-    def from_json(stored: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of :func:`dataclasses.asdict` through JSON."""
-        resize, crop = stored["resize"], stored["crop"]
-        if not (len(stored["mean"]) == len(stored["std"]) and all(float(value) > 0 for value in stored["std"])):
-            raise ValueError("mean and std are no normalisation")
-        if stored.get("interpolation", "bilinear") not in INTERPOLATIONS:
-            raise ValueError(f"interpolation {stored['interpolation']!r} is not known")
-        return Preprocessing(
-            (int(resize[0]), int(resize[1])) if isinstance(resize, list | tuple) else int(resize),
-            (int(crop[0]), int(crop[1])) if crop else None,
-            tuple(map(float, stored["mean"])),
-            tuple(map(float, stored["std"])),
-            str(stored.get("interpolation", "bilinear")),
-        )
-
-
-def _default_transforms(architecture: Architecture | None) -> Any:
-    """torchvision's transforms for its default weights of a three-channel image network, or None."""
-    weights = _default_weights(architecture)
-    if weights is None or architecture is None or architecture.task not in ("classification", "segmentation"):
-        return None
-    if architecture.input_size is not None and (len(architecture.input_size), architecture.input_size[0]) != (3, 3):
-        return None
-    transforms = weights.transforms()
-    return transforms if hasattr(transforms, "mean") and getattr(transforms, "resize_size", None) else None
-
-
-def _default_weights(architecture: Architecture | None) -> Any:
-    if architecture is None or not architectures.is_known(architecture.name):
-        return None
-    return torchvision.models.get_model_weights(architecture.name).DEFAULT
-
-
-def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
-    """The class names of torchvision's default weights, where the network has as many classes; else None."""
-    weights = _default_weights(architecture)
-    categories = weights.meta.get("categories") if weights is not None else None
-    if architecture is None or not categories:
-        return None
-    usual = len(categories)
-    return tuple(categories) if architecture.arguments.get("num_classes", usual) == usual else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pathconvert.checkpoint import prepare_output
 from pathconvert.errors import PathconvertError
-from pathconvert.export.metadata import ModelCard, Preprocessing, labels_for
+from pathconvert.export.metadata import ModelCard
 from pathconvert.export.onnx_export import SUFFIXES, ExportReport, check_options, export_onnx
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import folder_images, load_images, random_input
@@ -22,8 +22,8 @@ def card_of(network: LoadedNetwork) -> ModelCard:
         network.form,
         file.path.name if file else None,
         file.sha256 if file else None,
-        Preprocessing.for_architecture(network.architecture),
-        labels_for(network.architecture),
+        network.preprocessing,
+        network.labels,
     )
 
 
@@ -91,7 +91,7 @@ def export_network(
         dynamic_batch=batch is None,
         with_preprocessing=card.preprocessing if with_preprocessing else None,
         card=card,
-        images=load_images(folder_images(images), architecture) if images else None,
+        images=load_images(folder_images(images), architecture, card.preprocessing) if images else None,
         source=network.checkpoint.path if network.checkpoint else None,
         **options,
     )

@@ -24,8 +24,9 @@ from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export import verification
 from pathconvert.export.folding import fold, unfolded
 from pathconvert.export.graph import assert_as_asked, reason, to_half, to_onnx
-from pathconvert.export.metadata import ModelCard, Preprocessing, write_card
+from pathconvert.export.metadata import ModelCard, write_card
 from pathconvert.export.verification import Differs, Proof
+from pathconvert.preprocessing import Preprocessing
 from pathconvert.trace import computed_tensors
 
 OPSETS = range(18, 25)

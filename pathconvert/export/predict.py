@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.export.classifiers import Array, Classifier, session_classifier, torch_classifier
-from pathconvert.export.metadata import Preprocessing
 from pathconvert.export.runtime import open_session
 from pathconvert.export.session import shape_text
 from pathconvert.files import LoadedNetwork, open_network
 from pathconvert.inputs import folder_images, read_image
+from pathconvert.preprocessing import Preprocessing, whole_levels
 
 NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], not normalised"
 
@@ -168,17 +166,7 @@ def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]
 
 def prepare(pixels: Tensor, classifier: Classifier) -> Array:
     """Pixels [C, H, W] in [0, 1] → an input [C, height, width], uint8 where the graph normalises."""
-    recorded = classifier.preprocessing
-    _, height, width = classifier.input_size
-    resize = recorded.resize if recorded else max(height, width)
-    mode = InterpolationMode(recorded.interpolation if recorded else "bilinear")
-    pixels = (pixels * 255).round().to(torch.uint8)  # torchvision's recipe resizes pixels, not numbers
-    resized = v2.functional.resize(pixels, [resize] if isinstance(resize, int) else list(resize), mode)
-    crop = recorded.crop if recorded else (height, width)
-    cropped: Tensor = v2.functional.center_crop(resized, list(crop)) if crop else resized
-    if classifier.takes_pixels:
-        return cropped.numpy()
-    cropped = cropped.float() / 255
-    if recorded:
-        cropped = v2.functional.normalize(cropped, list(recorded.mean), list(recorded.std))
-    return cropped.numpy()
+    recipe = classifier.preprocessing or Preprocessing.plain(classifier.input_size)
+    placed = recipe.place(whole_levels(pixels))
+    array: Array = (placed if classifier.takes_pixels else recipe.normalise(placed)).numpy()
+    return array
