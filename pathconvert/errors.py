@@ -44,6 +44,10 @@ class RecordError(PathconvertError):
     """A conversion record that is missing, too new, or does not fit the tensors."""
 
 
+class DataError(PathconvertError):
+    """Labelled images that are missing, damaged, or do not go together."""
+
+
 class RuntimeUnavailable(PathconvertError):
     """A device of ONNX Runtime that was asked for and cannot be used here."""
 
