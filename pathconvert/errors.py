@@ -5,6 +5,13 @@ that the command line prints; ``error.tip`` (may be empty) is the second one. ``
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The innermost cause in one line; its class where it has no words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class PathconvertError(Exception):
     """Base of all refusals.
 

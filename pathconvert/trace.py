@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pathconvert.errors import PathconvertError, TraceError
+from pathconvert.errors import PathconvertError, TraceError, first_line
 
 ZERO, PINNED = 0, 1
 
@@ -458,8 +458,8 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
             raise
         except Exception as error:
             place = tracer.path or tracer.modules.get(module, "") or "the network"
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TraceError(f"the forward of {place} cannot be followed on shapes alone: {reason[0]}") from error
+            why = first_line(error)
+            raise TraceError(f"the forward of {place} cannot be followed on shapes alone: {why}") from error
     outputs = output_tensors(output)
     tracer.finish(outputs)
     for tensor in outputs:

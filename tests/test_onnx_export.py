@@ -288,6 +288,37 @@ def test_segmentation_has_its_auxiliary_head_only_when_asked(tmp_path):
     assert [t.name for t in onnx.load(tmp_path / "b.onnx").graph.output] == ["out", "aux"]
 
 
+def test_a_softmax_needs_classes(refused):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1), nn.Flatten(0))
+    error = refused(
+        PathconvertError, "Sequential gives an output of [1], which has no classes for a softmax",
+        model, torch.randn(1, 3, 2, 2), with_softmax=True,
+    )  # fmt: skip
+    assert error.tip == "Leave --with-softmax out."
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "heads"), [("googlenet", 64, "aux1, aux2"), ("inception_v3", 96, "AuxLogits")]
+)
+def test_weights_that_training_alone_uses_are_left_out_and_named(name, size, heads):
+    model, x = network(name, aux_logits=True), torch.randn(2, 3, size, size)
+    outputs, idle = onnx_export._outputs_of(model, x, auxiliary=False, softmax=False)
+    notes = onnx_export._notes((), outputs, idle, auxiliary=False, images=None)
+    assert notes == (f"without the weights of {heads}, which do not run in evaluation mode",)
+
+
+def test_weights_that_are_read_without_a_call_are_in_the_file(tmp_path):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return F.conv2d(x, self.conv.weight + 0).mean((2, 3))
+
+    assert export_onnx(Reads(), tmp_path / "x.onnx", X).notes == ()
+
+
 def test_the_card():
     architecture = Architecture("resnet50", {"num_classes": 1000}, (3, 64, 64), "classification")
     card = ModelCard(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pathconvert.equivalence import run_dtype
-from pathconvert.errors import PathconvertError, RuntimeUnavailable
+from pathconvert.errors import PathconvertError, RuntimeUnavailable, first_line
 from pathconvert.export.classifiers import recorded_size
 from pathconvert.export.runtime import require_size
 from pathconvert.export.session import Session, shape_text
@@ -116,9 +116,9 @@ def _torch_starter(
                 with torch.inference_mode():
                     model(batch)
             except (RuntimeError, ValueError) as error:
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise PathconvertError(
-                    f"{name} cannot run on an input of {shape_text(array.shape[1:])}: {line}", "Give --input-size."
+                    f"{name} cannot run on an input of {shape_text(array.shape[1:])}: {first_line(error)}",
+                    "Give --input-size.",
                 ) from error
 
         def call() -> None:
@@ -139,8 +139,8 @@ def _compile_now(name: str, model: nn.Module, batch: torch.Tensor) -> None:
         with torch.inference_mode():
             model(batch)
     except RuntimeError as error:  # what dynamo and inductor raise, a missing C++ compiler included
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PathconvertError(f"torch.compile fails on {name}: {line[:200]}", "Leave --compile out.") from error
+        why = first_line(error)[:200]
+        raise PathconvertError(f"torch.compile fails on {name}: {why}", "Leave --compile out.") from error
 
 
 def common_size(contenders: Sequence[Contender], wanted: tuple[int, ...] | None = None) -> tuple[int, ...]:

@@ -6,17 +6,16 @@ import re
 from pathlib import Path
 
 from pathconvert import filetypes
-from pathconvert.errors import CheckpointError
+from pathconvert.errors import CheckpointError, first_line
 
 EXPECTED = "expected an ONNX file"
 ONNX = "an ONNX file"
 
 
-def first_line(error: BaseException) -> str:
+def runtime_line(error: BaseException) -> str:
     """An error of ONNX Runtime's in one line, without its prefix, signatures and places in its source."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
-    text = re.sub(r"/?\S*onnxruntime_src\S*:\d+ .*?\) (?=[A-Z])", "", text)
-    return (text.splitlines() or [type(error).__name__])[0][:300]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", first_line(error))
+    return re.sub(r"/?\S*onnxruntime_src\S*:\d+ .*?\) (?=[A-Z])", "", text)[:300]
 
 
 def check_is_onnx(path: Path) -> None:
@@ -57,10 +56,10 @@ def explain_load_failure(path: Path, error: Exception) -> CheckpointError:
         )
     if "external data" in text.lower() or "External data" in text:
         return CheckpointError(
-            f"{path} keeps its weights in another file, which is missing or damaged: {first_line(error)}",
+            f"{path} keeps its weights in another file, which is missing or damaged: {runtime_line(error)}",
             "Put the file beside it under its own name (often .onnx.data), or export to one file.",
         )
-    return CheckpointError(f"{path} cannot be loaded by ONNX Runtime: {first_line(error)}", "Export it again.")
+    return CheckpointError(f"{path} cannot be loaded by ONNX Runtime: {runtime_line(error)}", "Export it again.")
 
 
 def _too_new(path: Path, text: str) -> CheckpointError:

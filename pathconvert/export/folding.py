@@ -30,7 +30,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert import architectures
 from pathconvert.equivalence import run_dtype
-from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError
+from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError, first_line
 from pathconvert.parts import TrainingError, trace_network
 from pathconvert.rules import rule_of
 from pathconvert.trace import Trace, Tracer, as_arguments, computed_tensors, meta_inputs, output_tensors, run
@@ -296,9 +296,8 @@ def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]
             torch.manual_seed(0)
             outputs = output_tensors(model(*wide))
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TraceError(
-            f"the network cannot be run in float64 on the example input: {reason}",
+            f"the network cannot be run in float64 on the example input: {first_line(error)}",
             "Its forward must follow its input's dtype.",
         ) from error
     return [output for output in outputs if output.is_floating_point()], uses.foreign

@@ -18,7 +18,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from pathconvert.errors import PathconvertError
+from pathconvert.errors import PathconvertError, first_line
 from pathconvert.export.verification import PREFIX
 from pathconvert.version import __version__
 
@@ -40,7 +40,7 @@ def to_onnx(
                 output_names=["out", "aux"] if several else ["logits"],
             )  # fmt: skip
     except Exception as error:  # the exporter, dynamo and sympy each have their own classes
-        why = " ".join(reason(error).split())
+        why = " ".join(first_line(error).split())
         tip = "Try it without --dynamic-size." if len(axes) > 1 else "Report it with --debug's output."
         raise PathconvertError(f"{type(exported.network).__name__} cannot be exported: {why}", tip) from error
     assert program is not None
@@ -64,13 +64,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _layers(proto: onnx.ModelProto) -> dict[str, str]:

@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
 from torch import Tensor, nn
 
 from pathconvert.checkpoint import prepare_output, write_atomically
-from pathconvert.errors import EquivalenceError, PathconvertError
+from pathconvert.errors import EquivalenceError, PathconvertError, first_line
 from pathconvert.export import verification
 from pathconvert.export.folding import fold, unfolded
-from pathconvert.export.graph import assert_as_asked, reason, to_half, to_onnx
+from pathconvert.export.graph import assert_as_asked, to_half, to_onnx
 from pathconvert.export.metadata import ModelCard, write_card
 from pathconvert.export.verification import Differs, Proof
 from pathconvert.preprocessing import Preprocessing
@@ -172,7 +174,7 @@ def export_onnx(
     path = prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
     watch = _Watch()
     with watch.step("fold"):
-        outputs = _outputs_of(model, example_input, auxiliary)
+        outputs, idle = _outputs_of(model, example_input, auxiliary, with_softmax)
         wrap = _Wrapper(outputs, with_preprocessing, with_softmax)
         original = wrap(copy.deepcopy(model, computed_tensors(model)).eval())
         folded = fold(copy.deepcopy(model, computed_tensors(model)).double(), example_input)
@@ -202,12 +204,16 @@ def export_onnx(
         path, opset, precision, len(proto.graph.node), operators["BatchNormalization"], path.stat().st_size,
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), watch.seconds,
         proof.max_error, proof.noise_ratio if precision == "fp32" else None, proof.checked_shapes,
-        dict(operators.most_common()), _notes(left, outputs, auxiliary, images),
+        dict(operators.most_common()), _notes(left, outputs, idle, auxiliary, images),
     )  # fmt: skip
 
 
-def _notes(left: tuple[str, ...], outputs: tuple[str, ...], auxiliary: bool, images: Tensor | None) -> tuple[str, ...]:
+def _notes(
+    left: tuple[str, ...], outputs: tuple[str, ...], idle: tuple[str, ...], auxiliary: bool, images: Tensor | None
+) -> tuple[str, ...]:
     notes = []
+    if idle:
+        notes.append(f"without the weights of {', '.join(idle)}, which do not run in evaluation mode")
     if left:
         those = "BatchNorm could not be folded and is" if len(left) == 1 else "BatchNorms could not be folded and are"
         names = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
@@ -245,11 +251,14 @@ def check_options(opset: int, precision: str, io_dtype: str = "fp32", gauge: str
 
 
 @torch.no_grad()
-def _outputs_of(model: nn.Module, example_input: Any, auxiliary: bool) -> tuple[str, ...]:
-    """Keys of the dictionary that the network returns, those wanted; empty where it returns a tensor.
+def _outputs_of(
+    model: nn.Module, example_input: Any, auxiliary: bool, softmax: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys of the dictionary that the network returns, those wanted (empty where it returns a tensor), and the parts
+    that do not run in evaluation mode: auxiliary heads, whose weights the graph will not hold.
 
     Raises:
-        PathconvertError: it takes or returns something else (detectors).
+        PathconvertError: it takes or returns something else (detectors), or has no classes for a softmax.
     """
     name = type(model).__name__
     if not isinstance(example_input, Tensor):
@@ -259,21 +268,64 @@ def _outputs_of(model: nn.Module, example_input: Any, auxiliary: bool) -> tuple[
             "Export the backbone alone: export_onnx(model.backbone, …).",
         )
     runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
+    x = example_input[:1].float()
     try:
-        result = runner(example_input[:1].float())
+        with _calls(runner) as called:
+            result = runner(x)
     except (RuntimeError, ValueError) as error:
         size = "×".join(map(str, example_input.shape[1:]))
         raise PathconvertError(
-            f"{name} cannot run on an input of {size}: {reason(error)}", "Give another size: --input-size."
+            f"{name} cannot run on an input of {size}: {first_line(error)}", "Give another size: --input-size."
         ) from error
-    if isinstance(result, Tensor):
-        return ()
+    outputs: tuple[str, ...] = ()
     if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):
-        return ("out", "aux") if auxiliary and "aux" in result else ("out",)
-    raise PathconvertError(
-        f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with out",
-        "Export a module that returns the tensor that is wanted.",
-    )
+        outputs = ("out", "aux") if auxiliary and "aux" in result else ("out",)
+    elif not isinstance(result, Tensor):
+        raise PathconvertError(
+            f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with out",
+            "Export a module that returns the tensor that is wanted.",
+        )
+
+    def scores_of(result: Any) -> Tensor:
+        return cast(Tensor, result[outputs[0]] if outputs else result)
+
+    scores = scores_of(result).clone()
+    if softmax and scores.dim() < 2:
+        raise PathconvertError(
+            f"{name} gives an output of {list(scores.shape)}, which has no classes for a softmax",
+            "Leave --with-softmax out.",
+        )
+    return outputs, _idle_parts(runner, called, lambda: torch.equal(scores_of(runner(x)), scores))
+
+
+@contextlib.contextmanager
+def _calls(model: nn.Module) -> Iterator[set[str]]:
+    """The names of the modules that are called meanwhile."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda _, __, ___, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _idle_parts(runner: nn.Module, called: set[str], unchanged: Callable[[], bool]) -> tuple[str, ...]:
+    """The largest parts with weights that were not called, if ``unchanged`` holds without these weights: code may
+    read them without calling their module. ``runner`` is changed."""
+    busy = {""} | {name[:end] for name in called for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
+    idle = [
+        name
+        for name, module in runner.named_modules()
+        if name not in busy and name.rpartition(".")[0] in busy and next(module.parameters(), None) is not None
+    ]
+    for name in idle:
+        for parameter in runner.get_submodule(name).parameters():
+            parameter.fill_(math.nan)
+    return tuple(idle) if idle and unchanged() else ()
 
 
 def _check_size(exported: nn.Module) -> None:
@@ -306,7 +358,7 @@ def _check_other_size(original: nn.Module, x: Tensor) -> None:
         copy.deepcopy(original).float()(x)
     except RuntimeError as error:
         raise PathconvertError(
-            f"the network takes no other size than the example's: at {'×'.join(map(str, x.shape))} {reason(error)}",
+            f"the network takes no other size than the example's: at {'×'.join(map(str, x.shape))} {first_line(error)}",
             "Leave --dynamic-size out.",
         ) from error
 
@@ -368,7 +420,7 @@ def _prove(
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:  # two of onnx's own classes
-        raise EquivalenceError(f"the exported graph is invalid: {reason(error)}", "Try another --opset.") from error
+        raise EquivalenceError(f"the exported graph is invalid: {first_line(error)}", "Try another --opset.") from error
     try:
         proof = verification.prove(verification.runner(file), original, inputs, precision)
         if precision == "fp16":

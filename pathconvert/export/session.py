@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pathconvert.errors import CheckpointError, PathconvertError
-from pathconvert.export.diagnosis import first_line
+from pathconvert.export.diagnosis import runtime_line
 from pathconvert.export.metadata import ModelCard
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which starts it
@@ -55,7 +55,7 @@ class Session:
         device: cuda, tensorrt or cpu: where it runs.
         providers: those of the session, in order of preference.
         fallback: why ``auto`` took the CPU, or which heavy nodes a GPU leaves to it; None if all is as asked.
-        nodes: nodes by provider, as they were assigned; empty where this version of ONNX Runtime does not tell.
+        nodes: nodes by provider, as they were assigned.
         card: what pathconvert recorded in the file; None in another tool's.
         inputs, outputs: the graph's.
         io_binding: whether :meth:`run` binds its inputs and outputs to the device.
@@ -186,7 +186,7 @@ class Session:
         except RUNTIME_ERRORS as error:
             tip = "A smaller batch may fit." if "alloc" in str(error).lower() else ""
             raise PathconvertError(
-                f"{self.path}: ONNX Runtime failed on {self.device}: {first_line(error)}", tip
+                f"{self.path}: ONNX Runtime failed on {self.device}: {runtime_line(error)}", tip
             ) from None
 
 

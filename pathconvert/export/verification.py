@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathconvert.errors import EquivalenceError, PathconvertError
+from pathconvert.export.diagnosis import runtime_line
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, by the import
 import onnxruntime as ort
@@ -77,7 +78,7 @@ def session(source: Path | bytes) -> Any:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exception classes are private, one for every status code
         raise PathconvertError(
-            f"ONNX Runtime {ort.__version__} cannot load the graph: {_first_line(error)}",
+            f"ONNX Runtime {ort.__version__} cannot load the graph: {runtime_line(error)}",
             "Try another --opset; 20 is the default.",
         ) from error
 
@@ -94,15 +95,11 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
         except Exception as error:  # as above
             shape = "×".join(map(str, x.shape))
             raise EquivalenceError(
-                f"ONNX Runtime cannot run the graph on an input of {shape}: {_first_line(error)}"
+                f"ONNX Runtime cannot run the graph on an input of {shape}: {runtime_line(error)}"
             ) from error
         return [torch.from_numpy(np.asarray(output)).double() for output in outputs]
 
     return run
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def torch_runner(model: nn.Module, dtype: torch.dtype) -> Run:
