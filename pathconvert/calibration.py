@@ -15,14 +15,14 @@ and for a layer without BatchNorm of its own, Σ u E[z] and Σ u² Var[z] over a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathconvert.errors import PathconvertError
+from pathconvert.errors import PathconvertError, first_line
 from pathconvert.groups import Layer, Units
 from pathconvert.path_bn import PathBN, pivots_of
 from pathconvert.pivots import FloatVector
@@ -30,6 +30,7 @@ from pathconvert.trace import IdVector, as_arguments, mode_of
 
 #: Images of a calibration tensor that go through the network together.
 CHUNK = 32
+EXPECTED = "Give images [N, …], or an iterable of batches; a folder is for the command line: --calibrate DIR."
 #: The estimate of var' is at least this share of the full sum's: pivots and the rest are not quite independent.
 LEAST_VARIANCE = 0.25
 
@@ -92,8 +93,8 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
     try:
         with mode_of(model, False), torch.no_grad():
             for batch in _batches(calibration):
-                arguments = tuple(_like(argument, tensor) for argument in as_arguments(batch))
-                model(*arguments)
+                arguments = _arguments(batch, tensor)
+                _run(model, arguments)
                 count += len(arguments[0])
     finally:
         for handle in handles:
@@ -111,7 +112,30 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
 
 
 def _batches(calibration: Any) -> Iterator[Any]:
-    yield from calibration.split(CHUNK) if isinstance(calibration, Tensor) else calibration
+    if isinstance(calibration, Tensor):
+        yield from calibration.split(CHUNK)
+    elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping):
+        yield from calibration
+    else:
+        raise PathconvertError(f"the calibration is a {type(calibration).__name__}, not images", EXPECTED)
+
+
+def _arguments(batch: Any, tensor: Tensor) -> tuple[Any, ...]:
+    """A batch as the forward's arguments, on the network's device and in its dtype."""
+    arguments = tuple(_like(argument, tensor) for argument in as_arguments(batch))
+    if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].dim():
+        raise PathconvertError(f"a calibration batch is a {type(batch).__name__}, not images", EXPECTED)
+    return arguments
+
+
+def _run(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    try:
+        model(*arguments)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        size = "×".join(map(str, arguments[0].shape))
+        raise PathconvertError(
+            f"the network cannot run on a calibration batch of {size}: {first_line(error)}", EXPECTED
+        ) from error
 
 
 def _like(value: Any, tensor: Tensor) -> Any:

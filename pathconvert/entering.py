@@ -39,6 +39,7 @@ from pathconvert.scales import Gauge, choose_scales
 from pathconvert.trace import IdVector, as_arguments
 
 LAST = "is the last layer: no normalization comes before an output"
+NO_PIVOT = "holds no pivot: it begins a chain, or what it reads has its pivots elsewhere"
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate], dict[str, str]]:
-    """The layers that take Path-BN, and of all others that hold pivots why not."""
+    """The layers that take Path-BN, and of all others why not."""
     model, units, pivots = conversion.model, conversion.units, conversion.pivots
     usable = (pivots.layer >= 0) & ~conversion.held_back() & ~conversion.circular()
     chosen, left = [], {}
@@ -227,9 +228,8 @@ def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate
     for index, layer in enumerate(units.layers):
         mine = np.flatnonzero(usable & (pivots.layer == index))
         name, _, leaf = layer.parameter.rpartition(".")
-        if not mine.size:
-            continue
-        why = LAST if index in last else _obstacle(model, layer, name, leaf, calls.get(name, []), uses)
+        obstacle = _obstacle(model, layer, name, leaf, calls.get(name, []), uses) if mine.size else NO_PIVOT
+        why = LAST if index in last else obstacle
         if why:
             left[name or layer.parameter] = why
         else:

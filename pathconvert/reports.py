@@ -62,7 +62,16 @@ def _notes(conversion: Conversion) -> list[str]:
 
 
 def _path_bn_notes(path_bn: dict[str, Any] | None) -> list[str]:
-    return [f"no Path-BN: {name} ({why})" for name, why in path_bn["left"].items()] if path_bn else []
+    """One for every reason that a layer was left for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in path_bn["left"].items() if path_bn else ():
+        by_reason.setdefault(why, []).append(name)
+    return [f"no Path-BN: {_listing(names)} ({why})" for why, names in by_reason.items()]
+
+
+def _listing(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _path_bn_row(path_bn: dict[str, Any]) -> str:

@@ -70,11 +70,13 @@ def test_from_a_file_in_path_form(here, capsys):
 def test_the_table_says_where_statistics_come_from(here, capsys):
     assert run(["reparam", "res.pt", "--form", "path-bn", *SMALL]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "8 layers, 0 left; λ 1; statistics estimated from BatchNorms (Gaussian), no images" in printed
+    assert "8 layers, 13 left; λ 1; statistics estimated from BatchNorms (Gaussian), no images" in printed
     assert run(["reparam", "sq.pt", "--form", "path-bn", "--calibrate", "photos", *SMALL]) == 0
     printed = capsys.readouterr()
-    assert "16 layers, 1 left; λ 1; calibrated on 8 images" in " ".join(printed.out.split())
+    assert "16 layers, 10 left; λ 1; calibrated on 8 images" in " ".join(printed.out.split())
     assert "no Path-BN: classifier.1 (is the last layer: no normalization comes before an output)" in printed.err
+    assert "note: no Path-BN: features.0, features.3.expand3x3, features.4.expand3x3, " in printed.err
+    assert " and 4 more (holds no pivot: it begins a chain, or what it reads has its pivots elsewhere)" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,11 @@ def test_what_is_converted_is_not_converted_again(here, refused):
     assert run(["reparam", "res.pt", "--form", "path-bn", *SMALL]) == 0
     for form in ("path", "path-bn"):
         lines = refused("reparam", "res.path-bn.safetensors", "--form", form, "-o", "x.safetensors")
-        assert "res.path-bn.safetensors is converted already" in lines[0]
+        assert "res.path-bn.safetensors is converted already: it is in Path-BN form" in lines[0]
+    shutil.copy("res.path-bn.safetensors", "other.path-bn.safetensors")
+    for form in ("path", "path-bn"):
+        lines = refused("reparam", "other.path-bn.safetensors", "--form", form)
+        assert "other.path-bn.safetensors is converted already: it is in Path-BN form" in lines[0]
 
 
 def test_a_failed_check_leaves_no_file(here, capsys, monkeypatch):

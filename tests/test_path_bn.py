@@ -13,6 +13,7 @@ from reference.path_bn import path_bn
 from torch import Tensor, nn
 
 import pathconvert
+from pathconvert.entering import NO_PIVOT
 from pathconvert.equivalence import forward_outputs
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
 from pathconvert.path_bn import PathBN
@@ -351,6 +352,16 @@ def test_refusals() -> None:
         pathconvert.to_path_bn(resnet18, x, skip_scale=0)
     with pytest.raises(PathconvertError, match="the calibration gave no image"):
         pathconvert.to_path_bn(resnet18, x, calibration=[])
+    for calibration, message in (
+        (3, "the calibration is a int, not images"),
+        ("photos", "the calibration is a str, not images"),
+        (["a.png", "b.png"], "a calibration batch is a str, not images"),
+        ([torch.ones(())], "a calibration batch is a Tensor, not images"),
+        (torch.ones(4, 5), "the network cannot run on a calibration batch of 4×5: "),
+    ):
+        with pytest.raises(PathconvertError, match=message) as e:
+            pathconvert.to_path_bn(resnet18, x, calibration=calibration)
+        assert "--calibrate DIR" in e.value.tip
     m = pathconvert.to_path_bn(resnet18, x)
     for enter in (pathconvert.to_path_bn, pathconvert.reparameterize):
         with pytest.raises(PathconvertError, match="the network is in Path-BN form already"):
@@ -386,6 +397,7 @@ def test_what_is_left_has_a_reason() -> None:
     model, x = randomised(Reasons()), draw(2, 3, 6, 6)
     m = pathconvert.to_path_bn(model, x, calibration=x)
     assert m.path_record["path_bn"]["left"] == {
+        "first": NO_PIVOT,
         "transposed": "is a transposed convolution, whose skip would be spread over the output",
         "free": "is computed by Reasons, not by a convolution or linear layer of torch",
         "no_bias": "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves",

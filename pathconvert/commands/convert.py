@@ -65,7 +65,11 @@ def reparam(
         from pathconvert.record import record_of
 
         if network.form == form or network.form == "path-bn":
-            raise RecordError(f"{source} is converted already", f"Restore it first: pathconvert restore {source}")
+            form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
+            raise RecordError(
+                f"{source} is converted already: it is in {form_now}",
+                f"Restore it first: pathconvert restore {source}",
+            )
         with steps.step("convert"):
             conversion = (
                 resume_conversion(network)

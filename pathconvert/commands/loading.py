@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathconvert.commands.console import note
-from pathconvert.errors import ArchitectureError
+from pathconvert.errors import ArchitectureError, PathconvertError
 
 if TYPE_CHECKING:
     from pathconvert.files import LoadedNetwork
@@ -29,6 +30,21 @@ class Loader:
         from pathconvert.architectures import parse_input_size
 
         return parse_input_size(self.input_size) if self.input_size else None
+
+    def refuse_for_onnx(self, sources: Sequence[str]) -> None:
+        """Refuse options that say how to read a checkpoint where all sources are ONNX files.
+
+        Raises:
+            PathconvertError: one of them was given.
+        """
+        if all(Path(source).suffix.lower() == ".onnx" for source in sources):
+            for name in ("arch", "num_classes", "key", "trust_pickle"):
+                if getattr(self, name):
+                    option = f"--{name.replace('_', '-')}"
+                    raise PathconvertError(
+                        f"{option} is for checkpoints: {sources[0]} is an ONNX file, which needs none",
+                        f"Leave {option} out.",
+                    )
 
     def open(self, source: str) -> LoadedNetwork:
         """Load a network and say what was chosen on the way."""
@@ -74,14 +90,15 @@ class Loader:
 def default_output(source: str, ending: str) -> Path:
     """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``; in the current folder where the source is no file.
 
-    But for the way into path space, ``resnet50.path.safetensors`` is ``resnet50`` again.
+    Where a conversion leads on or back, ``resnet50.path.safetensors`` is ``resnet50`` again.
     """
     file = Path(source)
     stem = file.name
     for suffix in (".safetensors", ".pth", ".pt"):
         stem = stem.removesuffix(suffix)
-    if ending != ".path.safetensors":
-        stem = stem.removesuffix(".path").removesuffix(".path-bn")
+    left_behind = {".path.safetensors": (), ".path-bn.safetensors": (".path",)}.get(ending, (".path", ".path-bn"))
+    for form in left_behind:
+        stem = stem.removesuffix(form)
     return (file.parent if file.exists() else Path()) / f"{stem}{ending}"
 
 
