@@ -240,8 +240,6 @@ def _session(path: Path, device: str, made: Any, fallback: str | None, binding: 
 
 def _assignment(made: Any) -> tuple[dict[str, int], Counter[str]]:
     """Nodes by provider, and the heavy operations among the CPU's."""
-    if not hasattr(made, "get_provider_graph_assignment_info"):  # before ONNX Runtime 1.24
-        return {}, Counter()
     nodes: Counter[str] = Counter()
     heavy: Counter[str] = Counter()
     for part in made.get_provider_graph_assignment_info():
