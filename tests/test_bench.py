@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -107,12 +108,38 @@ def test_a_file_and_a_checkpoint(here, capsys):
 
 
 def test_the_table(here, capsys):
-    assert run(["bench", "a.onnx", "a.onnx", *TINY]) == 0
+    assert run(["bench", "a.onnx", "tiny.pt", *TINY]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0] == "3x4x4, 1 threads, 3 turns: median (quartiles)"
-    assert sum("onnxruntime, cpu" in line for line in lines) == 4
+    assert lines[0] == "3x4x4, cpu, 1 threads, 3 turns: median (quartiles)"
+    assert "quartiles" in lines[2]
+    assert sum("onnxruntime" in line for line in lines) == sum("torch eager" in line for line in lines) == 2
     assert max(map(len, lines)) <= 80
+
+
+def test_a_long_name_takes_the_quartiles_place(here, capsys, monkeypatch):
+    """On 80 columns a file's name stays in one line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "resnet50.path-bn.onnx"
+    shutil.copy("a.onnx", name)
+    assert run(["bench", name, "tiny.pt", *TINY]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(f" {name} " in line for line in lines) == 2
+    assert "quartiles" not in " ".join(lines)
+    assert lines[0] == "3x4x4, cpu, 1 threads, 3 turns: median"
+    assert max(map(len, lines)) <= 80
+
+
+def test_options_of_a_checkpoint(here, capsys):
+    torch.save({"ema": torch.load("tiny.pt"), "model": {}}, "wrapped.pt")
+    assert run(["bench", "wrapped.pt", "--key", "ema", "--num-classes", "5", *TINY, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "wrapped.pt: taking the weights under 'ema'\n"
+    assert {t["engine"] for t in json.loads(printed.out)["timings"]} == {"torch eager"}
+    assert run(["bench", "a.onnx", "--key", "ema", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --key is for checkpoints: a.onnx is an ONNX file, which needs none\ntip: Leave --key out.\n"
+    )
 
 
 @pytest.mark.skipif(GPU, reason="asks for a GPU where there is none")

@@ -224,7 +224,8 @@ def test_a_checkpoint_with_torchvisions_recipe(here):
     best = logits.softmax(0).topk(3)
     assert [guess.index for guess in report.predictions[0].classes] == best.indices.tolist()
     assert [guess.probability for guess in report.predictions[0].classes] == pytest.approx(
-        best.values.tolist(), rel=1e-2  # two resizers that round to whole pixel values
+        best.values.tolist(),
+        rel=1e-2,  # two resizers that round to whole pixel values
     )
     assert report.predictions[0].classes[0].label == SqueezeNet1_1_Weights.DEFAULT.meta["categories"][best.indices[0]]
     assert (report.engine, report.notes) == ("torch", ())
@@ -325,7 +326,8 @@ def test_refusals_end_with_code_two(here, capsys):
     (here / "cut.onnx").write_bytes((here / "a.onnx").read_bytes()[:100])
     (here / "empty").mkdir()
     for arguments, line in (
-        (["a.onnx", "a.png", "cut.png"], "error: cut.png is no intact image: "),
+        (["a.onnx", "cut.png"], "error: cut.png is no intact image: "),
+        (["a.onnx", "a.png", "--arch", "resnet18"], "error: --arch is for checkpoints: a.onnx is an ONNX file"),
         (["a.onnx", "empty"], "error: empty holds no image"),
         (["a.onnx", "none.png"], "error: none.png does not exist"),
         (["cut.onnx", "a.png"], "error: cut.onnx is a truncated or damaged ONNX file."),
@@ -335,6 +337,25 @@ def test_refusals_end_with_code_two(here, capsys):
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.startswith(line)
+
+
+def test_a_corrupt_image_does_not_stop_the_others(here, capsys):
+    (here / "cut.png").write_bytes((here / "a.png").read_bytes()[:300])
+    images = ["a.png", "cut.png", "none.png", "a.png"]
+    assert run(["predict", "a.onnx", *images, "--device", "cpu", "--json"]) == 2
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert [p["image"] for p in result["predictions"]] == ["a.png", "a.png"]
+    assert [u["image"] for u in result["unread"]] == ["cut.png", "none.png"]
+    lines = printed.err.splitlines()
+    assert lines[-4].startswith("note: cut.png is no intact image: ")
+    assert lines[-3:] == [
+        "note: none.png does not exist",
+        "error: 2 of 4 images could not be read: cut.png, none.png",
+        "tip: Mend or remove them; the others are classified.",
+    ]
+    assert run(["predict", "a.onnx", *images, "--device", "cpu"]) == 2
+    assert capsys.readouterr().out.count("a.png") == 2
 
 
 def test_notes_name_the_image(here, capsys):

@@ -66,6 +66,14 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
     return table
 
 
+def fits(table: Table) -> bool:
+    """Whether no column of ``table`` has to give way."""
+    from rich.console import Console
+
+    console = Console()
+    return console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width
+
+
 class Steps:
     """Progress over named steps, shown on stderr once they have taken two seconds."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathconvert.commands.console import Steps, emit, facts, grid, note
+from pathconvert.commands.console import Steps, emit, facts, fits, grid, note
 from pathconvert.commands.loading import Loader, default_output, source_file
 from pathconvert.commands.options import (
     Arch,
@@ -23,12 +23,14 @@ from pathconvert.commands.options import (
     Source,
     TrustPickle,
 )
-from pathconvert.errors import PathconvertError
+from pathconvert.errors import CheckpointError, PathconvertError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pathconvert.export.bench import Timing
+    from rich.table import Table
+
+    from pathconvert.export.bench import BenchReport, Timing
     from pathconvert.export.predict import PredictReport
 
 
@@ -97,6 +99,8 @@ def bench(
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay captured kernels.")] = False,
     arch: Arch = None,
     input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    key: Key = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -106,7 +110,8 @@ def bench(
     with steps.shown(), steps.step("load and measure"):
         from pathconvert.export.bench import measure
 
-        loader = Loader(arch, input_size, trust_pickle=trust_pickle)
+        loader = Loader(arch, input_size, num_classes, key, trust_pickle)
+        loader.refuse_for_onnx(sources)
         report = measure(
             sources,
             sizes,
@@ -121,17 +126,27 @@ def bench(
         )
     for name, reason in report.fallbacks.items():
         note(f"note: {name} runs on the CPU: {reason}")
+    emit(report.to_json() | {"seconds": steps.seconds}, _timing_table(report), as_json)
+
+
+def _timing_table(report: BenchReport) -> Table:
+    """One row a timing; the device in the title where it is the same for all. Narrow terminals get no quartiles."""
+    devices = list(dict.fromkeys(t.device for t in report.timings))
     size = "x".join(map(str, report.input_size))
-    title = f"{size}, {report.threads} threads, {report.rounds} turns: median (quartiles)"
-    numbers = dict.fromkeys(("batch", "ms", "quartiles", "images/s", "× first"), "right")
-    table = grid(title, {"network": "wrap", "engine": "left"} | numbers, map(_timing_row, report.timings))
-    emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+    title = f"{size}, {'/'.join(devices)}, {report.threads} threads, {report.rounds} turns: median"
+    kinds = {"network": "wrap", "engine": "left"} | dict.fromkeys(("batch", "ms", "images/s", "× first"), "right")
+    rows = [_timing_row(t, t.device if len(devices) > 1 else "") for t in report.timings]
+    with_quartiles = dict.fromkeys(("network", "engine", "batch", "ms", "quartiles", "images/s", "× first"), "right")
+    wide = grid(f"{title} (quartiles)", with_quartiles | kinds, rows)
+    if fits(wide):
+        return wide
+    return grid(title, kinds, (row[:4] + row[5:] for row in rows))
 
 
-def _timing_row(t: Timing) -> tuple[str, ...]:
+def _timing_row(t: Timing, device: str) -> tuple[str, ...]:
     quartiles = f"{_short(t.low_ms)}–{_short(t.high_ms)}"
     speed = (_short(t.median_ms), quartiles, _short(t.throughput), _short(t.ratio))
-    return (Path(t.source).name, f"{t.engine}, {t.device}", str(t.batch), *speed)
+    return (Path(t.source).name, f"{t.engine}, {device}" if device else t.engine, str(t.batch), *speed)
 
 
 def _short(value: float) -> str:
@@ -167,6 +182,7 @@ def predict(
         from pathconvert.export.predict import predict as classify
 
         loader = Loader(arch, input_size, num_classes, key, trust_pickle)
+        loader.refuse_for_onnx([model])
         report = classify(model, images, top, device.value, input_size=loader.size, load=loader.open)
     if report.fallback:
         note(f"note: {model} runs on the CPU: {report.fallback}")
@@ -175,9 +191,18 @@ def predict(
     for prediction in report.predictions:
         for remark in prediction.notes:
             note(f"note: {prediction.image}: {remark}")
+    for one in report.unread:
+        note(f"note: {one.reason}")
     columns = {"image": "wrap", "class": "right", "label": "wrap", "probability": "right"}
     table = grid(f"{model}, {report.engine} on {report.device}", columns, _guesses(report))
     emit(report.to_json() | {"seconds": steps.seconds}, table, as_json)
+    if report.unread:
+        count = len(report.unread)
+        raise CheckpointError(
+            f"{count} of {count + len(report.predictions)} images could not be read: "
+            f"{', '.join(one.image for one in report.unread[:5])}{', …' if count > 5 else ''}",
+            "Mend or remove them; the others are classified.",
+        )
 
 
 def _guesses(report: PredictReport) -> Iterator[tuple[str, ...]]:

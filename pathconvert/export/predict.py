@@ -7,6 +7,7 @@ report says so: normalisation is never guessed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathconvert.export.classifiers import Array, Classifier, session_classifier
 from pathconvert.export.runtime import open_session
 from pathconvert.export.session import shape_text
 from pathconvert.files import LoadedNetwork, open_network
-from pathconvert.inputs import folder_images, read_image
+from pathconvert.inputs import Picture, folder_images, read_image
 from pathconvert.preprocessing import Preprocessing, whole_levels
 
 NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], not normalised"
@@ -45,6 +46,14 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """An image that could not be read, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class PredictReport:
     """What :func:`predict` found.
 
@@ -54,7 +63,8 @@ class PredictReport:
         fallback: why ``auto`` took the CPU; None if it did not have to.
         preprocessing: as recorded; None where nothing is.
         notes: remarks that hold for all images.
-        predictions: one an image, in the order given.
+        predictions: one an image that could be read, in the order given.
+        unread: the others.
     """
 
     model: str
@@ -64,6 +74,7 @@ class PredictReport:
     preprocessing: Preprocessing | None
     notes: tuple[str, ...]
     predictions: tuple[Prediction, ...]
+    unread: tuple[Unread, ...]
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -79,7 +90,7 @@ def predict(
     input_size: tuple[int, ...] | None = None,
     load: Callable[[str], LoadedNetwork] | None = None,
 ) -> PredictReport:
-    """Classify images.
+    """Classify images. One that cannot be read is reported and does not stop the others.
 
     Args:
         model: an ``.onnx`` file, a checkpoint of any form, or a torchvision name.
@@ -90,7 +101,7 @@ def predict(
         load: opens a checkpoint; default :func:`pathconvert.files.open_network`.
 
     Raises:
-        CheckpointError: the file or an image cannot be read, or the network classifies no images.
+        CheckpointError: the file or every image cannot be read, or the network classifies no images.
         RuntimeUnavailable: the device that was asked for is not there.
         PathconvertError: an input size is missing or does not fit, or the network gives no numbers.
     """
@@ -107,10 +118,11 @@ def predict(
     notes: dict[str, None] = {}  # an ordered set
     if classifier.preprocessing is None:
         notes[NOTHING_RECORDED.format(size=shape_text(classifier.input_size[1:]))] = None
-    predictions = tuple(_predictions(classifier, paths, top, notes))
+    unread: list[Unread] = []
+    predictions = tuple(_predictions(classifier, _pictures(paths, classifier.input_size[0], unread), top, notes))
     return PredictReport(
         str(model), classifier.engine, classifier.device, classifier.fallback,
-        classifier.preprocessing, tuple(notes), predictions,
+        classifier.preprocessing, tuple(notes), predictions, tuple(unread),
     )  # fmt: skip
 
 
@@ -118,16 +130,35 @@ def _paths(image: Path) -> list[Path]:
     return folder_images(image) if image.is_dir() else [image]
 
 
-def _predictions(classifier: Classifier, paths: list[Path], top: int, notes: dict[str, None]) -> Iterator[Prediction]:
+def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterator[tuple[Path, Picture]]:
+    """One after the other; adds to ``unread`` what is no picture.
+
+    Raises:
+        CheckpointError: of the first file, where none is one.
+    """
+    first: CheckpointError | None = None
+    for path in paths:
+        try:
+            picture = read_image(path, channels)
+        except CheckpointError as error:
+            first = first or error
+            unread.append(Unread(str(path), str(error)))
+        else:
+            yield path, picture
+    if first and len(unread) == len(paths):
+        raise first
+
+
+def _predictions(
+    classifier: Classifier, pictures: Iterator[tuple[Path, Picture]], top: int, notes: dict[str, None]
+) -> Iterator[Prediction]:
     """Batch by batch; adds to ``notes``."""
-    for begin in range(0, len(paths), classifier.batch):
-        part = paths[begin : begin + classifier.batch]
-        pictures = [read_image(path, classifier.input_size[0]) for path in part]
-        batch = [prepare(picture.pixels, classifier) for picture in pictures]
+    while part := list(itertools.islice(pictures, classifier.batch)):
+        batch = [prepare(picture.pixels, classifier) for _, picture in part]
         if classifier.fixed_batch:
             batch += [batch[-1]] * (classifier.batch - len(batch))
         scores = classifier.run(np.stack(batch))[: len(part)]
-        for path, picture, row in zip(part, pictures, _probabilities(classifier, scores, notes), strict=True):
+        for (path, picture), row in zip(part, _probabilities(classifier, scores, notes), strict=True):
             order = np.argsort(-row, kind="stable")[:top]
             labels = _labels(classifier, len(row), notes)
             classes = tuple(Guess(int(i), labels[i] if labels else None, float(row[i])) for i in order)
