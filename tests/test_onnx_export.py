@@ -20,7 +20,7 @@ from pathconvert import path_bn
 from pathconvert.architectures import Architecture
 from pathconvert.cli import run
 from pathconvert.errors import CheckpointError, EquivalenceError, OutputError, PathconvertError
-from pathconvert.export import gauge, networks, onnx_export
+from pathconvert.export import gauge, networks, onnx_export, verification
 from pathconvert.export.folding import fold
 from pathconvert.export.metadata import PROPERTY, ModelCard, read_card, write_card
 from pathconvert.export.onnx_export import export_onnx
@@ -105,7 +105,7 @@ def test_one_clean_file(small, tmp_path, capfd):
     assert torch.allclose(ort_run(tmp_path / "x.onnx", X.repeat(3, 1, 1, 1))[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("opset", [18, 24])
+@pytest.mark.parametrize("opset", [18, 19, 21, 22, 23, 24])
 def test_the_opset_is_the_one_asked_for(small, tmp_path, opset):
     export_onnx(small, tmp_path / "x.onnx", X, opset=opset)
     assert onnx.load(tmp_path / "x.onnx").opset_import[0].version == opset
@@ -234,6 +234,20 @@ def test_a_wrong_weight_is_found_and_its_layer_named(small, tmp_path, monkeypatc
     assert (tmp_path / "x.onnx").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize(
+    ("exact", "written", "passes"),
+    [([0.500, 0.504, 0.0], [0.508, 0.496, 0.0], True), ([0.500, 0.512, 0.0], [0.508, 0.507, 0.0], False)],
+)
+def test_fp16_may_change_the_top_1_only_within_its_error(exact, written, passes):
+    """The error is 0.008 both times, and below 1e-2; the top-1 class is another."""
+    x, y = torch.tensor([exact]).double(), torch.tensor([written]).double()
+    if passes:
+        assert verification.prove(lambda _: [y], nn.Identity(), [x], "fp16").max_error < 1e-2
+        return
+    with pytest.raises(verification.Differs, match="the top-1 class changes where its margin exceeds the error"):
+        verification.prove(lambda _: [y], nn.Identity(), [x], "fp16")
+
+
 def test_an_invalid_graph_is_found(small, tmp_path, monkeypatch):
     def wrong(*arguments):
         proto, layers = real(*arguments)
@@ -305,6 +319,20 @@ def test_weights_that_training_alone_uses_are_left_out_and_named(name, size, hea
     outputs, idle = onnx_export._outputs_of(model, x, auxiliary=False, softmax=False)
     notes = onnx_export._notes((), outputs, idle, auxiliary=False, images=None)
     assert notes == (f"without the weights of {heads}, which do not run in evaluation mode",)
+
+
+def test_batch_norms_that_are_not_in_the_graph_are_not_called_left(tmp_path):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.aux = nn.Conv2d(3, 4, 3), nn.ModuleDict({"bn": nn.BatchNorm2d(4)})
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x.mean((2, 3)), self.aux.bn(x)) if self.training else x.mean((2, 3))
+
+    report = export_onnx(Auxiliary(), tmp_path / "x.onnx", X)
+    assert report.notes == ("without the weights of aux, which do not run in evaluation mode",)
 
 
 def test_weights_that_are_read_without_a_call_are_in_the_file(tmp_path):
@@ -399,6 +427,20 @@ def test_outputs_that_may_not_be_written(small, tmp_path):
         with pytest.raises(OutputError) as caught:
             export_onnx(small, tmp_path / name, X)
         assert str(caught.value).endswith(message)
+
+
+def test_a_full_disk_and_a_folder_that_is_not_writable(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OutputError, match=r"x.onnx was not written: disk full: "):
+            export_onnx(small, tmp_path / "x.onnx", X)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="is not writable"):
+        export_onnx(small, tmp_path / "x.onnx", X)
+    assert os.listdir(tmp_path) == []
 
 
 # ---- networks --------------------------------------------------------------------------------------------------

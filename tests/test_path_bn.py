@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from networks import network
 from reference.path_bn import path_bn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pathconvert
+from pathconvert.calibration import _Moments
 from pathconvert.entering import NO_PIVOT
 from pathconvert.equivalence import forward_outputs
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
@@ -299,6 +301,35 @@ def test_gradients(kind: str) -> None:
     assert torch.autograd.gradcheck(call, (x, weight, draw(3, seed=5).requires_grad_()))
 
 
+class Operations(TorchDispatchMode):
+    """Notes what is computed; views are no computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kind", "extra"), [("straight", ["add"]), ("gather", ["index_select", "add"])])
+def test_what_the_skip_costs(kind: str, extra: list[str], stride: int) -> None:
+    """Beside the convolution and its BatchNorm: an identity map is one addition, at any stride."""
+    conv = nn.Conv2d(4, 4, 3, stride=stride, padding=1, bias=False)
+    rows = torch.arange(4)
+    m = PathBN(conv, nn.BatchNorm2d(4), rows, rows if kind == "straight" else rows.flip(0), torch.ones(4), 1.0)
+    m, x = m.eval(), torch.randn(2, 4, 8, 8)
+    with torch.no_grad(), Operations() as seen:
+        m(x)
+    own = ("convolution", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training")
+    of_the_weight = ("new_zeros", "zeros", "index_put", "_index_put_impl_", "empty_like", "clone", "fill_", "empty")
+    assert [name for name in seen.names if name not in own + of_the_weight] == extra, seen.names
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +343,18 @@ def test_calibration_is_streamed_and_weighted_by_count(resnet: tuple[nn.Module, 
         for statistic in ("running_mean", "running_var"):
             a, b = (getattr(one, statistic) for one in (layers(uneven)[name].bn, module.bn))
             assert error(a, b) < 1e-12, (name, statistic)
+
+
+def test_statistics_are_summed_in_float64() -> None:
+    """Float32 sums of a thousand batches far from zero would lose the variance."""
+    moments, truth = _Moments(), []
+    for seed in range(1000):
+        truth.append((draw(2, 1, 3, seed=seed) + 3000).float())
+        moments.add(truth[-1])
+    var, mean = torch.var_mean(torch.cat(truth).double(), correction=0)
+    assert moments.mean.dtype == moments.var.dtype == torch.float64
+    assert error(moments.mean, mean) < 1e-13
+    assert error(moments.var, var) < 1e-9  # mean² / var is 1e7, of float64's 1e-16
 
 
 def test_statistics_are_those_of_the_off_pivot_sum(resnet: tuple[nn.Module, Tensor]) -> None:

@@ -18,7 +18,10 @@ from pathconvert import conversions
 from pathconvert.convert import Conversion, convert_traced, restore
 from pathconvert.entering import to_path_bn
 from pathconvert.equivalence import forward_outputs, verify
+from pathconvert.export.folding import fold
+from pathconvert.export.gauge import _largest_results, balanced
 from pathconvert.export.networks import export_network
+from pathconvert.export.predict import predict
 from pathconvert.export.runtime import open_session
 from pathconvert.files import LoadedNetwork, load, open_network, save
 from pathconvert.inputs import folder_images, load_images, random_input
@@ -218,6 +221,46 @@ def test_checkpoint_to_onnx_runtime(real: Real, tmp_path: Path) -> None:
         assert (card.form, report.batch_norms_left) == ("path-bn", 0)
         (output,) = open_session(path, "cpu").run(real.images.numpy())
         assert output.argmax(1).tolist() == expected.tolist(), precision
+
+
+@both
+def test_the_balanced_gauge_on_a_real_network(real: Real) -> None:
+    """Path space has channels of any scale; balanced, they lie closer, and float32's outputs stay to the bit."""
+    folded = fold(real.convert("network", "matching", "unit").model, real.images[:1]).float()
+    even = balanced(folded, real.images[:1], real.images)
+    with torch.no_grad():
+        assert torch.equal(even(real.images), folded(real.images))
+    spread = [_spread(model, real.images) for model in (folded, even)]
+    assert spread[1] < spread[0] / 4, spread
+    assert spread[1] <= 16, spread
+
+
+def _spread(model: torch.nn.Module, images: Tensor) -> float:
+    """Binades between the 5th and the 95th percentile of the channels' largest |results|."""
+    peaks = torch.cat(list(_largest_results(model, (images,)).values()))
+    low, high = torch.quantile(peaks[peaks > 0], torch.tensor([0.05, 0.95], dtype=peaks.dtype))
+    return float((high / low).log2())
+
+
+@both
+def test_every_form_predicts_the_same(real: Real, tmp_path: Path) -> None:
+    """`predict` on the checkpoint, its Path-BN file and the .onnx made of that: same class for every image."""
+    own = real.network.architecture
+    arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
+    m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
+    conversions.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
+    export_network(open_network(tmp_path / "net.path-bn.safetensors", **arch), tmp_path / "net.onnx")
+    assert real.network.checkpoint is not None
+    folder = Path(DATA or "") / "images" / ("cifar10_20" if arch else "imagenet20")
+
+    def classes(path: Path) -> list[int]:
+        report = predict(path, [folder], 1, "cpu", load=lambda source: open_network(source, **arch))
+        return [prediction.classes[0].index for prediction in report.predictions]
+
+    files = (real.network.checkpoint.path, tmp_path / "net.path-bn.safetensors", tmp_path / "net.onnx")
+    found = [classes(path) for path in files]
+    assert len(found[0]) == 20
+    assert found[0] == found[1] == found[2]
 
 
 def test_path_bn_trains_as_batch_norm_does(resnet56: Real) -> None:

@@ -181,6 +181,27 @@ def test_node_assignment_decides(here):
         runtime._session(here / "a.onnx", "cuda", Assigned(made, Part(CPU, "Conv")), None, False, False)
 
 
+@pytest.mark.parametrize(("cuda_graph", "flag"), [(False, "0"), (True, "1")])
+@pytest.mark.usefixtures("here")
+def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, flag):
+    """A dynamic batch wants cuDNN's heuristic: the exhaustive search would start again at every batch size."""
+    asked = []
+
+    def load(_, __, providers):
+        asked.append(providers)
+        raise runtime._ProviderFailed("with error: libx.so: cannot open shared object")
+
+    monkeypatch.setattr(runtime, "_load", load)
+    monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: list(PROVIDERS.values()))
+    for device in ("cuda", "tensorrt"):
+        with pytest.raises(runtime._ProviderFailed):  # the second load is on the CPU
+            open_session("a.onnx", device, cuda_graph=cuda_graph)
+    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": flag})
+    tensorrt = (PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": flag})
+    assert asked[0] == [cuda, CPU]
+    assert asked[2] == [tensorrt, cuda, CPU]
+
+
 def test_wrong_devices(here):
     save_linear(here / "a.onnx")
     with pytest.raises(RuntimeUnavailable, match="there is no device 'tpu'"):

@@ -178,7 +178,7 @@ def export_onnx(
         wrap = _Wrapper(outputs, with_preprocessing, with_softmax)
         original = wrap(copy.deepcopy(model, computed_tensors(model)).eval())
         folded = fold(copy.deepcopy(model, computed_tensors(model)).double(), example_input)
-        left = unfolded(folded)
+        left = tuple(name for name in unfolded(folded) if not f"{name}.".startswith(tuple(f"{p}." for p in idle)))
         if gauge == "balanced":
             from pathconvert.export.gauge import balanced
 
