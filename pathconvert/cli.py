@@ -17,6 +17,7 @@ import typer
 from pathconvert.commands import convert, deploy
 from pathconvert.commands.console import note
 from pathconvert.commands.demo import demo
+from pathconvert.commands.evaluate import evaluate
 from pathconvert.commands.options import Settings, with_debug
 from pathconvert.errors import PathconvertError
 from pathconvert.version import __version__
@@ -43,6 +44,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     convert.inspect: "Example: pathconvert inspect resnet50.pt",
     deploy.bench: "Example: pathconvert bench squeezenet.onnx squeezenet1_1.pth --batch 1,8",
     deploy.predict: "Example: pathconvert predict squeezenet.onnx photos/ --top 3",
+    evaluate: "Example: pathconvert evaluate resnet50.path.safetensors --data flowers/",
     convert.archs: "Example: pathconvert archs --json",
     demo: "Example: pathconvert demo --output-dir demo",
 }

@@ -13,7 +13,7 @@ from command_line import SMALL
 
 from pathconvert.cli import run
 
-COMMANDS = ("reparam", "restore", "export", "verify", "inspect", "bench", "predict", "archs", "demo")
+COMMANDS = ("reparam", "restore", "export", "verify", "inspect", "bench", "predict", "evaluate", "archs", "demo")
 KILLED = """
 import os, sys
 from pathconvert import conversions

@@ -1,14 +1,31 @@
 """Top-1, top-5 and loss against their definitions, over batches, processes and forms; and the command."""
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from onnx import TensorProto
+from onnx_files import CLASSES, save_linear
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pathconvert.architectures import Architecture
+from pathconvert.cli import run
 from pathconvert.errors import DataError, PathconvertError
+from pathconvert.export.metadata import ModelCard
+from pathconvert.preprocessing import Preprocessing
+from pathconvert.training.data import Data, open_data
 from pathconvert.training.evaluate import EvaluationReport, evaluate
+
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+RESNET = Architecture("resnet18", {"num_classes": CLASSES}, (3, 4, 4), "classification")
+RECIPE = Preprocessing(6, (4, 4), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def batches_of(logits: Tensor, labels: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -137,3 +154,142 @@ def test_two_processes_measure_all_images_together(measured, tmp_path):
         together = dict(results)
     assert together[0] == together[1]
     assert together[0] == pytest.approx((alone.top1, alone.top5, alone.loss, 8), rel=1e-7)  # float32 sums
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def class_folders(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:
+    """``val/`` with smooth images, ``train/`` with as few as can be."""
+    generator = np.random.default_rng(0)
+    for part, images in (("train", 1), ("val", count)):
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = generator.integers(0, 256, (2, 3, 3)).astype(np.uint8)
+                image = Image.fromarray(pixels).resize((90, 70), Image.Resampling.BICUBIC)
+                image.save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def result(capsys, *arguments: object) -> dict:
+    capsys.readouterr()
+    assert run(["evaluate", *map(str, arguments), "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def expected(data: Data, weight: np.ndarray, recipe: Preprocessing, places: list[int]) -> tuple[float, float]:
+    """Top-1 and loss of ``onnx_files.save_linear``'s network, image by image."""
+    right, loss = 0, 0.0
+    for pixels, label in (data.val[i] for i in range(len(data.val))):
+        scores = recipe.normalise(recipe.place(pixels)).double().mean((1, 2)) @ torch.from_numpy(weight).double()
+        right += int(scores.argmax()) == places[label]
+        loss += float(cross_entropy(scores, torch.tensor(places[label]))) / len(data.val)
+    return right / len(data.val), loss
+
+
+def test_every_form_is_measured_alike(here, capsys):
+    """Plain, path, Path-BN calibrated on the same images, ONNX with a fixed batch and a softmax."""
+    class_folders(here / "d", NAMES)
+    size = ("--size", "64")
+    (here / "photos").symlink_to(here / "d" / "val" / "ant")
+    for arguments in (
+        ["reparam", "sq.pt", "--input-size", "3x64x64"],
+        ["reparam", "sq.path.safetensors", "--form", "path-bn", "--calibrate", "photos"],
+        ["export", "sq.pt", "-o", "sq.onnx", "--input-size", "3x64x64", "--with-softmax", "--batch", "4"],
+    ):
+        assert run(arguments) == 0
+    plain = result(capsys, "sq.pt", "--data", "d", *size)
+    assert (plain["images"], plain["classes"], plain["engine"], plain["data"]) == (10, 5, "torch", "d")
+    assert plain["top1"] <= plain["top5"] == 1
+    for other in ("sq.path.safetensors", "sq.path-bn.safetensors", "sq.onnx"):
+        found = result(capsys, other, "--data", "d", "--batch-size", "3")
+        assert (found["top1"], found["images"]) == (plain["top1"], 10), other
+        assert found["loss"] == pytest.approx(plain["loss"], rel=1e-3), other  # float32 through other roundings
+
+
+def test_against_the_definition(here, capsys):
+    class_folders(here / "d", NAMES, 3)
+    data = open_data(here / "d")
+    for card, recipe in ((ModelCard(RESNET, preprocessing=RECIPE), RECIPE), (None, Preprocessing.plain((3, 4, 4)))):
+        weight = save_linear(here / "l.onnx", card=card)
+        top1, loss = expected(data, weight, recipe, [0, 1, 2, 3, 4])
+        found = result(capsys, "l.onnx", "--data", "d")
+        assert (found["top1"], found["loss"]) == (pytest.approx(top1), pytest.approx(loss, rel=1e-5))
+    card = ModelCard(RESNET, preprocessing=RECIPE, preprocessing_in_graph=True)
+    weight = save_linear(here / "bytes.onnx", kind=TensorProto.UINT8, card=card)
+    pixels = Preprocessing(6, (4, 4), (0.0,) * 3, (1 / 255,) * 3)  # what goes in where the graph would normalise
+    loss = expected(data, weight, pixels, [0, 1, 2, 3, 4])[1]
+    assert result(capsys, "bytes.onnx", "--data", "d")["loss"] == pytest.approx(loss, rel=1e-5)
+    flagged = Preprocessing(4, (4, 4), (0.5,) * 3, (0.25, 0.5, 1.0))
+    found = result(capsys, "l.onnx", "--data", "d", "--mean", "0.5", "--std", "0.25,0.5,1")
+    assert found["loss"] == pytest.approx(expected(data, weight, flagged, [0, 1, 2, 3, 4])[1], rel=1e-5)
+    assert result(capsys, "l.onnx", "--data", "d", "--workers", "1")["images"] == 15
+    assert result(capsys, "l.onnx", "--data", "d", "--limit", "7")["images"] == 7
+
+
+def test_classes_are_found_by_their_names(here, capsys):
+    """Fewer than the network's, in another order."""
+    names = ("bee", "eel")
+    weight = save_linear(here / "l.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=NAMES))
+    data = open_data(class_folders(here / "d", names, 4))
+    top1, loss = expected(data, weight, RECIPE, [1, 4])
+    found = result(capsys, "l.onnx", "--data", "d")
+    assert (found["top1"], found["loss"]) == (pytest.approx(top1), pytest.approx(loss, rel=1e-5))
+
+
+def test_a_fine_tuned_files_own_preprocessing_is_used(here, capsys):
+    class_folders(here / "d", NAMES)
+    assert run(["reparam", "sq.pt", "--input-size", "3x64x64"]) == 0
+    path = here / "sq.path.safetensors"
+    before = result(capsys, path, "--data", "d")
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["pathconvert"])
+    stored["preprocessing"] = {"resize": 64, "crop": [64, 64], "mean": [0.0] * 3, "std": [1.0] * 3}
+    save_file(load_file(path), path, {"pathconvert": json.dumps(stored)})
+    after = result(capsys, path, "--data", "d")
+    assert after["loss"] != before["loss"]
+    flags = ("--mean", "0", "--std", "1")
+    assert result(capsys, path, "--data", "d", *flags)["loss"] == after["loss"]
+
+
+def test_the_table_and_its_notes(here, capsys):
+    class_folders(here / "d", ("a", "b", "c", "d", "e"))
+    save_linear(here / "l.onnx", card=ModelCard(RESNET, labels=NAMES))
+    assert run(["evaluate", "l.onnx", "--data", "d", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("l.onnx on d\n")
+    assert [line.split()[0] for line in printed.out.splitlines()[1:] if line.strip()] == [
+        "top-1", "top-5", "loss", "images", "engine", "time",
+    ]  # fmt: skip
+    assert printed.err.splitlines() == [
+        "note: no preprocessing is recorded: images are resized to 4×4 and scaled to [0, 1], not normalised",
+        "note: the network has no class 'a': the data's classes were taken in their order",
+    ]
+
+
+def test_refusals_of_the_command(refused, here):
+    class_folders(here / "two", ("a", "b"))
+    save_linear(here / "l.onnx")
+    line, tip = refused("evaluate", "l.onnx", "--data", "two", "--device", "cpu")
+    assert line == "error: two has 2 classes, l.onnx 5"
+    assert tip.startswith("tip: Give the data that the network was trained for")
+    assert refused("evaluate", "l.onnx", "--data", "none", "--device", "cpu")[0] == (
+        "error: none is not there; a folder of class folders is needed"
+    )
+    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0] == "error: 'big' is no size"
+    assert refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0] == "error: 'x' are no numbers"
+    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "8", "--device", "cpu")[0] == (
+        "error: l.onnx takes images of size 3x4x4, not 3x8x8"
+    )
+    card = ModelCard(RESNET, preprocessing=RECIPE, preprocessing_in_graph=True)
+    save_linear(here / "bytes.onnx", kind=TensorProto.UINT8, card=card)
+    class_folders(here / "five", NAMES)
+    assert refused("evaluate", "bytes.onnx", "--data", "five", "--mean", "0", "--device", "cpu")[0] == (
+        "error: bytes.onnx normalises its input itself"
+    )
+    broken = here / "five" / "val" / "cat" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    for workers in (0, 1):
+        line, tip = refused("evaluate", "bytes.onnx", "--data", "five", "--workers", workers, "--device", "cpu")
+        assert line.startswith("error: five/val/cat/1.png is no intact image: ")

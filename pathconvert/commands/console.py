@@ -88,6 +88,7 @@ class Steps:
         self._timer = threading.Timer(2.0, self._progress.start)
         self._timer.daemon = True
         self._begun = time.perf_counter()
+        self._done = 0
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -108,8 +109,14 @@ class Steps:
         begun = time.perf_counter()
         self._progress.update(self._task, description=name)
         yield
-        self._progress.advance(self._task)
+        self._done += 1
+        self._progress.update(self._task, completed=self._done)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def part(self, done: int, total: int | None) -> None:
+        """How far the step is that runs now."""
+        if total:
+            self._progress.update(self._task, completed=self._done + done / total)
 
     def total(self) -> dict[str, str]:
         """A row with the seconds of all."""
