@@ -55,6 +55,19 @@ class DataError(PathconvertError):
     """Labelled images that are missing, damaged, or do not go together."""
 
 
+class TrainingError(PathconvertError):
+    """A run that cannot begin here, or cannot go on.
+
+    Args:
+        message, tip: as of :class:`PathconvertError`.
+        exit_code: 1 where training itself went wrong.
+    """
+
+    def __init__(self, message: str, tip: str = "", exit_code: int = 2) -> None:
+        super().__init__(message, tip)
+        self.exit_code = exit_code
+
+
 class RuntimeUnavailable(PathconvertError):
     """A device of ONNX Runtime that was asked for and cannot be used here."""
 

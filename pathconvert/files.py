@@ -6,7 +6,9 @@ The metadata beside the tensors is a versioned format of its own::
     architecture     name, arguments, input_size, task; null where the class is not one that can be built by name
     source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
     record           the conversion record (record.py): scope, pivot, gauge, scales, pivots; for a network in Path-BN
-                     form also ``path_bn``: its layers, λ, and where their statistics come from (entering.py)
+                     form also ``path_bn``: its layers, λ, and where their statistics come from (entering.py); null
+                     for a network that was trained without a conversion
+    training         of a fine-tuned network, optional: its settings and what was measured
     preprocessing    of a network that was fine-tuned: how its images were prepared (preprocessing.py); else left out
     labels           of a network that was fine-tuned: its classes in the order of the logits; else left out
 """
@@ -112,7 +114,8 @@ def open_network(
     """Load a network from a file, its architecture recognised, or by a torchvision name with its default weights.
 
     Args:
-        source: a file (.pt, .pth, .safetensors), or a torchvision name such as ``resnet50`` if no such file exists.
+        source: a file (.pt, .pth, .safetensors), the folder of a fine-tuning run (its best network), or a torchvision
+            name such as ``resnet50`` if no such file exists.
         arch: where tensors do not tell: a torchvision name, ``package.module:builder`` or ``timm/NAME``.
         num_classes: overrides what the tensors say.
         input_size: overrides the architecture's, without the batch dimension.
@@ -122,6 +125,8 @@ def open_network(
     Raises:
         CheckpointError, ArchitectureError: as their messages say.
     """
+    if Path(source).is_dir():
+        source = trained_file(Path(source))
     if not Path(source).exists() and arch is None and architectures.is_known(str(source)):
         architecture, model = architectures.pretrained(str(source))
         return LoadedNetwork(model, _sized(architecture, input_size), None, tuple(model.state_dict()))
@@ -283,7 +288,7 @@ def _own_architecture(model: nn.Module) -> Architecture | None:
 
 
 def make_metadata(
-    record: dict[str, Any],
+    record: dict[str, Any] | None,
     architecture: Architecture | None,
     source: Mapping[str, str],
     *,
@@ -342,6 +347,51 @@ def save_converted(
         force=force,
         source=file.path if file else None,
         check=lambda written: check(reopen(written, network)),
+    )
+
+
+def save_trained(
+    model: nn.Module,
+    network: LoadedNetwork,
+    path: Path,
+    *,
+    preprocessing: Preprocessing,
+    labels: Sequence[str],
+    training: Mapping[str, Any],
+) -> Path:
+    """Write a fine-tuned network with its provenance, over what is at ``path``.
+
+    Args:
+        model: in any form; one in path or Path-BN form carries its record.
+        network: what it was trained from, with the architecture that it has now.
+        path: of the file.
+        preprocessing, labels: that it was trained with.
+        training: settings and measurements, JSON-serialisable.
+
+    Raises:
+        OutputError: it cannot be written; what was there stays.
+    """
+    file = network.checkpoint
+    source = dict(network.metadata["source"]) if network.metadata else {}
+    if file and not network.metadata:
+        source = {"name": file.path.name, "sha256": file.sha256}
+    record = record_of(model) if hasattr(model, "path_record") else None
+    metadata = make_metadata(record, network.architecture, source, preprocessing=preprocessing, labels=labels)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return write_checkpoint(path, tensors, metadata | {"training": dict(training)}, force=True)
+
+
+def trained_file(folder: Path, name: str = "best") -> Path:
+    """The network that a run of ``finetune`` left in its folder: ``best``, or the ``initial`` one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in (folder / f"{name}.path.safetensors", folder / f"{name}.safetensors"):
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        f"{folder} is a folder without {name}.path.safetensors", "Give a file, or the folder of a finetune run."
     )
 
 

@@ -280,7 +280,8 @@ class GSGD(Optimizer):
 
 def _row_norm(weight: Tensor) -> Tensor:
     """L2 norm of every row of [out, in, *kernel], broadcastable to it."""
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+    return norm
 
 
 @dataclass

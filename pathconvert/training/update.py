@@ -117,8 +117,7 @@ def step_weights(
         take = [lr * scale / (b * a) for b, a, scale in zip(before, after, scales, strict=True)]
         _multiply_and_subtract(values, keep, gradients, take, foreach)
     else:
-        buffers = [w.momentum for w in weights]
-        assert all(buffer is not None for buffer in buffers)
+        buffers = [w.momentum for w in weights if w.momentum is not None]
         for buffer, w, b, scale in zip(buffers, weights, before, scales, strict=True):
             buffer.mul_(momentum).addcmul_(w.grad, scale / b)
             if weight_decay:

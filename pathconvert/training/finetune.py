@@ -1,0 +1,90 @@
+"""A fine-tuning run from its beginning or from where it was left: composition only."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+
+from pathconvert.files import LoadedNetwork, open_network, trained_file
+from pathconvert.preprocessing import Preprocessing
+from pathconvert.training.data import Data, open_data
+from pathconvert.training.folder import CONFIG, RunFolder
+from pathconvert.training.loop import Run, make_fabric
+from pathconvert.training.preparation import Prepared, prepare
+from pathconvert.training.settings import Settings
+
+
+def load_data(network: LoadedNetwork, settings: Settings) -> Data:
+    """The labelled images that ``settings`` name, in as many channels as ``network`` takes."""
+    size = network.architecture.input_size
+    return open_data(
+        settings.data,
+        val_fraction=settings.val_fraction,
+        seed=settings.seed,
+        limit_train=settings.limit_train,
+        limit_val=settings.limit_val,
+        channels=1 if size and size[0] == 1 else 3,
+    )
+
+
+def begin(network: LoadedNetwork, settings: Settings, path: Path, *, device: str = "auto", force: bool = False) -> Run:
+    """A new run, ready to train.
+
+    Args:
+        network: in any form.
+        settings: of the run.
+        path: its folder.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        force: write into a folder that holds something.
+
+    Raises:
+        PathconvertError: as its message says; the folder is made only once all else is ready.
+    """
+    fabric = _launched(settings, device, path)
+    data = load_data(network, settings)
+    prepared = prepare(network, data, settings)
+    folder = RunFolder.create(path, force=force) if fabric.is_global_zero else RunFolder(path)
+    run = Run(prepared, data, settings, folder, fabric)
+    run.write_initial()
+    if fabric.is_global_zero:
+        folder.write_text(CONFIG, settings.to_yaml())
+    fabric.barrier()
+    return run
+
+
+def resume(path: Path, *, device: str = "auto") -> Run:
+    """The run in a folder, where its last checkpoint left it.
+
+    Raises:
+        CheckpointError: no run began there, or its files are damaged.
+        DataError: the data set changed.
+    """
+    folder = RunFolder.open(path)
+    settings = Settings.from_file(path / CONFIG, {})
+    fabric = _launched(settings, device, path)
+    network = open_network(trained_file(path, "initial"))
+    data = load_data(network, settings)
+    assert network.checkpoint is not None
+    preprocessing = network.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    metadata: dict[str, Any] = network.metadata or {}
+    head = tuple(metadata.get("training", {}).get("head", ()))
+    run = Run(Prepared(network.model, network, preprocessing, head, ()), data, settings, folder, fabric)
+    state = folder.load()
+    if state is not None:
+        run.resume(state)
+    return run
+
+
+def _launched(settings: Settings, device: str, path: Path) -> Fabric:
+    fabric = make_fabric(settings, device, RunFolder(path))
+    fabric.launch()
+    return fabric
+
+
+def evaluated(run: Run) -> dict[str, Any]:
+    """The validation of a run as it stands."""
+    return dataclasses.asdict(run.validate())

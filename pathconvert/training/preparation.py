@@ -1,0 +1,218 @@
+"""From a file of any form to the network that is trained: its head, its conversion, Path-BN's statistics."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathconvert import architectures
+from pathconvert.convert import reparameterize, restore
+from pathconvert.entering import to_path_bn
+from pathconvert.errors import DataError, PathconvertError
+from pathconvert.files import LoadedNetwork
+from pathconvert.inputs import random_input
+from pathconvert.path_bn import has_path_bn, leave_path_bn
+from pathconvert.preprocessing import Preprocessing
+from pathconvert.record import record_of
+from pathconvert.training.augmentation import Transform, preprocessing_of
+from pathconvert.training.batches import batches
+from pathconvert.training.data import Data
+from pathconvert.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network ready to be trained.
+
+    Attributes:
+        model: float32, in evaluation mode; carries its record unless its form is ``plain``.
+        network: where it comes from; its architecture has the head of the data.
+        preprocessing: of the images.
+        head: names of the new head's parameters.
+        notes: what was chosen on the way.
+    """
+
+    model: nn.Module
+    network: LoadedNetwork
+    preprocessing: Preprocessing
+    head: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def form(self) -> str:
+        """``plain``, ``path`` or ``path-bn``."""
+        return "path-bn" if has_path_bn(self.model) else "path" if hasattr(self.model, "path_record") else "plain"
+
+
+def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
+    """Give ``network`` the head, the form and the statistics that ``settings`` ask for.
+
+    Args:
+        network: in any form; not changed.
+        data: its classes decide the head, its training images Path-BN's statistics.
+        settings: of the run.
+
+    Raises:
+        PathconvertError: no classifier of images, a head that cannot be replaced, or options against each other.
+    """
+    architecture = network.architecture
+    if architecture.task not in ("classification", "other"):
+        raise PathconvertError(f"{architecture.name} is no classifier of images ({architecture.task})")
+    if settings.norm == "bn" and settings.skip_scale is not None:
+        raise PathconvertError("--skip-scale belongs to Path-BN", "Leave it out, or give --norm path-bn.")
+    chosen = preprocessing_of(
+        network, data, size=_size(settings.size), mean=_numbers(settings.mean), std=_numbers(settings.std)
+    )
+    notes = [chosen.note] if chosen.note else []
+    crop = chosen.preprocessing.crop
+    assert crop is not None
+    record = network.record
+    channels = len(chosen.preprocessing.mean)
+    network = dataclasses.replace(
+        network,
+        model=copy.deepcopy(network.model).float(),
+        architecture=dataclasses.replace(architecture, input_size=(channels, *crop)),
+    )
+    head: tuple[str, ...] = ()
+    model = network.model
+    classes = _class_count(model, network)
+    known_labels = network.labels
+    other_labels = known_labels is not None and tuple(known_labels) != data.classes
+    if classes != len(data.classes) or settings.new_head or other_labels:
+        plain = restore(model, record) if record else model
+        architecture, model, head = _with_head(network, plain, classes, data, settings.seed)
+        notes.append(f"a new classifier for {len(data.classes)} classes: {', '.join(head)}")
+        network = dataclasses.replace(network, model=model, architecture=architecture)
+    else:
+        notes.append(f"the classifier is kept: it has {classes} classes, as the data has")
+    model = _in_form(model, network, record, data, settings, Transform(chosen.preprocessing))
+    return Prepared(model.eval(), network, chosen.preprocessing, head, tuple(notes))
+
+
+def _in_form(
+    model: nn.Module,
+    network: LoadedNetwork,
+    record: Mapping[str, Any] | None,
+    data: Data,
+    settings: Settings,
+    transform: Transform,
+) -> nn.Module:
+    """``model`` (plain if its head is new, else as the file has it) in the form that is trained."""
+    converted = hasattr(model, "path_record")
+    asked = {name: getattr(settings, name) for name in ("pivot", "scope") if getattr(settings, name) is not None}
+    if asked and record:
+        stored = {name: record[name] for name in asked}
+        if stored != asked:
+            raise PathconvertError(
+                f"the source is converted already, with {', '.join(f'{k} {v}' for k, v in stored.items())}",
+                "Leave --pivot and --scope out, or start from the plain checkpoint.",
+            )
+    if settings.norm == "bn" and settings.optimizer != "gsgd":  # the baselines train the network as it was
+        return restore(model, record_of(model)) if converted else model
+    stored_path_bn = (record or {}).get("path_bn", {})
+    skip_scale = settings.skip_scale or stored_path_bn.get("skip_scale", 1.0)
+    if converted and has_path_bn(model):
+        if settings.norm == "path-bn" and skip_scale == stored_path_bn["skip_scale"]:
+            return model
+        model = leave_path_bn(model)
+    if converted and settings.norm == "bn":
+        return model
+    example = random_input(network.architecture)
+    options: dict[str, Any] = {name: (record or {}).get(name) for name in ("scope", "pivot", "gauge")}
+    plain = restore(model, record_of(model)) if converted else model
+    conversion = reparameterize(plain, example, **{k: v for k, v in (options | asked).items() if v is not None})
+    if settings.norm == "bn":
+        return conversion.model
+    return to_path_bn(conversion, example, _calibration(data, settings, transform), skip_scale)
+
+
+def _calibration(data: Data, settings: Settings, transform: Transform) -> Iterator[Tensor]:
+    """Training images, as evaluation sees them."""
+    left = settings.calibration_images
+    for images, _ in batches(
+        data.train, transform, batch_size=32, epoch=0, seed=settings.seed, shuffle=True, drop_last=False
+    ):
+        yield images[:left]
+        left -= len(images)
+        if left <= 0:
+            return
+
+
+def _class_count(model: nn.Module, network: LoadedNetwork) -> int:
+    with torch.no_grad():
+        output = model.eval()(random_input(network.architecture, batch=1))
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise PathconvertError(f"{network.architecture.name} gives no class scores", "finetune trains classifiers.")
+    return output.shape[1]
+
+
+def _with_head(
+    network: LoadedNetwork, plain: nn.Module, classes: int, data: Data, seed: int
+) -> tuple[architectures.Architecture, nn.Module, tuple[str, ...]]:
+    """The plain network with as many outputs as ``data`` has classes; layers of class scores are initialised anew."""
+    old = network.architecture
+    architecture = dataclasses.replace(old, arguments=old.arguments | {"num_classes": len(data.classes)})
+    fresh, tensors = architectures.build(architecture), plain.state_dict()
+    layers = _classifiers(fresh, plain, network, classes, len(data.classes))
+    kept = {
+        name: tensor if name.rpartition(".")[0] in layers else tensors.get(name, tensor)
+        for name, tensor in fresh.state_dict().items()
+    }
+    odd = [
+        name for name, tensor in fresh.state_dict().items() if kept[name].shape != tensor.shape or name not in tensors
+    ]
+    if odd or not layers:
+        what = f"{odd[0]} changes too" if odd else "none is found"
+        raise DataError(
+            f"the classifier of {old.name} cannot be replaced by one of {len(data.classes)} classes: {what}",
+            "Its builder has to take num_classes.",
+        )
+    model = architectures.load_tensors(architecture, kept)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in sorted(layers):
+            model.get_submodule(name).reset_parameters()  # type: ignore[operator]
+    names = (name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers)
+    return architecture, model.float(), tuple(names)
+
+
+def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, before: int, after: int) -> set[str]:
+    """The last layer that runs, and auxiliary ones: those whose rows are as many as the classes in both networks."""
+    order: list[str] = []
+    layers = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: order.append(name)) for name, module in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            plain.eval()(random_input(network.architecture, batch=1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    auxiliary = set(layers) - set(order)  # they run in training mode alone
+    rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
+    return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 2:
+        raise PathconvertError(f"--size {text} is no size", "Such as 224 or 224x320.")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise PathconvertError(f"{text!r} is no list of numbers", "Such as 0.485,0.456,0.406") from None

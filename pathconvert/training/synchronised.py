@@ -1,0 +1,52 @@
+"""BatchNorm over all processes: torch's SyncBatchNorm on GPUs, and the same on the CPU, where torch has none."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """SyncBatchNorm for tensors on the CPU; statistics over the batches of all processes."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not self.track_running_stats:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        dims = [d for d in range(input.dim()) if d != 1]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        count = input.numel() // input.shape[1]
+        sums = torch.cat([input.sum(dims), input.square().sum(dims), input.new_tensor([count])])
+        total: Tensor = all_reduce(sums)
+        mean = total[: input.shape[1]] / total[-1]
+        # squares about the mean over all: the difference of large numbers would lose digits
+        squares: Tensor = all_reduce((input - mean.view(shape)).square().sum(dims))
+        var = squares / total[-1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(squares / (total[-1] - 1), momentum)
+        result = (input - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        if self.affine:
+            result = result * self.weight.view(shape) + self.bias.view(shape)
+        return result
+
+
+def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` with BatchNorms, those of Path-BN too, over all processes; changed in place."""
+    if device.type != "cpu":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = CpuSyncBatchNorm
+    return model
