@@ -1,6 +1,30 @@
-"""Fine-tuning in path space: G-SGD, its baselines, and the run that trains, evaluates and resumes."""
+"""Fine-tuning in path space: G-SGD, its baselines, and the run that trains, evaluates and resumes.
 
-from pathconvert.training.gsgd import GSGD, path_parameter_groups
-from pathconvert.training.path_sgd import PathSGD
+The names below are imported when first used: ``import pathconvert.training`` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathconvert.training.gsgd import GSGD, path_parameter_groups
+    from pathconvert.training.path_sgd import PathSGD
+
+_HOMES = {"gsgd": ("GSGD", "path_parameter_groups"), "path_sgd": ("PathSGD",)}
 
 __all__ = ["GSGD", "PathSGD", "path_parameter_groups"]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"pathconvert.training.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'pathconvert.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import size_of
 from pathconvert.preprocessing import Preprocessing
 from pathconvert.training.data import Data
+from pathconvert.training.settings import Augmentation
 
-#: What to vary in training images. ``auto``: crop-flip for inputs up to 64 pixels, resized-crop above.
-Augmentation = Literal["auto", "none", "crop-flip", "resized-crop"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 SMALL = 64
 #: What CIFAR's recipe pads on every side of 32 pixels.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ from pathconvert.groups import FIXED
 from pathconvert.path_bn import PathBN
 from pathconvert.record import decode_runs, record_of
 from pathconvert.trace import IdVector
-
-Start = Literal["bn", "weight"]
+from pathconvert.training.settings import Start
 
 
 @dataclass(frozen=True)

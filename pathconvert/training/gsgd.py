@@ -13,11 +13,11 @@ from torch.optim.sgd import sgd
 
 from pathconvert.convert import Conversion
 from pathconvert.errors import PathconvertError
-from pathconvert.training.chains import Chains, Start, find_chains
+from pathconvert.training.chains import Chains, find_chains
+from pathconvert.training.settings import Start, WeightDecay
 from pathconvert.training.update import PathWeight, chain_values, flow, step_chains, step_weights, with_one
 
 Anchor = Literal["initial"] | None
-WeightDecay = Literal["l2", "basis_path_norm"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Everything that a fine-tuning run can be told, with its defaults; the options of ``pathconvert finetune``.
 
-A run folder keeps the resolved settings as ``config.yaml``; the same form is what ``--config`` reads.
+This module imports no torch, so that ``--help`` is quick. A run folder keeps the resolved settings as ``config.yaml``; the same form is what ``--config`` reads.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pathconvert.errors import PathconvertError
-from pathconvert.training.augmentation import Augmentation
-from pathconvert.training.chains import Start
-from pathconvert.training.gsgd import WeightDecay
+
+#: Where the coordinates of chains live (``chains.py``).
+Start = Literal["bn", "weight"]
+#: What weight decay draws chains to (``gsgd.py``).
+WeightDecay = Literal["l2", "basis_path_norm"]
+#: What to vary in training images. ``auto``: crop-flip for inputs up to 64 pixels, resized-crop above.
+Augmentation = Literal["auto", "none", "crop-flip", "resized-crop"]
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
@@ -90,6 +92,8 @@ class Settings:
             _check(one.name, getattr(self, one.name), hints[one.name], one.metadata)
 
     def to_yaml(self) -> str:
+        import yaml
+
         text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
         return text
 
@@ -100,6 +104,8 @@ class Settings:
         Raises:
             PathconvertError: the file cannot be read, is no mapping, or names what is no setting.
         """
+        import yaml
+
         try:
             stored = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
