@@ -217,6 +217,22 @@ def test_networks(name: str) -> None:
     assert error(output(left, x), output(m, x)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("name", "scope", "pivot", "count"),
+    [
+        ("squeezenet1_1", "network", "diagonal", 16), ("googlenet", "block", "diagonal", 29),
+        ("shufflenet_v2_x0_5", "network", "matching", 52), ("mnasnet0_5", "network", "diagonal", 41),
+        ("regnet_y_400mf", "network", "matching", 52), ("r3d_18", "network", "diagonal", 11),
+    ],
+)  # fmt: skip
+def test_networks_in_other_modes(name: str, scope: str, pivot: str, count: int) -> None:
+    model, x = network(name, torch.float64), draw(2, 3, *((4, 32, 32) if name == "r3d_18" else (64, 64)))
+    m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, scope, pivot), x, calibration=x, skip_scale=0.1)
+    assert len(layers(m)) == count
+    assert error(output(m, x), output(model, x)) < 1e-10
+    assert error(output(pathconvert.leave_path_bn(m), x), output(model, x)) < 1e-10
+
+
 # ---- what Path-BN is for -------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,16 @@ def test_the_card_is_followed(here, capsys):
     assert (result["engine"], result["device"], result["notes"]) == ("onnxruntime", "cpu", [])
 
 
+def test_a_long_name_is_shown_whole(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = f"{'long_' * 12}name.png"
+    (here / "a.png").rename(name)
+    assert run(["predict", "a.onnx", name, "--device", "cpu", "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert name in "".join(line.split()[0] for line in lines if line.strip())
+    assert max(map(len, lines)) <= 60
+
+
 def test_the_table_shows_labels_as_they_are(here, capsys):
     save_linear(here / "card.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=LABELS))
     assert run(["predict", "card.onnx", "a.png", "--device", "cpu"]) == 0

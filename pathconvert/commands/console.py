@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -60,7 +60,8 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
 
     table = Table(box=box.SIMPLE, title=escape(title), title_justify="left", title_style="bold")
     for name, how in columns.items():
-        table.add_column(name, justify="right" if how == "right" else "left", no_wrap=how != "wrap")
+        justify: Literal["left", "right"] = "right" if how == "right" else "left"
+        table.add_column(name, justify=justify, no_wrap=how != "wrap", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
