@@ -18,6 +18,7 @@ from pathconvert.commands import convert, deploy
 from pathconvert.commands.console import note
 from pathconvert.commands.demo import demo
 from pathconvert.commands.evaluate import evaluate
+from pathconvert.commands.finetune import finetune
 from pathconvert.commands.options import Settings, with_debug
 from pathconvert.errors import PathconvertError
 from pathconvert.version import __version__
@@ -44,6 +45,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     convert.inspect: "Example: pathconvert inspect resnet50.pt",
     deploy.bench: "Example: pathconvert bench squeezenet.onnx squeezenet1_1.pth --batch 1,8",
     deploy.predict: "Example: pathconvert predict squeezenet.onnx photos/ --top 3",
+    finetune: "Examples: pathconvert finetune squeezenet1_1.path.safetensors --data flowers/ --epochs 10; "
+    "pathconvert finetune --resume runs/squeezenet1_1-20261121-120000",
     evaluate: "Example: pathconvert evaluate resnet50.path.safetensors --data flowers/",
     convert.archs: "Example: pathconvert archs --json",
     demo: "Example: pathconvert demo --output-dir demo",

@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pathconvert import architectures
 from pathconvert.architectures import Architecture
+from pathconvert.errors import PathconvertError
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -120,6 +121,32 @@ def _side(value: Any) -> int:
     if not 1 <= float(value) < 2**16:
         raise ValueError(f"{value!r} is no number of pixels")
     return int(value)
+
+
+def parse_sides(text: str | None) -> tuple[int, int] | None:
+    """``224`` or ``224x160`` → (height, width).
+
+    Raises:
+        PathconvertError: it is neither.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise PathconvertError(f"{text!r} is no size", "Height and width, or one number for both: --size 224")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_values(text: str | None, option: str) -> list[float] | None:
+    """``0.5`` or ``0.485,0.456,0.406`` → a value, or one a channel.
+
+    Raises:
+        PathconvertError: it is neither.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PathconvertError(f"{text!r} are no numbers", f"Such as {option} 0.5, or one a channel") from None
 
 
 def whole_levels(pixels: Tensor) -> Tensor:

@@ -49,14 +49,15 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the held-out images of labelled data."""
     steps = Steps(2)
-    sides, means, stds = _sides(size), _numbers(mean, "--mean"), _numbers(std, "--std")
     with steps.shown():
         with steps.step("load"):
+            from pathconvert.preprocessing import parse_sides, parse_values
             from pathconvert.training.augmentation import Transform, choose_preprocessing
             from pathconvert.training.batches import batches
             from pathconvert.training.data import open_data
             from pathconvert.training.evaluate import evaluate as measure
 
+            sides, means, stds = parse_sides(size), parse_values(mean, "--mean"), parse_values(std, "--std")
             loader = Loader(arch, input_size, num_classes, key, trust_pickle)
             classifier = _open(source, loader, device.value, sides)
             channels = classifier.input_size[0]
@@ -182,21 +183,3 @@ def _labels(classifier: Classifier, classes: int, data: Data) -> tuple[Tensor, s
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def _sides(text: str | None) -> tuple[int, int] | None:
-    """``224`` or ``224x160``."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise PathconvertError(f"{text!r} is no size", "Height and width, or one number for both: --size 224")
-    return int(parts[0]), int(parts[-1])
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    """``0.5`` or ``0.485,0.456,0.406``."""
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PathconvertError(f"{text!r} are no numbers", f"Such as {option} 0.5, or one a channel") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,15 @@ def load_data(network: LoadedNetwork, settings: Settings) -> Data:
     )
 
 
-def begin(network: LoadedNetwork, settings: Settings, path: Path, *, device: str = "auto", force: bool = False) -> Run:
+def begin(
+    network: LoadedNetwork,
+    settings: Settings,
+    path: Path,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+) -> Run:
     """A new run, ready to train.
 
     Args:
@@ -39,13 +46,16 @@ def begin(network: LoadedNetwork, settings: Settings, path: Path, *, device: str
         path: its folder.
         device: ``auto``, ``cuda`` or ``cpu``.
         force: write into a folder that holds something.
+        dry_run: make no folder; the run is there to be looked at.
 
     Raises:
         PathconvertError: as its message says; the folder is made only once all else is ready.
     """
-    fabric = _launched(settings, device, path)
+    fabric = _launched(settings, device, None if dry_run else path)
     data = load_data(network, settings)
     prepared = prepare(network, data, settings)
+    if dry_run:
+        return Run(prepared, data, settings, RunFolder(path), fabric)
     folder = RunFolder.create(path, force=force) if fabric.is_global_zero else RunFolder(path)
     run = Run(prepared, data, settings, folder, fabric)
     run.write_initial()
@@ -79,12 +89,7 @@ def resume(path: Path, *, device: str = "auto") -> Run:
     return run
 
 
-def _launched(settings: Settings, device: str, path: Path) -> Fabric:
-    fabric = make_fabric(settings, device, RunFolder(path))
+def _launched(settings: Settings, device: str, path: Path | None) -> Fabric:
+    fabric = make_fabric(settings, device, None if path is None else RunFolder(path))
     fabric.launch()
     return fabric
-
-
-def evaluated(run: Run) -> dict[str, Any]:
-    """The validation of a run as it stands."""
-    return dataclasses.asdict(run.validate())

@@ -18,7 +18,7 @@ from pathconvert.errors import DataError, PathconvertError
 from pathconvert.files import LoadedNetwork
 from pathconvert.inputs import random_input
 from pathconvert.path_bn import has_path_bn, leave_path_bn
-from pathconvert.preprocessing import Preprocessing
+from pathconvert.preprocessing import Preprocessing, parse_sides, parse_values
 from pathconvert.record import record_of
 from pathconvert.training.augmentation import Transform, preprocessing_of
 from pathconvert.training.batches import batches
@@ -67,7 +67,11 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
     if settings.norm == "bn" and settings.skip_scale is not None:
         raise PathconvertError("--skip-scale belongs to Path-BN", "Leave it out, or give --norm path-bn.")
     chosen = preprocessing_of(
-        network, data, size=_size(settings.size), mean=_numbers(settings.mean), std=_numbers(settings.std)
+        network,
+        data,
+        size=parse_sides(settings.size),
+        mean=parse_values(settings.mean, "--mean"),
+        std=parse_values(settings.std, "--std"),
     )
     notes = [chosen.note] if chosen.note else []
     crop = chosen.preprocessing.crop
@@ -198,21 +202,3 @@ def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, bef
     auxiliary = set(layers) - set(order)  # they run in training mode alone
     rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
     return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 2:
-        raise PathconvertError(f"--size {text} is no size", "Such as 224 or 224x320.")
-    return int(parts[0]), int(parts[-1])
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise PathconvertError(f"{text!r} is no list of numbers", "Such as 0.485,0.456,0.406") from None

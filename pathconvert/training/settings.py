@@ -1,6 +1,7 @@
 """Everything that a fine-tuning run can be told, with its defaults; the options of ``pathconvert finetune``.
 
-This module imports no torch, so that ``--help`` is quick. A run folder keeps the resolved settings as ``config.yaml``; the same form is what ``--config`` reads.
+A run folder keeps the resolved settings as ``config.yaml``, the form that ``--config`` reads. This module imports no
+torch, so that ``--help`` is quick.
 """
 
 from __future__ import annotations

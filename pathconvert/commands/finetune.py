@@ -1,0 +1,228 @@
+"""Training on in path space: finetune."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+import types
+import typing
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pathconvert.commands.console import Steps, emit, facts, note
+from pathconvert.commands.loading import Loader
+from pathconvert.commands.options import Arch, InputSize, Json, Key, TrustPickle
+from pathconvert.errors import PathconvertError
+from pathconvert.training.settings import Settings
+
+if TYPE_CHECKING:
+    from pathconvert.training.loop import Run
+
+
+class TrainingDevice(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+def _finetune(
+    source: Annotated[
+        str | None, typer.Argument(help="A checkpoint of any form, or a torchvision name; none with --resume.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder.", show_default="runs/<stem>-<time>")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML; flags win.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and how, and end.")] = False,
+    device: Annotated[TrainingDevice, typer.Option(help="auto takes a GPU if there is one.")] = TrainingDevice.auto,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    key: Key = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds something.")] = False,
+    as_json: Json = False,
+    trust_pickle: TrustPickle = False,
+    **settings: Any,
+) -> None:
+    """Train a converted network on in path space (a plain one is converted first), on labelled images."""
+    given = {name: _plain(value) for name, value in settings.items() if value is not None}
+    steps = Steps(1)
+    with steps.shown(), steps.step("load and prepare"):
+        if resume is not None:
+            run, folder = _resumed(resume, source, given, config, device.value), resume
+        else:
+            if source is None:
+                raise PathconvertError("nothing to train", "Give a SOURCE, or --resume RUN.")
+            from pathconvert.training.folder import default_folder
+
+            folder = output_dir or default_folder(source)
+            resolved = Settings.from_file(config, given) if config else Settings(**given)
+            if not resolved.data:
+                raise PathconvertError("no images to train on", "Give --data FOLDER, or --data NAME:ROOT.")
+            loader = Loader(arch, input_size, None, key, trust_pickle)
+            run = _begun(source, loader, resolved, folder, device.value, force, dry_run)
+    if run.fabric.is_global_zero:
+        for remark in run.prepared.notes:
+            note(f"note: {remark}")
+    if dry_run:
+        _show_plan(run, str(source or resume), as_json)
+        return
+    result = _trained(run)
+    if not run.fabric.is_global_zero:
+        return
+    from pathconvert.files import trained_file
+
+    best, last = result.best, result.history[-1]
+    rows = {
+        "trained": f"{last['epoch']} epochs, {last['step']} steps",
+        "best": f"top-1 {best['val_top1']:.2%}, top-5 {best['val_top5']:.2%}, loss {best['val_loss']:.4f} "
+        f"(epoch {best['epoch']})",
+        "network": str(trained_file(folder)),
+    }
+    if result.shortened:
+        rows["shortened"] = f"{result.shortened} steps of chains: the rate may be too large"
+    summary = {"folder": str(folder), "network": str(trained_file(folder)), "best": best, "history": result.history}
+    summary |= {"shortened": result.shortened, "seconds": steps.seconds}
+    emit(summary, facts(f"{source or resume} → {folder}", rows), as_json)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: Path | None, device: str) -> Run:
+    extra = source or next((f"--{name.replace('_', '-')}" for name in given), None) or (config and "--config")
+    if extra:
+        raise PathconvertError(
+            f"{extra} cannot be given with --resume: the run's own config.yaml holds", "Begin a new run to change it."
+        )
+    from pathconvert.training.finetune import resume
+
+    return resume(path, device=device)
+
+
+def _begun(
+    source: str, loader: Loader, settings: Settings, folder: Path, device: str, force: bool, dry_run: bool
+) -> Run:
+    from pathconvert.training.finetune import begin
+
+    return begin(loader.open(source), settings, folder, device=device, force=force, dry_run=dry_run)
+
+
+def _show_plan(run: Run, source: str, as_json: bool) -> None:
+    from pathconvert.training.plan import plan
+
+    found = plan(run)
+    chains, memory = found["chains"], found["memory_bytes"]
+    rows = {
+        "form": f"{found['form']}, {found['path_bn_layers']} Path-BN layers, {found['pivots']} pivots",
+        "parameters": ", ".join(f"{count} {kind}" for kind, count in found["parameters"].items() if count),
+        "chains": f"{chains['chains']} over {chains['units']} channels, start {chains['start']}" if chains else "none",
+        "images": f"{found['train_images']} to train on, {found['val_images']} held out, {found['classes']} classes",
+        "steps": f"{found['steps']} in {found['epochs']} epochs, on {found['device']}",
+        "memory": f"{memory['weights'] / 2**20:.0f} MiB weights, {memory['activations'] / 2**20:.0f} MiB activations",
+    }
+    for name, why in chains.get("left", {}).items():
+        rows[f"left: {name}"] = why
+    emit(found | {"source": source}, facts(f"{source}: the plan", rows), as_json)
+
+
+class _Bar:
+    """Progress of a run: on a terminal a bar, and a line an epoch on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("")
+        self._since, self._images = time.perf_counter(), 0
+
+    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int) -> None:
+        """After a batch."""
+        self._images += images
+        rate = self._images / (time.perf_counter() - self._since)
+        text = f"epoch {epoch + 1}: loss {loss:.4f}, top-1 {accuracy:.1%}, {rate:.0f} images/s"
+        self._bar.update(self._task, description=text, completed=done, total=total)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """After an epoch."""
+        note(
+            f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.1%}; held out: loss "
+            f"{row['val_loss']:.4f}, top-1 {row['val_top1']:.2%}; {row['images_per_second']:.0f} images/s"
+        )
+        self._since, self._images = time.perf_counter(), 0
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _trained(run: Run) -> Any:
+    if not run.fabric.is_global_zero:
+        return run.train()
+    with _Bar() as bar:
+        return run.train(bar)
+
+
+# ---- options from the settings -------------------------------------------------------------------------------------
+
+
+def _options() -> list[inspect.Parameter]:
+    """One option for every setting; None where it is not given."""
+    hints = typing.get_type_hints(Settings)
+    return [
+        inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_kind(one.name, hints[one.name]) | None, _option(one)],
+        )
+        for one in dataclasses.fields(Settings)
+    ]
+
+
+def _kind(name: str, hint: Any) -> Any:
+    """What typer reads: a number, a word, or one of several words."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    kind = next(one for one in kinds if one is not types.NoneType)
+    choices = typing.get_args(kind)
+    return (
+        StrEnum(f"{name.title().replace('_', '')}Choice", {c.replace("-", "_"): c for c in choices})
+        if choices
+        else kind
+    )
+
+
+def _option(one: dataclasses.Field[Any]) -> Any:
+    flag = f"--{one.name.replace('_', '-')}"
+    shown = False if one.default in (None, "", False) else str(one.default)
+    return typer.Option(flag, help=one.metadata["help"], show_default=shown)
+
+
+def finetune(**options: Any) -> None:
+    _finetune(**options)
+
+
+def _as_command() -> None:
+    """Give :func:`finetune` the options of :func:`_finetune` and of the settings."""
+    own = inspect.signature(_finetune, eval_str=True)
+    fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fixed[1:]]
+    parameters = [fixed[0], *_options(), *keywords]
+    finetune.__doc__ = _finetune.__doc__
+    finetune.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    finetune.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+_as_command()
