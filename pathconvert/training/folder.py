@@ -15,11 +15,12 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pathconvert.checkpoint import prepare_output, write_atomically
 from pathconvert.errors import CheckpointError, OutputError
@@ -92,7 +93,7 @@ class RunFolder:
     def save(self, state: Mapping[str, Any]) -> None:
         """``last.ckpt``."""
         stored = {"format_version": FORMAT_VERSION, "tool": f"pathconvert {__version__}"} | dict(state)
-        self._write(LAST, lambda path: torch.save(stored, path))
+        self._write(LAST, lambda path: torch.save(stored, path), state["model"])
 
     def load(self) -> dict[str, Any] | None:
         """``last.ckpt``; None where the run ended before it was written.
@@ -115,9 +116,9 @@ class RunFolder:
             )
         return state
 
-    def _write(self, name: str, write: Any) -> None:
+    def _write(self, name: str, write: Callable[[Path], object], tensors: Mapping[str, Tensor] | None = None) -> None:
         path = prepare_output(self.path / name, force=True, source=None, suffixes=(Path(name).suffix,))
-        write_atomically(path, {}, write, lambda _: None, force=True)
+        write_atomically(path, tensors or {}, write, lambda _: None, force=True)
 
 
 def default_folder(source: str) -> Path:

@@ -267,16 +267,16 @@ class Run:
             for other in auxiliary:
                 loss = loss + AUXILIARY * F.cross_entropy(other, targets, label_smoothing=s.label_smoothing)
             self.fabric.backward(loss / s.accumulate)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} in epoch {p.epoch + 1}, batch {p.batch}; the last checkpoint is as it was",
-                f"Try a smaller rate: --lr {s.lr / 3:.1g}, --warmup-steps, or --clip 1.",
-                exit_code=1,
-            )
+            raise self._diverged(f"the loss is {value} in epoch {p.epoch + 1}, batch {p.batch}")
         if last:
             self._step(value)
         return value, int((logits.argmax(1) == labels).sum())
+
+    def _diverged(self, what: str) -> TrainingError:
+        tip = f"Try a smaller rate: --lr {self.settings.lr / 3:.1g}, --warmup-steps, or --clip 1."
+        return TrainingError(f"{what}; the last checkpoint is as it was", tip, exit_code=1)
 
     def _step(self, loss: float) -> None:
         s, p = self.settings, self.position
@@ -294,6 +294,8 @@ class Run:
 
     def _end_of_epoch(self, progress: Progress | None) -> None:
         p = self.position
+        if not all(bool(tensor.isfinite().all()) for tensor in self.raw.state_dict().values()):
+            raise self._diverged(f"weights are no longer finite after epoch {p.epoch + 1}")
         report = self.validate()
         loss, accuracy = self._over_processes(p.loss_sum / p.images, p.correct / p.images)
         row: dict[str, Any] = {
