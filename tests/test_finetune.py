@@ -439,9 +439,9 @@ def test_a_loss_that_is_not_finite_ends_with_1_and_keeps_the_checkpoint(fails, i
     assert state is None or state["position"]["epoch"] == 0
 
 
-def test_weights_that_are_not_finite_end_with_1(weights, images, tmp_path):
+def test_outputs_that_are_not_finite_end_with_1(weights, images, tmp_path):
     made = begin(weights, tmp_path / "run", settings(images, epochs=1, limit_train=8, lr=1e30, optimizer="sgd"))
-    with pytest.raises(TrainingError, match="weights are no longer finite after epoch 1") as caught:
+    with pytest.raises(TrainingError, match="outputs on held-out images are no longer finite after epoch 1") as caught:
         made.train()
     assert caught.value.exit_code == 1
     assert not (tmp_path / "run" / "best.path.safetensors").exists()

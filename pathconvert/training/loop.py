@@ -294,8 +294,6 @@ class Run:
 
     def _end_of_epoch(self, progress: Progress | None) -> None:
         p = self.position
-        if not all(bool(tensor.isfinite().all()) for tensor in self.raw.state_dict().values()):
-            raise self._diverged(f"weights are no longer finite after epoch {p.epoch + 1}")
         report = self.validate()
         loss, accuracy = self._over_processes(p.loss_sum / p.images, p.correct / p.images)
         row: dict[str, Any] = {
@@ -350,10 +348,13 @@ class Run:
             drop_last=False,
         )
         model.eval()
+        epoch = self.position.epoch + 1
 
         def classify(images: Tensor) -> Tensor:
             with self.fabric.autocast():
                 logits: Tensor = _all_logits(model(images.to(self.fabric.device)))[0]
+            if not bool(logits.isfinite().all()):
+                raise self._diverged(f"outputs on held-out images are no longer finite after epoch {epoch}")
             return logits.float()
 
         return evaluate(classify, loader, num_classes=len(self.data.classes))
