@@ -55,6 +55,17 @@ def save_digits(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def save_turned_digits(folder: Path, train: int = 600, val: int = 200) -> Path:
+    """``train/`` and ``val/`` with a folder a class: other digits than the network was trained on, turned by 90°."""
+    images, labels = _digits()
+    for part, start, count in (("val", 0, val), ("train", HELD_OUT, train)):
+        for i in range(start, start + count):
+            place = folder / part / f"digit {int(labels[i])}"
+            place.mkdir(parents=True, exist_ok=True)
+            to_pil_image(images[i].rot90(1, (1, 2))).save(place / f"{i}.png")
+    return folder
+
+
 def _train(model: nn.Module, images: Tensor, labels: Tensor, note: Callable[[str], None]) -> None:
     steps = EPOCHS * (len(images) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

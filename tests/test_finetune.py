@@ -181,6 +181,14 @@ def test_other_classes_get_a_new_head(weights, tmp_path, capsys):
     assert network.model.fc.weight.shape == (5, 8)
 
 
+def test_more_outputs_than_classes(weights, images, tmp_path):
+    made = begin(weights, tmp_path / "run", settings(images, num_classes=5, epochs=1, limit_train=8))
+    made.train()
+    assert open_network(tmp_path / "run").labels == (*CLASSES, "class 3", "class 4")
+    with pytest.raises(DataError, match="has 3 classes, more than --num-classes 2"):
+        begin(weights, tmp_path / "other", settings(images, num_classes=2))
+
+
 def test_a_torchvision_network_gets_a_new_head_and_keeps_its_weights(tmp_path, images):
     torch.manual_seed(0)
     stock = torchvision.models.squeezenet1_1(num_classes=7)

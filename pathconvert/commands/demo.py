@@ -15,9 +15,9 @@ def demo(
     context: typer.Context,
     output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
 ) -> None:
-    """Train a small ResNet on scikit-learn's digits; convert, verify, restore; then Path-BN, ONNX, and its speed."""
+    """Train a small ResNet on scikit-learn's digits; convert, verify, restore; Path-BN, fine-tune; ONNX, its speed."""
     from pathconvert.checkpoint import prepare_output
-    from pathconvert.demo import save_digits, train_digits
+    from pathconvert.demo import save_digits, save_turned_digits, train_digits
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -27,14 +27,15 @@ def demo(
     accuracy = train_digits(source, note)
     note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
     digits = output_dir / "digits"
-    for title, arguments in _lines(output_dir, source, digits, save_digits(digits, 64)):
+    turned = save_turned_digits(output_dir / "turned")
+    for title, arguments in _lines(output_dir, source, digits, save_digits(digits, 64), turned):
         note(f"\n{title}: pathconvert {' '.join(arguments)}")
         context.find_root().command.main(arguments, standalone_mode=False)
 
 
-def _lines(folder: Path, source: Path, digits: Path, images: list[Path]) -> list[tuple[str, list[str]]]:
+def _lines(folder: Path, source: Path, digits: Path, images: list[Path], turned: Path) -> list[tuple[str, list[str]]]:
     """What each command is for, and its arguments."""
-    onnx = str(folder / "digits_resnet18.onnx")
+    onnx, run = str(folder / "digits_resnet18.onnx"), str(folder / "run")
     path, restored, path_bn = (
         str(folder / f"digits_resnet18.{kind}.safetensors") for kind in ("path", "restored", "path-bn")
     )
@@ -43,6 +44,12 @@ def _lines(folder: Path, source: Path, digits: Path, images: list[Path]) -> list
         ("verify", ["verify", str(source), path, "--input-size", "3x32x32", "--images", str(digits)]),
         ("restore", ["restore", path, "--force", "-o", restored]),
         ("Path-BN", ["reparam", path, "--form", "path-bn", "--calibrate", str(digits), "--force", "-o", path_bn]),
+        ("digits turned by 90°, before", ["evaluate", path_bn, "--data", str(turned)]),
+        (
+            "fine-tune in path space",
+            ["finetune", path_bn, "--data", str(turned), "--epochs", "3", "--output-dir", run, "--force"],
+        ),
+        ("digits turned by 90°, after", ["evaluate", run, "--data", str(turned)]),
         ("export", ["export", path_bn, "--images", str(digits), "--force", "-o", onnx]),
         ("predict", ["predict", onnx, *map(str, images[:3]), "--top", "1"]),
         ("latency", ["bench", onnx, str(source), "--input-size", "3x32x32", "--batch", "1,8"]),

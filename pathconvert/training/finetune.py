@@ -82,7 +82,8 @@ def resume(path: Path, *, device: str = "auto") -> Run:
     assert isinstance(preprocessing, Preprocessing)
     metadata: dict[str, Any] = network.metadata or {}
     head = tuple(metadata.get("training", {}).get("head", ()))
-    run = Run(Prepared(network.model, network, preprocessing, head, ()), data, settings, folder, fabric)
+    prepared = Prepared(network.model, network, preprocessing, network.labels or data.classes, head, ())
+    run = Run(prepared, data, settings, folder, fabric)
     state = folder.load()
     if state is not None:
         run.resume(state)

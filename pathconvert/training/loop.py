@@ -138,7 +138,7 @@ class Run:
         self.average = None
         if settings.ema is not None:
             self.average = AveragedModel(self.raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self.mixup = v2.MixUp(alpha=settings.mixup, num_classes=len(data.classes)) if settings.mixup else None
+        self.mixup = v2.MixUp(alpha=settings.mixup, num_classes=len(prepared.labels)) if settings.mixup else None
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
@@ -357,7 +357,7 @@ class Run:
                 raise self._diverged(f"outputs on held-out images are no longer finite after epoch {epoch}")
             return logits.float()
 
-        return evaluate(classify, loader, num_classes=len(self.data.classes))
+        return evaluate(classify, loader, num_classes=len(self.prepared.labels))
 
     def write_initial(self) -> None:
         """``initial``, from which a resumed run builds its network."""
@@ -372,10 +372,11 @@ class Run:
             self.prepared.network,
             self.folder.network(name, self.prepared.form),
             preprocessing=self.prepared.preprocessing,
-            labels=self.data.classes,
+            labels=self.prepared.labels,
             training={
                 "settings": dataclasses.asdict(self.settings),
                 "data_sha256": self.data.digest,
+                "head": list(self.prepared.head),
                 "measured": dict(row) if row else None,
             },
         )

@@ -34,6 +34,7 @@ class Prepared:
         model: float32, in evaluation mode; carries its record unless its form is ``plain``.
         network: where it comes from; its architecture has the head of the data.
         preprocessing: of the images.
+        labels: names of the classes, one for every output.
         head: names of the new head's parameters.
         notes: what was chosen on the way.
     """
@@ -41,6 +42,7 @@ class Prepared:
     model: nn.Module
     network: LoadedNetwork
     preprocessing: Preprocessing
+    labels: tuple[str, ...]
     head: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -85,18 +87,28 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
     )
     head: tuple[str, ...] = ()
     model = network.model
+    labels = _labels(data, settings)
     classes = _class_count(model, network)
-    known_labels = network.labels
-    other_labels = known_labels is not None and tuple(known_labels) != data.classes
-    if classes != len(data.classes) or settings.new_head or other_labels:
+    other_labels = network.labels is not None and tuple(network.labels) != labels
+    if classes != len(labels) or settings.new_head or other_labels:
         plain = restore(model, record) if record else model
-        architecture, model, head = _with_head(network, plain, classes, data, settings.seed)
-        notes.append(f"a new classifier for {len(data.classes)} classes: {', '.join(head)}")
+        architecture, model, head = _with_head(network, plain, classes, len(labels), settings.seed)
+        notes.append(f"a new classifier for {len(labels)} classes: {', '.join(head)}")
         network = dataclasses.replace(network, model=model, architecture=architecture)
     else:
         notes.append(f"the classifier is kept: it has {classes} classes, as the data has")
     model = _in_form(model, network, record, data, settings, Transform(chosen.preprocessing))
-    return Prepared(model.eval(), network, chosen.preprocessing, head, tuple(notes))
+    return Prepared(model.eval(), network, chosen.preprocessing, labels, head, tuple(notes))
+
+
+def _labels(data: Data, settings: Settings) -> tuple[str, ...]:
+    """A name for every output: those of the data, and numbers for outputs that it has no class for."""
+    count = settings.num_classes or len(data.classes)
+    if count < len(data.classes):
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes, more than --num-classes {count}", "Leave it out."
+        )
+    return (*data.classes, *(f"class {i}" for i in range(len(data.classes), count)))
 
 
 def _in_form(
@@ -157,13 +169,13 @@ def _class_count(model: nn.Module, network: LoadedNetwork) -> int:
 
 
 def _with_head(
-    network: LoadedNetwork, plain: nn.Module, classes: int, data: Data, seed: int
+    network: LoadedNetwork, plain: nn.Module, before: int, classes: int, seed: int
 ) -> tuple[architectures.Architecture, nn.Module, tuple[str, ...]]:
-    """The plain network with as many outputs as ``data`` has classes; layers of class scores are initialised anew."""
+    """The plain network with another number of outputs; layers of class scores are initialised anew."""
     old = network.architecture
-    architecture = dataclasses.replace(old, arguments=old.arguments | {"num_classes": len(data.classes)})
+    architecture = dataclasses.replace(old, arguments=old.arguments | {"num_classes": classes})
     fresh, tensors = architectures.build(architecture), plain.state_dict()
-    layers = _classifiers(fresh, plain, network, classes, len(data.classes))
+    layers = _classifiers(fresh, plain, network, before, classes)
     kept = {
         name: tensor if name.rpartition(".")[0] in layers else tensors.get(name, tensor)
         for name, tensor in fresh.state_dict().items()
@@ -174,7 +186,7 @@ def _with_head(
     if odd or not layers:
         what = f"{odd[0]} changes too" if odd else "none is found"
         raise DataError(
-            f"the classifier of {old.name} cannot be replaced by one of {len(data.classes)} classes: {what}",
+            f"the classifier of {old.name} cannot be replaced by one of {classes} classes: {what}",
             "Its builder has to take num_classes.",
         )
     model = architectures.load_tensors(architecture, kept)

@@ -50,6 +50,7 @@ class Settings:
     scope: Literal["block", "network"] | None = _option(None, "Of a plain source's conversion; else block.")
     skip_scale: float | None = _option(None, "λ of Path-BN's skips; else the source's, or 1.", above=0)
     calibration_images: int = _option(512, "Training images that Path-BN's statistics come from.", least=1)
+    num_classes: int | None = _option(None, "Of the classifier; else as many as the data has.", least=1)
     new_head: bool = _option(False, "Begin with a new classifier though the number of classes is the same.")
     freeze_backbone: bool = _option(False, "Train the classifier alone.")
     # the optimizer
