@@ -45,13 +45,14 @@ class PathTensor:
 
     Attributes:
         chain: the chain that the element's column leaves, int64; the number of chains where it is on none.
-        gauge: S_r / S_c, float64; None where all are 1 (gauge ``unit``).
-        skeleton: indices of the pivots, which do not move, [rank, pivots].
+        row_gauge, column_gauge: S_r, and S_c in the shape of ``chain``, float64; None where all are 1.
+        skeleton: places of the pivots, which do not move, in row-major order, int64 [pivots].
         transposed: whether it is a transposed convolution's, [in, out / groups, *kernel].
     """
 
     chain: Tensor
-    gauge: Tensor | None
+    row_gauge: Tensor | None
+    column_gauge: Tensor | None
     skeleton: Tensor
     transposed: bool = False
 
@@ -314,33 +315,40 @@ class _Finder:
         for name, layer in self.layers.items():
             if name in self.parameters:
                 tensor = self._layer_tensor(layer, chain)
-                if tensor.gauge is not None or bool((tensor.chain < count).any()):
+                gauged = tensor.row_gauge is not None or tensor.column_gauge is not None
+                if gauged or bool((tensor.chain < count).any()):
                     found[name] = tensor
         for name, rows in self.vectors.items():
-            if name in self.parameters and self.magnitude is not None and (self.magnitude[rows] != 1).any():
+            if name in self.parameters and (gauge := self._gauge(rows)) is not None:
                 none = torch.full((1,), count)
-                found[name] = PathTensor(
-                    none, torch.from_numpy(self.magnitude[rows]), torch.zeros(1, 0, dtype=torch.int64)
-                )
+                found[name] = PathTensor(none, torch.from_numpy(gauge), None, torch.zeros(0, dtype=torch.int64))
         return found
+
+    def _gauge(self, units: IdVector) -> NDArray[np.float64] | None:
+        """S of units; None where all are 1."""
+        if self.magnitude is None or (self.magnitude[units] == 1).all():
+            return None
+        return self.magnitude[units]
 
     def _layer_tensor(self, layer: _Layer, chain: IdVector) -> PathTensor:
         shape = self.parameters[layer.name].shape
-        gauge = None
-        if self.magnitude is not None:
-            rows, columns = (torch.from_numpy(self.magnitude[units]) for units in (layer.rows, layer.columns))
-            gauge = _along(layer, rows, shape, not layer.transposed) / _along(layer, columns, shape, layer.transposed)
-            gauge = None if bool((gauge == 1).all()) else gauge
-        chains = _along(layer, torch.from_numpy(chain[layer.columns]), shape, layer.transposed)
-        return PathTensor(chains, gauge, self._skeleton(layer, shape), layer.transposed)
+        rows, columns = self._gauge(layer.rows), self._gauge(layer.columns)
+        return PathTensor(
+            _along(layer, torch.from_numpy(chain[layer.columns]), shape, layer.transposed),
+            None if rows is None else _along(layer, torch.from_numpy(rows), shape, not layer.transposed),
+            None if columns is None else _along(layer, torch.from_numpy(columns), shape, layer.transposed),
+            self._skeleton(layer, shape),
+            layer.transposed,
+        )
 
     def _skeleton(self, layer: _Layer, shape: torch.Size) -> Tensor:
         """The pivots' places; none in Path-BN form, whose weights hold zeros there."""
         if layer.name not in self.hosts or layer.name.removesuffix(".weight") in self.path_bn:
-            return torch.zeros(len(shape), 0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64)
         mine = np.flatnonzero(self.usable & (self.host == self.hosts.index(layer.name)))
         centre = [np.full(len(mine), size // 2) for size in shape[2:]]
-        return torch.from_numpy(np.stack([*layer.places(self.row[mine], self.column[mine]), *centre]))
+        places = (*layer.places(self.row[mine], self.column[mine]), *centre)
+        return torch.from_numpy(np.ravel_multi_index(places, tuple(shape)))
 
 
 def _along(layer: _Layer, values: Tensor, shape: torch.Size, first: bool) -> Tensor:

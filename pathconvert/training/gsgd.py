@@ -14,6 +14,7 @@ from torch.optim.sgd import sgd
 from pathconvert.convert import Conversion
 from pathconvert.errors import PathconvertError
 from pathconvert.training.chains import Chains, find_chains
+from pathconvert.training.layout import Layout, WeightPlace
 from pathconvert.training.settings import Start, WeightDecay
 from pathconvert.training.update import PathWeight, chain_values, flow, step_chains, step_weights, with_one
 
@@ -142,14 +143,12 @@ class GSGD(Optimizer):
         """As in torch; a group of :func:`path_parameter_groups` brings its chains."""
         param_group = dict(param_group)
         path: PathGroup | None = param_group.pop("path", None)
+        if path is not None:
+            _refuse_what_has_no_coordinates(path.names, param_group["params"])
+            if param_group.get("weight_norm", self.defaults["weight_norm"]):
+                _refuse_transposed(path.chains[param_group.get("start", self.defaults["start"])])
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        shapes = [p.shape for p in group["params"]]
-        self._paths.append(None if path is None else _Path(path.names, shapes, path.chains[group["start"]]))
-        if path is not None and group["weight_norm"]:
-            transposed = [n for n, t in path.chains[group["start"]].tensors.items() if t.transposed]
-            if transposed:
-                raise PathconvertError(f"weight_norm does not know the transposed convolution {transposed[0]}")
+        self._paths.append(None if path is None else _Path(path, self.param_groups[-1]["params"]))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_paths": self._paths}
@@ -163,7 +162,8 @@ class GSGD(Optimizer):
     @property
     def chains(self) -> list[Chains]:
         """The chains of every path group."""
-        return [path.chains for path in self._paths if path]
+        paired = zip(self.param_groups, self._paths, strict=True)
+        return [path.chains[group["start"]] for group, path in paired if path]
 
     def shortened(self) -> int:
         """How many steps of chains were shortened so far."""
@@ -207,75 +207,62 @@ class GSGD(Optimizer):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _step_path(self, group: dict[str, Any], path: _Path, foreach: bool) -> None:
+        layout = path.layout(group)
         params = dict(zip(path.names, group["params"], strict=True))
-        path.to(group["params"][0].device)
-        weights = [
-            self._path_weight(p, *tensor, group)
-            for name, tensor in path.tensors.items()
-            if (p := params[name]).grad is not None
-        ]
-        starts = [_Values(params[s.name], s) for s in path.starts]
-        d, gradient = self._chains(starts, weights, group, path)
-        d_new, shortened = step_chains(d, gradient, group["lr"])
-        plain = [p for name, p in params.items() if p.grad is not None and name not in path.tensors]
-        ratio = d_new / d / with_one(d_new / d)[path.parent]
-        step_weights(weights, d, d_new, group["lr"], group["momentum"], group["weight_decay"], foreach)
-        self._step_plain(plain, group, foreach)
-        for s in starts:
-            if s.grad is None:
-                continue
-            s.param[s.place.index] = (s.value * ratio[s.place.chain]).to(s.param.dtype)
-            state = self.state[s.param]
-            state["shortened"] += shortened[s.place.chain]
-            if group["momentum"]:
-                state["chain_momentum"].masked_fill_(shortened[s.place.chain], 0)
+        weights = [self._path_weight(params[place.name], place, group) for place in layout.weights]
+        in_weights = {place.name for place in layout.weights}
+        starts = _Starts(layout, [params[place.name] for place in layout.starts], self.state)
+        d = self._chain_values(starts, group)
+        gradient = self._chain_gradient(starts, d, flow(weights, layout.chain, layout.count, foreach), group)
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        ratio, shortened = step_chains(d, gradient, lr)
+        self._step_plain([p for n, p in params.items() if p.grad is not None and n not in in_weights], group, foreach)
+        ratio = starts.moved_by(ratio)  # reads the starts before step_weights writes some of them
+        column_d, column_ratio = with_one(d)[layout.chain], with_one(ratio)[layout.chain]
+        if layout.column_gauge is not None:
+            column_d = column_d / layout.column_gauge
+        step_weights(weights, column_d, column_ratio, lr, group["momentum"], group["weight_decay"], foreach)
+        starts.write(shortened, gradient if group["momentum"] else None)
 
-    def _path_weight(
-        self, p: Tensor, chain: Tensor, gauge: Tensor | None, skeleton: tuple[Tensor, ...], group: dict[str, Any]
-    ) -> PathWeight:
+    def _path_weight(self, p: Tensor, place: WeightPlace, group: dict[str, Any]) -> PathWeight:
         grad = cast(Tensor, p.grad)
         buffer = None
         if group["momentum"]:
-            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer = state["momentum_buffer"]
         rescale = _row_norm(p) if group["weight_norm"] and p.dim() > 1 else None
-        return PathWeight(p, -grad if group["maximize"] else grad, chain, gauge, skeleton, rescale, buffer)
+        return PathWeight(
+            p, -grad if group["maximize"] else grad, place.columns, place.row_gauge, place.skeleton, rescale, buffer
+        )
 
-    def _chains(
-        self, starts: list[_Values], weights: list[PathWeight], group: dict[str, Any], path: _Path
-    ) -> tuple[Tensor, Tensor]:
-        """d of every chain, divided by its anchor, and the step's direction for it, float64 [chains]."""
-        values, upward, norms = (torch.ones_like(path.scale) for _ in range(3))
-        trained = torch.zeros_like(path.parent, dtype=torch.bool)
-        for s in starts:
-            values[s.place.chain] = s.value
-            if s.grad is not None:
-                upward[s.place.chain] = s.value * (-s.grad if group["maximize"] else s.grad)
-                trained[s.place.chain] = True
-            if group["weight_norm"] and s.param.dim() > 1:
-                norms[s.place.chain] = _row_norm(s.param).flatten()[s.place.index[0]].double()
-        d = chain_values(values, path.scale, path.ancestors)
-        for s in starts:
-            state = self.state[s.param]
+    def _chain_values(self, starts: _Starts, group: dict[str, Any]) -> Tensor:
+        """d of every chain, divided by its anchor; ≠ 0, float64 [chains]."""
+        for p, value in zip(starts.params, starts.layout.scatter(starts.value), strict=True):
+            state = self.state[p]
             if "shortened" not in state:
-                state["shortened"] = torch.zeros_like(s.value, dtype=s.param.dtype)
-            if group["anchor"] == "initial":
-                if "anchor" not in state:
-                    state["anchor"] = d[s.place.chain].abs().to(s.param.dtype)
-                values[s.place.chain] = state["anchor"].double()
-        if group["anchor"] == "initial":
-            d = d / values
-        gradient = (upward - flow(weights, d)) / d * norms
-        target = d.sign() if group["decay"] == "basis_path_norm" else torch.zeros_like(d)
-        gradient = gradient + group["weight_decay"] * (d - target)
+                state["shortened"] = torch.zeros_like(value, dtype=p.dtype)
+            if group["anchor"] == "initial" and "anchor" not in state:
+                state["anchor"] = value.abs().to(p.dtype)
+        # ρ_k is a product of |start weights| as d_k is one of start weights, so that S cancels and nothing overflows
+        unit = starts.gather_state("anchor") if group["anchor"] == "initial" else 1 / starts.layout.scale
+        return chain_values(starts.value / unit, starts.layout.ancestors)
+
+    def _chain_gradient(self, starts: _Starts, d: Tensor, flow: Tensor, group: dict[str, Any]) -> Tensor:
+        """The direction of a step for every chain, momentum and weight decay included, float64 [chains]."""
+        upward = starts.value * starts.grad
+        if group["maximize"]:
+            upward = -upward
+        gradient = (upward - starts.layout.of_those_that_move(flow)) / d
+        if group["weight_norm"]:
+            gradient = gradient * starts.row_norms()
+        if group["weight_decay"]:
+            target = d.sign() if group["decay"] == "basis_path_norm" else 0.0
+            gradient = gradient + group["weight_decay"] * (d - target)
         if group["momentum"]:
-            for s in (s for s in starts if s.grad is not None):
-                state = self.state[s.param]
-                mine = gradient[s.place.chain].to(s.param.dtype)
-                if "chain_momentum" in state:
-                    mine = state["chain_momentum"].mul_(group["momentum"]).add_(mine)
-                state["chain_momentum"] = mine
-                gradient[s.place.chain] = mine.double()
-        return d, torch.where(trained, gradient, 0.0)
+            gradient = gradient + group["momentum"] * starts.gather_state("chain_momentum")
+        return gradient if starts.layout.trained is None else torch.where(starts.layout.trained, gradient, 0.0)
 
 
 def _row_norm(weight: Tensor) -> Tensor:
@@ -284,55 +271,130 @@ def _row_norm(weight: Tensor) -> Tensor:
     return norm
 
 
-@dataclass
-class _Place:
-    """The starts that one parameter holds: their chains [starts] and their indices."""
+class _Starts:
+    """The starts of all chains, in the order of the chains, during one step.
 
-    name: str
-    chain: Tensor
-    index: tuple[Tensor, ...]
+    Attributes:
+        layout: of their group.
+        params: that hold them.
+        value: before the step, float64 [chains].
+    """
 
+    def __init__(self, layout: Layout, params: list[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        self.layout, self.params, self.states = layout, params, [state[p] for p in params]
+        self.value = self._gather_elements(params)
 
-class _Values:
-    """The starts in one parameter: their values and gradients, float64 [starts]."""
+    @property
+    def grad(self) -> Tensor:
+        """∂loss/∂value; 0 for constants."""
+        return self._gather_elements([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
 
-    def __init__(self, param: Tensor, place: _Place) -> None:
-        self.param, self.place = param, place
-        self.value = param[place.index].double()
-        self.grad = None if param.grad is None else param.grad[place.index].double()
+    def _gather_elements(self, tensors: list[Tensor]) -> Tensor:
+        return self.layout.gather([place.read(t) for place, t in zip(self.layout.starts, tensors, strict=True)])
+
+    def gather_state(self, key: str) -> Tensor:
+        """What the parameters' states hold under ``key``; 0 where they have none."""
+        return self.layout.gather([state.get(key, torch.zeros_like(state["shortened"])) for state in self.states])
+
+    def row_norms(self) -> Tensor:
+        """L2 norm of every start weight's row; 1 for γ."""
+        ones = [place.chain.new_ones(len(place.chain), dtype=torch.float64) for place in self.layout.starts]
+        return self.layout.gather(
+            [
+                _row_norm(p).flatten()[place.index[0]] if place.index is not None and p.dim() > 1 else one
+                for p, place, one in zip(self.params, self.layout.starts, ones, strict=True)
+            ]
+        )
+
+    def moved_by(self, ratio: Tensor) -> Tensor:
+        """Let every chain's value be multiplied by ``ratio``, as far as the starts' dtypes can say; what it is then."""
+        layout = self.layout
+        own = ratio / with_one(ratio)[layout.home_of_parent]
+        if layout.trained is not None:
+            own = torch.where(layout.trained, own, 1.0)
+        self.new = [part.to(p.dtype) for p, part in zip(self.params, layout.scatter(self.value * own), strict=True)]
+        return chain_values(layout.gather(self.new) / self.value, layout.ancestors)
+
+    def write(self, shortened: Tensor, momentum: Tensor | None) -> None:
+        """The new starts into their parameters; counts and momentum, which is lost where a step was shortened."""
+        counts = self.layout.scatter(shortened)
+        momenta = None if momentum is None else self.layout.scatter(momentum.masked_fill(shortened, 0.0))
+        for i, (place, p, state) in enumerate(zip(self.layout.starts, self.params, self.states, strict=True)):
+            if not place.trained:
+                continue
+            place.write(p, self.new[i])
+            state["shortened"] += counts[i]
+            if momenta is not None:
+                state["chain_momentum"] = momenta[i].to(p.dtype)
 
 
 class _Path:
-    """Chains as steps use them, on the parameters' device.
+    """A path group's chains.
 
     Attributes:
         names: of the group's parameters.
-        tensors: the weights that leave chains: chain, gauge, skeleton.
-        starts: the chains' starts, by the parameter that holds them.
-        parent, scale, ancestors: as in :class:`~pathconvert.training.chains.Chains`.
+        chains: for either choice of start.
     """
 
-    def __init__(self, names: tuple[str, ...], shapes: Sequence[torch.Size], chains: Chains) -> None:
-        self.names, self.chains, self.shapes = names, chains, dict(zip(names, shapes, strict=True))
-        self.to(torch.device("cpu"))
+    def __init__(self, group: PathGroup, params: Sequence[Tensor]) -> None:
+        self.names, self.chains = group.names, group.chains
+        self._shapes = {name: p.shape for name, p in zip(group.names, params, strict=True)}
+        self._layout: tuple[Any, Layout] | None = None
 
-    def to(self, device: torch.device) -> None:
-        """Move what steps use, if it is elsewhere."""
-        if getattr(self, "device", None) == device:
-            return
-        chains, self.device = self.chains, device
-        self.tensors = {
-            name: (
-                tensor.chain.to(device),
-                None if tensor.gauge is None else tensor.gauge.to(device),
-                tuple(tensor.skeleton.to(device).unbind()),
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_layout": None}
+
+    def layout(self, group: Mapping[str, Any]) -> Layout:
+        """The chains for the gradients that the group's parameters have now.
+
+        Raises:
+            PathconvertError: the parameters are on several devices, or have other shapes than at first.
+        """
+        params = dict(zip(self.names, group["params"], strict=True))
+        trained = frozenset(name for name, p in params.items() if p.grad is not None)
+        key = (group["start"], frozenset(p.device for p in params.values()), trained)
+        if self._layout is None or self._layout[0] != key:
+            self._layout = key, self._make_layout(params, *key)
+        return self._layout[1]
+
+    def _make_layout(
+        self, params: Mapping[str, Tensor], start: Start, devices: frozenset[torch.device], trained: frozenset[str]
+    ) -> Layout:
+        if len(devices) > 1:
+            where = ", ".join(sorted(map(str, devices)))
+            raise PathconvertError(f"GSGD's chains run over parameters on several devices: {where}")
+        for name, p in params.items():
+            if p.shape != self._shapes[name]:
+                raise PathconvertError(
+                    f"{name} had the shape {list(self._shapes[name])} and has {list(p.shape)} now: GSGD takes whole "
+                    "parameters, not sharded or flattened ones",
+                    "Train it with DistributedDataParallel.",
+                )
+        return Layout(self.chains[start], self._shapes, trained, *devices)
+
+
+def _refuse_transposed(chains: Chains) -> None:
+    """Rows of transposed convolutions, whose norms ``weight_norm`` needs, are not the weight's first dimension.
+
+    Raises:
+        PathconvertError: there is one.
+    """
+    for name, tensor in chains.tensors.items():
+        if tensor.transposed:
+            raise PathconvertError(f"weight_norm does not know the transposed convolution {name}")
+
+
+def _refuse_what_has_no_coordinates(names: Sequence[str], params: Sequence[Tensor]) -> None:
+    """Path groups take real, whole parameters.
+
+    Raises:
+        PathconvertError: one is of another kind, named.
+    """
+    for name, p in zip(names, params, strict=True):
+        if type(p) not in (Tensor, nn.Parameter):
+            raise PathconvertError(
+                f"{name} is a {type(p).__name__}: GSGD takes whole parameters, not sharded or other special ones",
+                "Train it with DistributedDataParallel.",
             )
-            for name, tensor in chains.tensors.items()
-        }
-        self.starts = []
-        for name in dict.fromkeys(chains.parameter):
-            mine = torch.tensor([i for i, other in enumerate(chains.parameter) if other == name])
-            index = torch.unravel_index(chains.element[mine].to(device), self.shapes[name])
-            self.starts.append(_Place(name, mine.to(device), index))
-        self.parent, self.scale = chains.parent.to(device), chains.scale.to(device)
-        self.ancestors = tuple(above.to(device) for above in chains.ancestors())
+        if not p.is_floating_point():
+            raise PathconvertError(f"{name} is {p.dtype}: path coordinates are real numbers")

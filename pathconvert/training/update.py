@@ -11,11 +11,15 @@ so that, with g = ∂loss/∂w and the sum over all trained weights that leave u
     ∂loss/∂d_k = (w_s · g_s − Σ w · g) / d_k
 
 Coordinates may be divided by a constant ρ_k for every chain: then d_k stands for d_k / ρ_k, and nothing else changes.
-S_r / S_c is 1 in the gauge ``unit`` (``chains.py``). Values of chains are float64; weights keep their own dtype.
+S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). Values of chains are float64; weights keep their own dtype.
+
+What chains say is constant along most dimensions of a weight; its *columns* are the elements of the shape that is left.
+The columns of all weights follow one another in one list, so that the arithmetic on them is done once for all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,39 +37,39 @@ class PathWeight:
     Attributes:
         value: changed in place by :func:`step_weights`.
         grad: ∂loss/∂value; not changed.
-        chain: the chain that each element leaves, broadcastable to the weight; the number of chains for none.
-        gauge: S_r / S_c, broadcastable to the weight; None where it is 1.
-        skeleton: index of the pivots, which do not move.
+        columns: shape of what its columns have, broadcastable to the weight.
+        row_gauge: S_r, broadcastable; None where it is 1.
+        skeleton: index of the pivots, which do not move; None where there is none.
         rescale: factor on the coordinates' gradients, broadcastable (``weight_norm``); None for 1.
         momentum: buffer of the coordinates' gradients, changed in place; None without momentum.
     """
 
     value: Tensor
     grad: Tensor
-    chain: Tensor
-    gauge: Tensor | None
-    skeleton: tuple[Tensor, ...]
+    columns: tuple[int, ...]
+    row_gauge: Tensor | None = None
+    skeleton: tuple[Tensor, ...] | None = None
     rescale: Tensor | None = None
     momentum: Tensor | None = None
 
-    def coordinate_per_weight(self, d: Tensor) -> Tensor:
-        """D, for chains' values ``d`` [chains + 1]; broadcastable to the weight."""
-        per_column = d[self.chain]
-        return (per_column if self.gauge is None else per_column * self.gauge).to(self.value.dtype)
+    def gradient_by_row(self, power: int) -> Tensor:
+        """∂loss/∂value · rescale / S_r to the given power."""
+        gauge = None if self.row_gauge is None else self.row_gauge**-power
+        factors = [f for f in (self.rescale, gauge) if f is not None]
+        return self.grad * math.prod(factors[1:], start=factors[0]).to(self.grad.dtype) if factors else self.grad
 
 
-def chain_values(starts: Tensor, scale: Tensor, ancestors: Sequence[Tensor]) -> Tensor:
-    """d of every chain, [chains]: the product of the start weights from it up.
+def chain_values(starts: Tensor, ancestors: Sequence[Tensor]) -> Tensor:
+    """Of every chain, the product of the start weights from it up, [chains].
 
     Args:
-        starts: the start weights, float64 [chains].
-        scale: S of each, [chains].
+        starts: of every chain, float64 [chains].
         ancestors: the 1st, 2nd, 4th, … ancestor of every chain, [chains + 1] each.
     """
-    d = with_one(starts * scale)
+    product = with_one(starts)
     for above in ancestors:
-        d = d * d[above]
-    return d[:-1]
+        product = product * product[above]
+    return product[:-1]
 
 
 def with_one(per_chain: Tensor) -> Tensor:
@@ -73,69 +77,111 @@ def with_one(per_chain: Tensor) -> Tensor:
     return torch.cat([per_chain, per_chain.new_ones(1)])
 
 
-def flow(weights: Sequence[PathWeight], like: Tensor) -> Tensor:
-    """Σ w · g over the trained weights that leave units of each chain, in the shape of ``like``, float64 [chains]."""
-    total = like.new_zeros(len(like) + 1)
-    for w in weights:
-        product = w.value * w.grad
-        if w.skeleton[0].numel():
-            product[w.skeleton] = 0
-        dims = [d for d, size in enumerate(w.chain.shape) if size == 1]
-        sums = product.sum(dims, keepdim=True, dtype=torch.float64) if dims else product.double()
-        total.index_add_(0, w.chain.flatten(), sums.flatten())
-    return total[:-1]
+def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, foreach: bool) -> Tensor:
+    """Σ w · g over the trained weights that leave units of each chain, float64 [chains + 1], the last for no chain.
+
+    Args:
+        weights: all that are trained.
+        chain: the chain that every column leaves, int64 [columns of all weights]; ``count`` for none.
+        count: of chains.
+        foreach: multiply all weights at once.
+    """
+    total = torch.zeros(count + 1, dtype=torch.float64, device=chain.device)
+    if not weights:
+        return total
+    products = (
+        torch._foreach_mul([w.value for w in weights], [w.grad for w in weights])
+        if foreach
+        else (w.value * w.grad for w in weights)
+    )
+    sums = [_sum_by_column(product, w) for product, w in zip(products, weights, strict=True)]
+    return total.index_add_(0, chain, torch.cat(sums).double())
+
+
+def _sum_by_column(product: Tensor, weight: PathWeight) -> Tensor:
+    """Sums of ``product``, which is changed, over all that is no pivot, flat."""
+    if weight.skeleton is not None:
+        product[weight.skeleton] = 0
+    dims = [d for d, size in enumerate(weight.columns) if size != product.shape[d]]
+    dtype = torch.float32 if product.dtype.itemsize < 4 else product.dtype
+    return product.sum(dims, dtype=dtype).flatten() if dims else product.flatten()
 
 
 def step_chains(d: Tensor, gradient: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
-    """d after a step, and which chains' steps were shortened so that d keeps its sign, [chains] each."""
-    new = d - lr * gradient
-    shortened = new * d.sign() < d.abs() / LARGEST_SHRINK
-    return torch.where(shortened, d / LARGEST_SHRINK, new), shortened
+    """d after a step, divided by d before, and which chains' steps were shortened to keep d's sign, [chains] each."""
+    ratio = 1 - lr * gradient / d
+    shortened = ratio < 1 / LARGEST_SHRINK
+    return ratio.masked_fill(shortened, 1 / LARGEST_SHRINK), shortened
 
 
 def step_weights(
     weights: Sequence[PathWeight],
     d: Tensor,
-    d_new: Tensor,
+    ratio: Tensor,
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     foreach: bool,
 ) -> None:
-    """One step of SGD on the coordinates v of ``weights``, whose chains go from ``d`` to ``d_new``, [chains] each.
+    """One step of SGD on the coordinates v of ``weights``.
 
     With momentum μ and decay λ, as ``torch.optim.SGD`` has them: buffer ← μ · buffer + ∂loss/∂v + λ v.
+
+    Args:
+        weights: changed in place, and so are their buffers.
+        d: d / S_c of every column before the step, float64 [columns of all weights].
+        ratio: d after the step, divided by d before, likewise.
+        lr, momentum, weight_decay, foreach: of the optimizer.
     """
-    d, d_new = with_one(d), with_one(d_new)
-    pivots = [w.value[w.skeleton] for w in weights]
-    values, gradients = [w.value for w in weights], [w.grad for w in weights]
-    before = [w.coordinate_per_weight(d) for w in weights]
-    after = [w.coordinate_per_weight(d_new) for w in weights]
-    scales = [1 if w.rescale is None else w.rescale for w in weights]
+    if not weights:
+        return
+    values = [w.value for w in weights]
+    pivots = [None if w.skeleton is None else w.value[w.skeleton] for w in weights]
     if momentum == 0:  # v − lr (g / D + λ v), divided by the new D
-        keep = [(b / a) * (1 - lr * weight_decay) for b, a in zip(before, after, strict=True)]
-        take = [lr * scale / (b * a) for b, a, scale in zip(before, after, scales, strict=True)]
-        _multiply_and_subtract(values, keep, gradients, take, foreach)
+        steps = [w.gradient_by_row(2) for w in weights]
+        keep, take = (1 - lr * weight_decay) / ratio, lr / (d * d * ratio)
     else:
         buffers = [w.momentum for w in weights if w.momentum is not None]
-        for buffer, w, b, scale in zip(buffers, weights, before, scales, strict=True):
-            buffer.mul_(momentum).addcmul_(w.grad, scale / b)
-            if weight_decay:
-                buffer.addcmul_(w.value, weight_decay * b)
-        keep = [b / a for b, a in zip(before, after, strict=True)]
-        take = [lr / a for a in after]
-        _multiply_and_subtract(values, keep, buffers, take, foreach)
+        gradients = [w.gradient_by_row(1) for w in weights]
+        _multiply_and_add(buffers, momentum, gradients, _split(1 / d, weights), 1.0, foreach)
+        if weight_decay:
+            decayed = [w.value if w.row_gauge is None else w.value * w.row_gauge.to(w.value.dtype) for w in weights]
+            _multiply_and_add(buffers, None, decayed, _split(weight_decay * d, weights), 1.0, foreach)
+        steps = [
+            buffer if w.row_gauge is None else buffer / w.row_gauge.to(buffer.dtype)
+            for buffer, w in zip(buffers, weights, strict=True)
+        ]
+        keep, take = 1 / ratio, lr / (d * ratio)
+    _multiply_and_add(values, _split(keep, weights), steps, _split(take, weights), -1.0, foreach)
     for w, pivot in zip(weights, pivots, strict=True):
-        w.value[w.skeleton] = pivot
+        if pivot is not None and w.skeleton is not None:
+            w.value[w.skeleton] = pivot
 
 
-def _multiply_and_subtract(
-    values: list[Tensor], keep: list[Tensor], steps: list[Tensor], take: list[Tensor], foreach: bool
+def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
+    """What all columns have, for each weight, broadcastable to it and in its dtype."""
+    dtypes = {w.value.dtype for w in weights}
+    if len(dtypes) == 1:
+        columns = columns.to(dtypes.pop())
+    parts = columns.split([math.prod(w.columns) for w in weights])
+    return [part.view(w.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)]
+
+
+def _multiply_and_add(
+    targets: list[Tensor],
+    keep: list[Tensor] | float | None,
+    steps: list[Tensor],
+    take: list[Tensor],
+    sign: float,
+    foreach: bool,
 ) -> None:
-    """values ← keep · values − take · steps; ``keep`` and ``take`` are broadcast."""
+    """targets ← keep · targets + sign · take · steps; ``keep`` and ``take`` are broadcast, no ``keep`` is 1."""
     if foreach:
-        torch._foreach_mul_(values, keep)
-        torch._foreach_addcmul_(values, steps, take, value=-1.0)
+        if keep is not None:
+            torch._foreach_mul_(targets, keep)
+        torch._foreach_addcmul_(targets, steps, take, value=sign)
         return
-    for value, k, step, t in zip(values, keep, steps, take, strict=True):
-        value.mul_(k).addcmul_(step, t, value=-1.0)
+    for i, (target, step, t) in enumerate(zip(targets, steps, take, strict=True)):
+        if keep is not None:
+            target.mul_(keep[i] if isinstance(keep, list) else keep)
+        target.addcmul_(step, t, value=sign)

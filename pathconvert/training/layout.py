@@ -1,0 +1,149 @@
+"""Chains as steps use them: on the parameters' device, for the parameters that have gradients, as few long vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pathconvert.training.chains import Chains, PathTensor
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """What a step knows of a weight that leaves chains: fields of :class:`~pathconvert.training.update.PathWeight`."""
+
+    name: str
+    columns: tuple[int, ...]
+    row_gauge: Tensor | None
+    skeleton: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class StartPlace:
+    """The starts that one parameter holds.
+
+    Attributes:
+        name: of the parameter.
+        chain: their chains, int64 [starts].
+        index: where they are in it; None where they are all of it, in order.
+        trained: whether the parameter has a gradient.
+    """
+
+    name: str
+    chain: Tensor
+    index: tuple[Tensor, ...] | None
+    trained: bool
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The starts' elements of a tensor of the parameter's shape, [starts]."""
+        return tensor if self.index is None else tensor[self.index]
+
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Put ``values`` [starts] at the starts."""
+        if self.index is None:
+            tensor.copy_(values)
+        else:
+            tensor[self.index] = values
+
+
+class Layout:
+    """The chains of one group of parameters.
+
+    Args:
+        chains: of the network.
+        shapes: of the group's parameters, by name.
+        trained: names of those that have gradients; all others are constants.
+        device: of the parameters.
+
+    Attributes:
+        count: number of chains.
+        weights: the trained weights that leave chains.
+        chain: the chain that every column of ``weights`` leaves, int64 [columns of all weights].
+        column_gauge: S_c of every column, likewise; None where it is 1.
+        starts: by the parameter that holds them.
+        order: chains in the order of ``starts``, [chains]; ``place`` is its inverse.
+        scale, ancestors: as in :class:`~pathconvert.training.chains.Chains`.
+        home: [chains + 1], the chain that each moves with: itself, or, where its start is constant, that of its parent.
+        home_of_parent: ``home`` of every chain's parent, [chains].
+        trained: whether each chain's start is trained, [chains]; None where all are.
+    """
+
+    def __init__(
+        self, chains: Chains, shapes: Mapping[str, torch.Size], trained: frozenset[str], device: torch.device
+    ) -> None:
+        self.count = chains.count
+        tensors = {name: tensor for name, tensor in chains.tensors.items() if name in trained}
+        self.weights = [_weight_place(name, tensor, shapes[name], device) for name, tensor in tensors.items()]
+        columns = [w.columns for w in self.weights]
+        self.chain = _joined([t.chain for t in tensors.values()], columns, torch.int64).to(device)
+        self.column_gauge = None
+        if any(t.column_gauge is not None for t in tensors.values()):
+            gauges = [torch.ones(1) if t.column_gauge is None else t.column_gauge for t in tensors.values()]
+            self.column_gauge = _joined(gauges, columns, torch.float64).to(device)
+        held: dict[str, list[int]] = {}
+        for chain, name in enumerate(chains.parameter):
+            held.setdefault(name, []).append(chain)
+        self.starts = [
+            _start_place(name, torch.tensor(mine), chains.element[mine], shapes[name], name in trained, device)
+            for name, mine in held.items()
+        ]
+        self.order = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *(s.chain for s in self.starts)])
+        self.place = torch.argsort(self.order)
+        self.scale = chains.scale.to(device)
+        self.ancestors = tuple(above.to(device) for above in chains.ancestors())
+        moves = torch.tensor([name in trained for name in chains.parameter] + [True])
+        parent = torch.cat([chains.parent, torch.tensor([self.count])])
+        home = torch.where(moves, torch.arange(self.count + 1), parent)
+        for _ in self.ancestors:
+            home = home[home]
+        self.home, self.home_of_parent = home.to(device), home[chains.parent].to(device)
+        self.trained = None if bool(moves.all()) else moves[:-1].to(device)
+
+    def gather(self, parts: list[Tensor]) -> Tensor:
+        """What every parameter of ``starts`` says of its starts → of every chain, float64 [chains]."""
+        return torch.cat(parts)[self.place].double() if parts else self.scale
+
+    def scatter(self, per_chain: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of :meth:`gather`."""
+        parts: tuple[Tensor, ...] = per_chain[self.order].split([len(s.chain) for s in self.starts])
+        return parts
+
+    def of_those_that_move(self, flow: Tensor) -> Tensor:
+        """Sums over what leaves each chain, [chains + 1] → over all that moves with it, [chains]."""
+        if self.trained is not None:
+            flow = torch.zeros_like(flow).index_add_(0, self.home, flow)
+        return flow[:-1]
+
+
+def _weight_place(name: str, tensor: PathTensor, shape: torch.Size, device: torch.device) -> WeightPlace:
+    return WeightPlace(
+        name,
+        _columns(tensor.chain.shape, shape),
+        None if tensor.row_gauge is None else tensor.row_gauge.to(device),
+        tuple(torch.unravel_index(tensor.skeleton.to(device), shape)) if tensor.skeleton.numel() else None,
+    )
+
+
+def _columns(chain: torch.Size, weight: torch.Size) -> tuple[int, ...]:
+    """The shape of a weight's columns: that of its chains, which are written out along the kernel where this is cheap.
+
+    Element by element, a vector as long as the rows is several times as fast as one value for every nine elements.
+    """
+    return (1, *weight[1:]) if chain[0] == 1 and len(weight) > 1 else tuple(chain)
+
+
+def _joined(parts: list[Tensor], columns: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+    """``parts``, each broadcast to its weight's columns, one after another; [columns of all weights]."""
+    flat = [part.to(dtype).broadcast_to(shape).reshape(-1) for part, shape in zip(parts, columns, strict=True)]
+    return torch.cat([torch.zeros(0, dtype=dtype), *flat])
+
+
+def _start_place(
+    name: str, chain: Tensor, element: Tensor, shape: torch.Size, trained: bool, device: torch.device
+) -> StartPlace:
+    whole = len(shape) == 1 and torch.equal(element, torch.arange(shape[0]))
+    index = None if whole else tuple(torch.unravel_index(element.to(device), shape))
+    return StartPlace(name, chain.to(device), index, trained)
