@@ -31,7 +31,7 @@ from pathconvert.training.finetune import begin
 from pathconvert.training.settings import Settings
 
 RATES = (0.003, 0.01, 0.03, 0.1)
-OURS: dict[str, Any] = {"norm": "path-bn", "optimizer": "gsgd", "anchor": "entered"}
+OURS: dict[str, Any] = {"norm": "path-bn", "optimizer": "gsgd", "anchor": "balanced"}
 #: The five methods; then one choice of G-SGD+Path-BN changed at a time.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "SGD+BN": {"norm": "bn", "optimizer": "sgd"},

@@ -158,7 +158,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "skip_scale", "start"), CASES)
 @pytest.mark.parametrize("pivot", ["diagonal", "max"])
-@pytest.mark.parametrize("anchor", ["initial", None])
+@pytest.mark.parametrize("anchor", ["balanced", "initial", None])
 def test_step_is_sgd_on_path_coordinates(name: str, skip_scale: float | None, start: str, pivot: str, anchor) -> None:
     conversion, model, layers, batches = converted(name, pivot, skip_scale=skip_scale)
     expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
@@ -174,11 +174,14 @@ def test_step_is_sgd_on_path_coordinates(name: str, skip_scale: float | None, st
 
 @pytest.mark.parametrize(("name", "skip_scale", "start"), CASES)
 @pytest.mark.parametrize("decay", ["l2", "basis_path_norm"])
-def test_momentum_and_decay_act_on_path_coordinates(name: str, skip_scale: float | None, start: str, decay) -> None:
+@pytest.mark.parametrize("anchor", ["balanced", "initial"])
+def test_momentum_and_decay_act_on_path_coordinates(
+    name: str, skip_scale: float | None, start: str, anchor: str, decay: str
+) -> None:
     conversion, model, layers, batches = converted(name, skip_scale=skip_scale)
     settings = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1}
-    expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, "initial")
-    train(model, GSGD(path_parameter_groups(model), start=start, decay=decay, **settings), batches)
+    expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
+    train(model, GSGD(path_parameter_groups(model), start=start, decay=decay, anchor=anchor, **settings), batches)
     if decay == "basis_path_norm":
         assert expected.chains
     assert_equal(model, expected.train(loss, batches, decay=decay, **settings), 1e-12)
@@ -192,9 +195,10 @@ def rescaled_by_anything(conversion: pathconvert.Conversion, model: nn.Module, s
     return rescale(model, conversion.units.slots, (10**powers).where(torch.tensor(free), 1.0).numpy())
 
 
+@pytest.mark.parametrize("anchor", ["balanced", "initial"])
 @pytest.mark.parametrize(("skip_scale", "start"), [(None, "bn"), (None, "weight"), (0.5, "bn"), (1.0, "weight")])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None, start: str) -> None:
+def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None, start: str, anchor: str) -> None:
     """With either gauge; with pivot rule diagonal, as the others may take other pivots in another rescaling.
 
     Where Path-BN puts in BatchNorms of its own, the gauge decides what eps is beside their variance: there, unit alone.
@@ -211,7 +215,8 @@ def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None
         plain = plain if seed is None else rescaled_by_anything(conversion, plain, seed)
         c = pathconvert.reparameterize(plain.eval(), batches[0], pivot="diagonal", gauge=gauge)
         model = c.model if skip_scale is None else to_path_bn(c, batches, skip_scale)
-        optimizer = GSGD(path_parameter_groups(model.train()), lr=1e-7, momentum=0.5, weight_decay=0.01, start=start)
+        groups = path_parameter_groups(model.train())
+        optimizer = GSGD(groups, lr=1e-7, momentum=0.5, weight_decay=0.01, start=start, anchor=anchor)
         train(model, optimizer, list(itertools.islice(itertools.cycle(batches), 20)))
         outputs.append(torch.stack([model(x) for x in batches]).detach())
     scale = float(outputs[0].abs().max())
@@ -325,7 +330,7 @@ def test_groups_tell_chains_from_the_rest() -> None:
     path, ordinary = path_parameter_groups(model, ordinary_lr=0.3, ordinary_momentum=0.9)
     named = {id(p): name for name, p in model.named_parameters()}
     assert {named[id(p)] for p in path["params"]} == {
-        "conv1.weight", "bn1.weight", "conv2.weight", "conv2.bn.weight", "conv3.weight",
+        "conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "conv2.bn.weight", "conv2.bn.bias", "conv3.weight",
     }  # fmt: skip
     assert (ordinary["lr"], ordinary["momentum"]) == (0.3, 0.9)
     assert len(path["params"]) + len(ordinary["params"]) == len(list(model.parameters()))
@@ -355,7 +360,7 @@ def test_refusals() -> None:
     for setting, message in (
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"momentum": -1.0}, "Invalid momentum value: -1.0"),
-        ({"anchor": "always"}, "Invalid anchor: 'always' is none of 'initial', None"),
+        ({"anchor": "always"}, "Invalid anchor: 'always' is none of 'balanced', 'initial', None"),
         ({"start": "gamma"}, "Invalid start: 'gamma' is none of 'bn', 'weight'"),
         ({"decay": "l1"}, "Invalid decay: 'l1' is none of 'l2', 'basis_path_norm'"),
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),

@@ -45,14 +45,15 @@ class PathTensor:
 
     Attributes:
         chain: the chain that the element's column leaves, int64; the number of chains where it is on none.
-        row_gauge, column_gauge: S_r, and S_c in the shape of ``chain``, float64; None where all are 1.
+        row_unit: the unit of the element's row; the number of units for none, or where a BatchNorm normalises the row.
+        column_unit: the unit that the element's column leaves, in the shape of ``chain``; likewise.
         skeleton: places of the pivots, which do not move, in row-major order, int64 [pivots].
         transposed: whether it is a transposed convolution's, [in, out / groups, *kernel].
     """
 
     chain: Tensor
-    row_gauge: Tensor | None
-    column_gauge: Tensor | None
+    row_unit: Tensor
+    column_unit: Tensor
     skeleton: Tensor
     transposed: bool = False
 
@@ -63,11 +64,13 @@ class Chains:
 
     Attributes:
         start: ``bn`` or ``weight``.
-        tensors: by the parameter's name, for every parameter that takes part beyond a start alone.
+        tensors: by the parameter's name, for every parameter with rows or columns that are units with a pivot.
         parameter: name of the parameter that holds each chain's start, [chains]; parents come before their children.
         element: the start's place in it, counted in row-major order, int64 [chains].
         parent: the chain that the start weight leaves, int64 [chains]; the number of chains where it is on none.
         scale: S_r / S_c of the start weight, float64 [chains].
+        gauge: S of every unit, float64 [units + 1], the last 1; None where all are 1 (gauge ``unit``).
+        balance: 1 / σ of every unit, likewise: σ is the |γ| that makes it, or else the largest |path-value| that does.
         units: number of units on chains.
         left: unit's layer → why units that hold a pivot are on no chain.
     """
@@ -78,6 +81,8 @@ class Chains:
     element: Tensor
     parent: Tensor
     scale: Tensor
+    gauge: Tensor | None
+    balance: Tensor
     units: int
     left: Mapping[str, str]
 
@@ -171,6 +176,13 @@ class _Finder:
             for name, slot in record["tensors"].items()
             if "columns" in slot
         }
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers()).keys()
+        if unknown := [name for name in self.layers if name not in known]:
+            raise RecordError(
+                f"this {type(model).__name__} has no tensor {unknown[0]}, which its record names",
+                "Give the module that reparameterize, to_path_bn or load made, before a wrapper such as torch.compile "
+                "or FullyShardedDataParallel is around it.",
+            )
         self.vectors = {
             self._name_in(model, name): decode_runs(slot["rows"])
             for name, slot in record["tensors"].items()
@@ -234,11 +246,13 @@ class _Finder:
         element = [starts[head].element for head in ordered]
         return Chains(
             self.start,
-            self._tensors(chain, len(ordered)),
+            self._tensors(chain),
             parameter,
             torch.tensor(element, dtype=torch.int64),
             torch.from_numpy(chain[leaves]),
             torch.from_numpy(scale),
+            None if self.magnitude is None else torch.from_numpy(self.magnitude),
+            1 / self._sizes(),
             int((chain[:-1] < len(ordered)).sum()),
             left,
         )
@@ -309,37 +323,66 @@ class _Finder:
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
-    def _tensors(self, chain: IdVector, count: int) -> dict[str, PathTensor]:
-        """All weights that leave chains, and all that the gauge scales."""
+    def _tensors(self, chain: IdVector) -> dict[str, PathTensor]:
+        """All weights, biases, γ and β of units that hold a pivot."""
         found = {}
         for name, layer in self.layers.items():
-            if name in self.parameters:
-                tensor = self._layer_tensor(layer, chain)
-                gauged = tensor.row_gauge is not None or tensor.column_gauge is not None
-                if gauged or bool((tensor.chain < count).any()):
-                    found[name] = tensor
+            if name in self.parameters and (self._holds_pivots(layer.rows) or self._holds_pivots(layer.columns)):
+                found[name] = self._layer_tensor(layer, chain)
         for name, rows in self.vectors.items():
-            if name in self.parameters and (gauge := self._gauge(rows)) is not None:
-                none = torch.full((1,), count)
-                found[name] = PathTensor(none, torch.from_numpy(gauge), None, torch.zeros(0, dtype=torch.int64))
+            if name in self.parameters and self._holds_pivots(rows):
+                none, units = torch.tensor([int(chain[-1])]), torch.from_numpy(self._with_pivot(rows))
+                nowhere = torch.tensor([self.count])
+                found[name] = PathTensor(none, units, nowhere, torch.zeros(0, dtype=torch.int64))
         return found
 
-    def _gauge(self, units: IdVector) -> NDArray[np.float64] | None:
-        """S of units; None where all are 1."""
-        if self.magnitude is None or (self.magnitude[units] == 1).all():
-            return None
-        return self.magnitude[units]
+    def _with_pivot(self, units: IdVector) -> IdVector:
+        """``units``, or the number of units where one holds no pivot."""
+        return np.where((units >= 0) & self.usable[units], units, self.count)
+
+    def _holds_pivots(self, units: IdVector) -> bool:
+        return bool((self._with_pivot(units) < self.count).any())
 
     def _layer_tensor(self, layer: _Layer, chain: IdVector) -> PathTensor:
         shape = self.parameters[layer.name].shape
-        rows, columns = self._gauge(layer.rows), self._gauge(layer.columns)
+        rows, columns = (torch.from_numpy(self._with_pivot(units)) for units in (layer.rows, layer.columns))
+        if layer.name.removesuffix(".weight") in self.path_bn:  # the BatchNorm in it normalises its rows
+            rows = torch.full_like(rows, self.count)
         return PathTensor(
             _along(layer, torch.from_numpy(chain[layer.columns]), shape, layer.transposed),
-            None if rows is None else _along(layer, torch.from_numpy(rows), shape, not layer.transposed),
-            None if columns is None else _along(layer, torch.from_numpy(columns), shape, layer.transposed),
+            _along(layer, rows, shape, not layer.transposed),
+            _along(layer, columns, shape, layer.transposed),
             self._skeleton(layer, shape),
             layer.transposed,
         )
+
+    def _sizes(self) -> Tensor:
+        """σ of every unit, float64 [units + 1]; 1 where it would be 0."""
+        sizes = np.ones(self.count + 1)
+        known = np.append(~self.usable, True)
+        for name in self.gammas & set(self.vectors):
+            self._set_sizes(sizes, known, self.vectors[name], self.parameters[name].detach().abs())
+        for name, layer in self.layers.items():
+            if name not in self.parameters or known[layer.rows].all():
+                continue
+            weight = self.parameters[name].detach().abs().double()
+            weight = weight.flatten(2).amax(2) if weight.dim() > 2 else weight
+            columns = torch.from_numpy(sizes[self._with_pivot(layer.columns)]).to(weight.device)
+            values = weight * _along(layer, columns, weight.shape, layer.transposed)
+            if layer.transposed:
+                values = values.view(layer.groups, -1, values.shape[1]).amax(1).flatten()
+            else:
+                values = values.amax(1)
+            self._set_sizes(sizes, known, layer.rows, values)
+        return torch.from_numpy(sizes)
+
+    @staticmethod
+    def _set_sizes(sizes: NDArray[np.float64], known: NDArray[np.bool_], units: IdVector, values: Tensor) -> None:
+        """Write ``values`` for the units that none is known of; changes both vectors."""
+        found = values.double().numpy(force=True)
+        new = ~known[units] & (found > 0) & np.isfinite(found)
+        sizes[units[new]] = found[new]
+        known[units[new]] = True
 
     def _skeleton(self, layer: _Layer, shape: torch.Size) -> Tensor:
         """The pivots' places; none in Path-BN form, whose weights hold zeros there."""

@@ -18,7 +18,7 @@ from pathconvert.training.layout import Layout, WeightPlace
 from pathconvert.training.settings import Start, WeightDecay
 from pathconvert.training.update import PathWeight, chain_values, flow, step_chains, step_weights, with_one
 
-Anchor = Literal["initial"] | None
+Anchor = Literal["balanced", "initial"] | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ class GSGD(Optimizer):
             denominators, and all others to 0 (Zheng et al. 2018, "Capacity Control of ReLU Neural Networks by
             Basis-path Norm").
         anchor: ``initial`` divides the coordinates of every chain by its |value| at the first step, so that chains
-            begin at ±1; None takes path-values as they are (the papers).
+            begin at ±1. ``balanced`` does so too, and measures every other coordinate in the sizes σ of the units that
+            it connects when the optimizer is made (``Chains.balance``): a weight from unit c to unit r by σ_c / σ_r, a
+            bias, γ or β of unit r by 1 / σ_r, so that no rescaling makes a coordinate's step small or large. None takes
+            path-values as they are (the papers).
         start: where chains begin: ``bn`` or ``weight`` (``chains.py``).
         weight_norm: multiply the gradient of every coordinate by the L2 norm of the weights that point to the same
             unit, the baseline G-SGD+BN(wnorm) of PBN-A 5.1.1.
@@ -120,7 +123,7 @@ class GSGD(Optimizer):
                 raise ValueError(f"Invalid {name}: {value}")
         for name, choice, offered in (
             ("decay", decay, get_args(WeightDecay)),
-            ("anchor", anchor, ("initial", None)),
+            ("anchor", anchor, ("balanced", "initial", None)),
             ("start", start, get_args(Start)),
         ):
             if choice not in offered:
@@ -149,6 +152,10 @@ class GSGD(Optimizer):
                 _refuse_transposed(path.chains[param_group.get("start", self.defaults["start"])])
         super().add_param_group(param_group)
         self._paths.append(None if path is None else _Path(path, self.param_groups[-1]["params"]))
+        if path is not None:
+            group = self.param_groups[-1]
+            chains = path.chains[group["start"]]
+            group["unit_gauge"] = chains.balance if group["anchor"] == "balanced" else chains.gauge
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_paths": self._paths}
@@ -157,7 +164,8 @@ class GSGD(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # torch's own, which a step does not know
+                    group.setdefault(name, value)
 
     @property
     def chains(self) -> list[Chains]:
@@ -182,6 +190,8 @@ class GSGD(Optimizer):
                 loss = closure()
         for group, path in zip(self.param_groups, self._paths, strict=True):
             params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self.state[p]  # an empty one is there too: torch.distributed.checkpoint asks for all
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("GSGD does not support sparse gradients")
             foreach = group["foreach"]
@@ -243,10 +253,10 @@ class GSGD(Optimizer):
             state = self.state[p]
             if "shortened" not in state:
                 state["shortened"] = torch.zeros_like(value, dtype=p.dtype)
-            if group["anchor"] == "initial" and "anchor" not in state:
+            if group["anchor"] is not None and "anchor" not in state:
                 state["anchor"] = value.abs().to(p.dtype)
         # ρ_k is a product of |start weights| as d_k is one of start weights, so that S cancels and nothing overflows
-        unit = starts.gather_state("anchor") if group["anchor"] == "initial" else 1 / starts.layout.scale
+        unit = starts.gather_state("anchor") if group["anchor"] is not None else 1 / starts.layout.scale
         return chain_values(starts.value / unit, starts.layout.ancestors)
 
     def _chain_gradient(self, starts: _Starts, d: Tensor, flow: Tensor, group: dict[str, Any]) -> Tensor:
@@ -352,13 +362,18 @@ class _Path:
         """
         params = dict(zip(self.names, group["params"], strict=True))
         trained = frozenset(name for name, p in params.items() if p.grad is not None)
-        key = (group["start"], frozenset(p.device for p in params.values()), trained)
+        key = (group["start"], frozenset(p.device for p in params.values()), trained, id(group["unit_gauge"]))
         if self._layout is None or self._layout[0] != key:
-            self._layout = key, self._make_layout(params, *key)
+            self._layout = key, self._make_layout(params, group["unit_gauge"], *key[:3])
         return self._layout[1]
 
     def _make_layout(
-        self, params: Mapping[str, Tensor], start: Start, devices: frozenset[torch.device], trained: frozenset[str]
+        self,
+        params: Mapping[str, Tensor],
+        gauge: Tensor | None,
+        start: Start,
+        devices: frozenset[torch.device],
+        trained: frozenset[str],
     ) -> Layout:
         if len(devices) > 1:
             where = ", ".join(sorted(map(str, devices)))
@@ -370,7 +385,7 @@ class _Path:
                     "parameters, not sharded or flattened ones",
                     "Train it with DistributedDataParallel.",
                 )
-        return Layout(self.chains[start], self._shapes, trained, *devices)
+        return Layout(self.chains[start], gauge, self._shapes, trained, *devices)
 
 
 def _refuse_transposed(chains: Chains) -> None:

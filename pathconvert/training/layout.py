@@ -54,6 +54,8 @@ class Layout:
 
     Args:
         chains: of the network.
+        gauge: S of every unit, or what coordinates of rows are multiplied by and of columns divided by in its place,
+            float64 [units + 1]; None where all are 1.
         shapes: of the group's parameters, by name.
         trained: names of those that have gradients; all others are constants.
         device: of the parameters.
@@ -72,17 +74,27 @@ class Layout:
     """
 
     def __init__(
-        self, chains: Chains, shapes: Mapping[str, torch.Size], trained: frozenset[str], device: torch.device
+        self,
+        chains: Chains,
+        gauge: Tensor | None,
+        shapes: Mapping[str, torch.Size],
+        trained: frozenset[str],
+        device: torch.device,
     ) -> None:
         self.count = chains.count
-        tensors = {name: tensor for name, tensor in chains.tensors.items() if name in trained}
-        self.weights = [_weight_place(name, tensor, shapes[name], device) for name, tensor in tensors.items()]
+        gauge = None if gauge is None else gauge.cpu()
+        tensors = {
+            name: tensor
+            for name, tensor in chains.tensors.items()
+            if name in trained and (bool((tensor.chain < self.count).any()) or _is_scaled(tensor, gauge))
+        }
+        self.weights = [_weight_place(name, tensor, gauge, shapes[name], device) for name, tensor in tensors.items()]
         columns = [w.columns for w in self.weights]
         self.chain = _joined([t.chain for t in tensors.values()], columns, torch.int64).to(device)
         self.column_gauge = None
-        if any(t.column_gauge is not None for t in tensors.values()):
-            gauges = [torch.ones(1) if t.column_gauge is None else t.column_gauge for t in tensors.values()]
-            self.column_gauge = _joined(gauges, columns, torch.float64).to(device)
+        if gauge is not None:
+            units = _joined([t.column_unit for t in tensors.values()], columns, torch.int64)
+            self.column_gauge = gauge[units].to(device)
         held: dict[str, list[int]] = {}
         for chain, name in enumerate(chains.parameter):
             held.setdefault(name, []).append(chain)
@@ -118,11 +130,19 @@ class Layout:
         return flow[:-1]
 
 
-def _weight_place(name: str, tensor: PathTensor, shape: torch.Size, device: torch.device) -> WeightPlace:
+def _is_scaled(tensor: PathTensor, gauge: Tensor | None) -> bool:
+    """Whether its coordinates are more than its elements."""
+    return gauge is not None and bool((gauge[tensor.row_unit] != 1).any() or (gauge[tensor.column_unit] != 1).any())
+
+
+def _weight_place(
+    name: str, tensor: PathTensor, gauge: Tensor | None, shape: torch.Size, device: torch.device
+) -> WeightPlace:
+    rows = None if gauge is None else gauge[tensor.row_unit]
     return WeightPlace(
         name,
         _columns(tensor.chain.shape, shape),
-        None if tensor.row_gauge is None else tensor.row_gauge.to(device),
+        None if rows is None or bool((rows == 1).all()) else rows.to(device),
         tuple(torch.unravel_index(tensor.skeleton.to(device), shape)) if tensor.skeleton.numel() else None,
     )
 

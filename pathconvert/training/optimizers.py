@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, settings: Settings, input_size: tuple[int, 
         path_parameter_groups(model, ordinary_lr=settings.ordinary_lr),
         **common,
         decay=settings.decay,
-        anchor="initial" if settings.anchor == "initial" else None,
+        anchor=None if settings.anchor == "none" else settings.anchor,
         start=settings.start,
         weight_norm=settings.weight_norm,
     )

@@ -60,7 +60,9 @@ class Settings:
     momentum: float = _option(0.9, "Of the coordinates.", least=0, below=1)
     weight_decay: float = _option(0.0, "Of the coordinates.", least=0)
     decay: WeightDecay = _option("l2", "What weight decay draws chains to: 0, or 1 (basis_path_norm).")
-    anchor: Literal["initial", "none"] = _option("initial", "Coordinates of chains begin at ±1, or are path-values.")
+    anchor: Literal["balanced", "initial", "none"] = _option(
+        "balanced", "Coordinates in the units' own sizes, only of chains begin at ±1, or path-values as they are."
+    )
     start: Start = _option("bn", "Where chains begin: γ of a BatchNorm, or a weight (the papers).")
     weight_norm: bool = _option(False, "G-SGD with gradients times the norm of a unit's weights (the papers' wnorm).")
     clip: float | None = _option(None, "Clip the gradient's norm.", above=0)

@@ -77,8 +77,9 @@ class PathCoordinates:
             above = 1.0 if chain.parent is None else value[chain.parent]
             value.append(above * float(self.weights[chain.parameter][chain.place]))
         self.values = [abs(v) for v in value]
-        self.rho = [abs(v) if anchor == "initial" else 1.0 for v in value]
-        self.coordinates = {name: w.clone() for name, w in self.weights.items()}
+        self.rho = [abs(v) if anchor else 1.0 for v in value]
+        self.factors = self._factors() if anchor == "balanced" else {}
+        self.coordinates = {name: w * self.factors.get(name, 1.0) for name, w in self.weights.items()}
         for layer in layers:
             for column, unit in enumerate(column_units(layer, self.weights[layer.weight], self.sizes)):
                 if unit in self.chain_of:
@@ -118,14 +119,40 @@ class PathCoordinates:
                 chains.append(Chain(units, layer.weight, centre(w, row, column), parent))
         return chains
 
+    def _factors(self) -> dict[str, Tensor]:
+        """What a coordinate is beside d · w: σ_c / σ_r for a weight, 1 / σ_r for a bias, γ or β."""
+        sigma: dict[Unit | None, float] = {None: 1.0}
+        factors = {}
+        for layer in self.layers:
+            w = self.weights[layer.weight]
+            columns = [sigma.get(unit, 1.0) for unit in column_units(layer, w, self.sizes)]
+            rows = [1.0] * len(w)
+            for row in range(len(w)):
+                unit = (layer.makes, row)
+                if unit not in self.pivots:
+                    continue
+                entering = [float(w[row, c].abs().max()) * size for c, size in enumerate(columns)]
+                sigma[unit] = abs(float(self.weights[layer.gamma][row])) if layer.gamma else max(entering)
+                rows[row] = sigma[unit]
+            vectors = [layer.gamma, layer.gamma.replace("weight", "bias")] if layer.gamma else []
+            vectors += [] if layer.gamma else [layer.weight.replace("weight", "bias")]
+            factors |= {name: 1 / torch.tensor(rows, dtype=torch.float64) for name in vectors if name in self.weights}
+            by_row = torch.tensor(
+                [1.0] * len(w) if layer.gamma else rows, dtype=torch.float64
+            )  # BatchNorm normalises a row's size away
+            ones = [1] * (w.dim() - 2)
+            by_column = torch.tensor(columns, dtype=torch.float64)
+            factors[layer.weight] = by_column.view(1, -1, *ones) / by_row.view(-1, 1, *ones)
+        return factors
+
     def to_weights(self) -> dict[str, Tensor]:
         """Every parameter, as a differentiable function of the coordinates."""
         d = [self.coordinates[chain.parameter][chain.place] for chain in self.chains]
-        weights = dict(self.coordinates)
+        weights = {name: v / self.factors.get(name, 1.0) for name, v in self.coordinates.items()}
         for layer in self.layers:
             units = column_units(layer, self.weights[layer.weight], self.sizes)
             divisor = torch.stack([d[self.chain_of[u]] if u in self.chain_of else d[0] * 0 + 1 for u in units])
-            v = self.coordinates[layer.weight]
+            v = weights[layer.weight]
             weights[layer.weight] = v / divisor.view(1, -1, *[1] * (v.dim() - 2))
         for k, chain in enumerate(self.chains):
             value = d[k] * self.rho[k]
