@@ -54,9 +54,11 @@ def path_parameter_groups(
 
     Raises:
         RecordError: ``model`` carries no record, or one of an older pathconvert.
+        PathconvertError: a parameter is sharded.
     """
     if isinstance(model, Conversion):
         model = model.model
+    _refuse_special(dict(model.named_parameters()))
     starts: tuple[Start, ...] = get_args(Start)
     chains = {start: find_chains(model, start) for start in starts}
     touched = set().union(*(found.parameters() for found in chains.values()))
@@ -147,7 +149,9 @@ class GSGD(Optimizer):
         param_group = dict(param_group)
         path: PathGroup | None = param_group.pop("path", None)
         if path is not None:
-            _refuse_what_has_no_coordinates(path.names, param_group["params"])
+            named = dict(zip(path.names, param_group["params"], strict=True))
+            _refuse_special(named)
+            _refuse_complex(named)
             if param_group.get("weight_norm", self.defaults["weight_norm"]):
                 _refuse_transposed(path.chains[param_group.get("start", self.defaults["start"])])
         super().add_param_group(param_group)
@@ -399,17 +403,22 @@ def _refuse_transposed(chains: Chains) -> None:
             raise PathconvertError(f"weight_norm does not know the transposed convolution {name}")
 
 
-def _refuse_what_has_no_coordinates(names: Sequence[str], params: Sequence[Tensor]) -> None:
-    """Path groups take real, whole parameters.
+def _refuse_special(params: Mapping[str, Tensor]) -> None:
+    """Path coordinates are read from whole parameters: no DTensor, which FSDP makes, and no other subclass.
 
     Raises:
         PathconvertError: one is of another kind, named.
     """
-    for name, p in zip(names, params, strict=True):
+    for name, p in params.items():
         if type(p) not in (Tensor, nn.Parameter):
             raise PathconvertError(
                 f"{name} is a {type(p).__name__}: GSGD takes whole parameters, not sharded or other special ones",
                 "Train it with DistributedDataParallel.",
             )
+
+
+def _refuse_complex(params: Mapping[str, Tensor]) -> None:
+    """Raises PathconvertError where a parameter is not real, as path coordinates are."""
+    for name, p in params.items():
         if not p.is_floating_point():
             raise PathconvertError(f"{name} is {p.dtype}: path coordinates are real numbers")
