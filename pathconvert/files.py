@@ -69,6 +69,11 @@ class LoadedNetwork:
         return self.metadata.get("record") if self.metadata else None
 
     @property
+    def training(self) -> dict[str, Any] | None:
+        """Settings and results of the run that trained it here; None where it was not."""
+        return (self.metadata or {}).get("training")
+
+    @property
     def form(self) -> str:
         """``plain``, ``path`` or ``path-bn``."""
         return str(self.record["form"]) if self.record else "plain"

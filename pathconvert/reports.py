@@ -184,6 +184,8 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
         "wrapper_key": file.key if file else None,
         "sha256": file.sha256 if file else None,
     }
+    if network.training:
+        result["training"] = network.training
     if network.record and network.metadata:
         record = network.record
         result |= {name: record[name] for name in ("scope", "pivot", "gauge", "tool")}
@@ -230,6 +232,11 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
         rows["Path-BN"] = _path_bn_row(result["path_bn"])
     if result.get("source"):
         rows["converted from"] = ", ".join(f"{k} {v}" for k, v in result["source"].items())
+    if result.get("training"):
+        settings, measured = result["training"]["settings"], result["training"].get("measured")
+        rows["fine-tuned"] = f"{settings['optimizer']}, norm {settings['norm']}, on {settings['data']}"
+        if measured:
+            rows["fine-tuned"] += f"; epoch {measured['epoch']}: top-1 {measured['val_top1']:.2%}"
     if result.get("uneven"):
         ratios = [row["largest_over_smallest"] for row in result["uneven"]]
         rows["channel scales"] = f"largest / smallest of a group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"

@@ -126,10 +126,13 @@ def restore(
         "architecture": network.architecture.name,
         "equality": equality.to_json(),
         "bit_identical_to_the_original": identical,
+        "fine_tuned": network.training is not None,
         "seconds": steps.seconds,
     }
     rows = {"network": network.architecture.name, "equality": reports.equality_text(equality)}
-    rows["original file"] = "restored to the bit" if identical else "restored to rounding (2 units in the last place)"
+    exactly = "to the bit" if identical else "to rounding (2 units in the last place)"
+    tuned = "other weights: the network was fine-tuned"
+    rows["original file"] = tuned if network.training else f"restored {exactly}"
     emit(result, facts(f"{source} → {path}", rows | steps.total()), as_json)
 
 

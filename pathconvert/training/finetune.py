@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning_fabric import Fabric
 
@@ -80,8 +79,7 @@ def resume(path: Path, *, device: str = "auto") -> Run:
     assert network.checkpoint is not None
     preprocessing = network.preprocessing
     assert isinstance(preprocessing, Preprocessing)
-    metadata: dict[str, Any] = network.metadata or {}
-    head = tuple(metadata.get("training", {}).get("head", ()))
+    head = tuple((network.training or {}).get("head", ()))
     prepared = Prepared(network.model, network, preprocessing, network.labels or data.classes, head, ())
     run = Run(prepared, data, settings, folder, fabric)
     state = folder.load()

@@ -55,7 +55,7 @@ class Settings:
     freeze_backbone: bool = _option(False, "Train the classifier alone.")
     # the optimizer
     optimizer: Literal["gsgd", "sgd", "path-sgd"] = _option("gsgd", "G-SGD, SGD, or Path-SGD (small networks).")
-    lr: float = _option(0.05, "Learning rate, of which the schedule starts.", above=0)
+    lr: float = _option(0.01, "Learning rate that the schedule begins with.", above=0)
     ordinary_lr: float | None = _option(None, "Of what is on no chain; else --lr.", above=0)
     momentum: float = _option(0.9, "Of the coordinates.", least=0, below=1)
     weight_decay: float = _option(0.0, "Of the coordinates.", least=0)
