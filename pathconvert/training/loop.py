@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,8 +83,6 @@ def make_fabric(settings: Settings, device: str, folder: RunFolder | None = None
     Raises:
         TrainingError: the device was asked for and is not there.
     """
-    import os
-
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda: torch finds no usable GPU", "Leave --device out to train on the CPU.")
     accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
