@@ -26,6 +26,8 @@ from pathconvert.export.runtime import open_session
 from pathconvert.files import LoadedNetwork, load, open_network, save
 from pathconvert.inputs import folder_images, load_images, random_input
 from pathconvert.parts import Traced, trace_network
+from pathconvert.training.finetune import begin
+from pathconvert.training.settings import Settings
 
 DATA = os.environ.get("PATHCONVERT_DATA")
 pytestmark = pytest.mark.skipif(
@@ -276,3 +278,18 @@ def test_path_bn_trains_as_batch_norm_does(resnet56: Real) -> None:
     outputs = [forward_outputs(one, resnet56.images, training=True)[0] for one in (model, m)]
     losses = [float(torch.nn.functional.cross_entropy(output, resnet56.labels)) for output in outputs]
     assert abs(losses[1] / losses[0] - 1) < 0.01, losses
+
+
+def test_fine_tuning_on_other_images(resnet56: Real, tmp_path: Path) -> None:
+    """CIFAR-10's network on Fashion-MNIST: it knows nothing of it at first, and much after twenty steps."""
+    settings = Settings(
+        data=f"fashion-mnist:{DATA}", steps=20, batch_size=32, limit_train=640, limit_val=200, calibration_images=64
+    )
+    run = begin(resnet56.network, settings, tmp_path / "run", device="cpu")
+    before = run.validate()
+    assert before.top1 < 0.3
+    result = run.train()
+    assert result.best["val_top1"] > before.top1 + 0.2
+    assert result.shortened == 0
+    report, _ = export_network(open_network(tmp_path / "run"), tmp_path / "m.onnx")
+    assert report.noise_ratio < 8
