@@ -67,6 +67,30 @@ def run_once(settings: Settings, arch: str, weights: Path) -> dict[str, Any]:
     }
 
 
+def curves(common: Settings, arch: str, weights: Path, name: str, rate: float) -> list[dict[str, Any]]:
+    """The history of one longer run, an epoch a row."""
+    settings = dataclasses.replace(common, lr=rate, steps=None, **CONFIGURATIONS[name])
+    network = open_network(weights, arch=arch, input_size=(3, 32, 32))
+    with tempfile.TemporaryDirectory() as folder:
+        return begin(network, settings, Path(folder) / "run", device="cpu").train().history
+
+
+def plot(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training loss and held-out error over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, rows in histories.items():
+        steps = [row["step"] for row in rows]
+        left.plot(steps, [row["train_loss"] for row in rows], marker=".", label=name)
+        right.plot(steps, [100 * (1 - row["val_top1"]) for row in rows], marker=".", label=name)
+    left.set(xlabel="step", ylabel="training loss (nats)")
+    right.set(xlabel="step", ylabel="held-out error (%)")
+    left.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
 def best_rate(runs: dict[str, Any], name: str, steps: int) -> float | None:
     """The rate with the smallest error of seed 0."""
     errors = {rate: runs.get(_key(name, rate, 0, steps), {}).get("error") for rate in RATES}
@@ -103,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit-val", type=int, default=2000)
     parser.add_argument("--arch", default="cifar_resnet:CifarResNet")
+    parser.add_argument("--curves", type=int, help="Also train SGD+BN and G-SGD+Path-BN for so many epochs, and plot.")
     parser.add_argument("--only", nargs="*", default=list(CONFIGURATIONS), help="Run these configurations alone.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no run after so long.")
     arguments = parser.parse_args()
@@ -142,6 +167,17 @@ def main() -> None:
                 rate = best_rate(runs, name, arguments.steps)
                 if rate is not None:
                     measure(name, rate, seed)
+    if arguments.curves:
+        longer = dataclasses.replace(common, epochs=arguments.curves)
+        weights = data / "weights" / "resnet56_cifar10.pth"
+        histories = {
+            name: curves(longer, arguments.arch, weights, name, best_rate(runs, name, arguments.steps) or 0.03)
+            for name in ("SGD+BN", "G-SGD+Path-BN")
+        }
+        if arguments.output:
+            stored = json.loads(arguments.output.read_text()) | {"curves": histories}
+            arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False))
+            plot(histories, arguments.output.with_suffix(".png"))
     Console().print(show(runs, arguments.steps, arguments.seeds))
 
 

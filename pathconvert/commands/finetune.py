@@ -206,6 +206,8 @@ def _kind(name: str, hint: Any) -> Any:
 
 def _option(one: dataclasses.Field[Any]) -> Any:
     flag = f"--{one.name.replace('_', '-')}"
+    if isinstance(one.default, bool):
+        flag += f"/--no-{one.name.replace('_', '-')}"
     shown = False if one.default in (None, "", False) else str(one.default)
     return typer.Option(flag, help=one.metadata["help"], show_default=shown)
 
