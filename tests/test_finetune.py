@@ -368,7 +368,17 @@ def test_a_dry_run_writes_nothing(weights, images, tmp_path, capsys, monkeypatch
 def test_flags_win_over_the_file(weights, images, tmp_path):
     config = tmp_path / "my.yaml"
     config.write_text(f"data: {images}\nlr: 0.5\nbatch-size: 4\nepochs: 1\nlimit_train: 8\nchannels_last: true\n")
-    options = ("--config", config, "--lr", "0.01", "--no-channels-last", "--device", "cpu", "--output-dir", tmp_path / "run")
+    options = (
+        "--config",
+        config,
+        "--lr",
+        "0.01",
+        "--no-channels-last",
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path / "run",
+    )
     assert run(command("finetune", weights, *SMALL, *options)) == 0
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (stored["lr"], stored["batch_size"], stored["epochs"], stored["channels_last"]) == (0.01, 4, 1, False)
