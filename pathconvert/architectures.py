@@ -484,8 +484,7 @@ def load_tensors(
     differences = differences_to(model, tensors)
     if differences:
         raise ArchitectureError(
-            f"the tensors are not those of {architecture.name} ({_count(differences)}): "
-            + "; ".join(differences[:3]),
+            f"the tensors are not those of {architecture.name} ({_count(differences)}): " + "; ".join(differences[:3]),
             "Check --arch and --num-classes.",
         )
     counters = {

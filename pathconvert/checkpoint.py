@@ -392,9 +392,7 @@ def _parse_metadata(path: Path, text: object) -> dict[str, Any] | None:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def prepare_output(
-    path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES
-) -> Path:
+def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Check, before any work, that ``path`` may be written.
 
     Raises:

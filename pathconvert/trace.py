@@ -318,9 +318,7 @@ class Tracer(TorchFunctionMode):
         def alone(tensor: int, names: dict[int, str]) -> str | None:
             return names.get(tensor) if self._uses[tensor] == 1 else None
 
-        self.trace.steps += [
-            Step(name, alone(read, made_by), alone(made, read_by)) for name, read, made in self._steps
-        ]
+        self.trace.steps += [Step(name, alone(read, made_by), alone(made, read_by)) for name, read, made in self._steps]
 
     def leave_alone(self, tensor: Tensor, reason: str) -> None:
         """Pin a tensor. A parameter without ids gets none: attention has millions of elements to pin one by one."""

@@ -85,9 +85,7 @@ def _clean(proto: onnx.ModelProto) -> None:
     weights = {tensor.name for tensor in graph.initializer}
     taken = {port.name for port in (*graph.input, *graph.output)} | {name for n in graph.node for name in n.output}
     taken |= weights
-    renamed = {
-        name: short for name in weights if (short := name.removeprefix(PREFIX)) != name and short not in taken
-    }
+    renamed = {name: short for name in weights if (short := name.removeprefix(PREFIX)) != name and short not in taken}
     kept = [info for info in proto.graph.value_info if info.name not in weights]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)

@@ -176,7 +176,8 @@ class _Finder:
             for name, slot in record["tensors"].items()
             if "columns" in slot
         }
-        known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | dict(model.named_buffers()).keys()
+        tensors = *model.named_parameters(remove_duplicate=False), *model.named_buffers()
+        known = {name for name, _ in tensors}
         if unknown := [name for name in self.layers if name not in known]:
             raise RecordError(
                 f"this {type(model).__name__} has no tensor {unknown[0]}, which its record names",
