@@ -99,7 +99,7 @@ class PathBN(nn.Module):
         """[N, in, *spatial] → [N, out, *spatial]; the name is that of torch's layers."""
         off_pivot_sum = self._layer(input, self._off_pivot())
         normalised: Tensor = self.bn(off_pivot_sum)
-        return normalised + self._skip(input, off_pivot_sum)
+        return self._add_skip(normalised, input)
 
     # ---- the trained part ------------------------------------------------------------------------------------------
 
@@ -138,18 +138,22 @@ class PathBN(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._plan()
 
-    def _skip(self, x: Tensor, like: Tensor) -> Tensor:
-        """λ Σ m_k z_k, in the shape of ``like``."""
+    def _add_skip(self, normalised: Tensor, x: Tensor) -> Tensor:
+        """``normalised`` + λ Σ m_k z_k; few passes, as each costs about what BatchNorm's does."""
         is_linear = isinstance(self._settings[0], nn.Linear)
-        z = x if is_linear else self._centre_taps(x, like)
+        z = x if is_linear else self._centre_taps(x, normalised)
         dim = -1 if is_linear else 1
         if self._skip_kind != "straight":
             z = z.index_select(dim, self._gather)
-        if not self._unit_gain:
-            z = z * self._gain.to(z.dtype).view([-1] + [1] * (0 if is_linear else x.dim() - 2))
+        if normalised.dtype != z.dtype:  # under autocast
+            dtype = torch.promote_types(normalised.dtype, z.dtype)
+            normalised, z = normalised.to(dtype), z.to(dtype)
+        if self._skip_kind != "scatter" and self._unit_gain:
+            return normalised + z
+        gain = self._gain.to(z.dtype).view([-1] + [1] * (0 if is_linear else x.dim() - 2))
         if self._skip_kind == "scatter":
-            z = torch.zeros_like(like, dtype=z.dtype).index_add(dim, self.pivot_row, z)
-        return z
+            return normalised.index_add(dim, self.pivot_row, z if self._unit_gain else z * gain)
+        return torch.addcmul(normalised, z, gain)
 
     def _centre_taps(self, x: Tensor, like: Tensor) -> Tensor:
         """What the kernel's centre reads, [N, in, *spatial of ``like``]."""

@@ -549,7 +549,7 @@ def test_frozen_layers_stay_frozen() -> None:
 
 
 def test_a_guard_refuses_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PathBN, "_skip", lambda *tensors: torch.zeros_like(tensors[-1]))
+    monkeypatch.setattr(PathBN, "_add_skip", lambda *tensors: tensors[1])
     x = draw(2, 3, 64, 64)
     with pytest.raises(EquivalenceError, match="Path-BN form changed the network's output"):
         pathconvert.to_path_bn(network("resnet18", torch.float64), x)
