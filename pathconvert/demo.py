@@ -59,7 +59,7 @@ def save_turned_digits(folder: Path, train: int = 600, val: int = 200) -> Path:
     """``train/`` and ``val/`` with a folder a class: other digits than the network was trained on, turned by 90°."""
     images, labels = _digits()
     for part, start, count in (("val", 0, val), ("train", HELD_OUT, train)):
-        for i in range(start, start + count):
+        for i in range(len(images))[start : start + count]:
             place = folder / part / f"digit {int(labels[i])}"
             place.mkdir(parents=True, exist_ok=True)
             to_pil_image(images[i].rot90(1, (1, 2))).save(place / f"{i}.png")

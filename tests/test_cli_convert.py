@@ -200,7 +200,7 @@ def test_source_is_never_overwritten(refused, here):
 def test_converted_and_plain_are_not_confused(refused, here):
     assert run(["reparam", "sq.pt", *SMALL]) == 0
     assert refused("reparam", "sq.path.safetensors") == [
-        "error: sq.path.safetensors is converted already",
+        "error: sq.path.safetensors is converted already: it is in path form",
         "tip: Restore it first: pathconvert restore sq.path.safetensors",
     ]
     assert refused("restore", "sq.pt") == [
@@ -314,7 +314,8 @@ def test_demo(tmp_path, capsys, monkeypatch):
     assert "trained a torchvision resnet18 on digits" in printed.err
     assert printed.out.count("passed") == 4
     kinds = ("onnx", "path-bn.safetensors", "path.safetensors", "pt", "restored.safetensors")
-    assert sorted(os.listdir(tmp_path / "demo")) == ["digits", *(f"digits_resnet18.{kind}" for kind in kinds)]
+    expected = ["digits", *(f"digits_resnet18.{kind}" for kind in kinds), "run", "turned"]
+    assert sorted(os.listdir(tmp_path / "demo")) == expected
     assert "× first" in printed.out  # the latency's ratio
 
 

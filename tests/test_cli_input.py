@@ -188,7 +188,7 @@ HEADERS = {
         "random": f"random.pt is unknown binary data (it begins with fa f9 f8 f7 f6 f5 f4 f3); {EXPECTED}",
         "text": f"text.pt is a text file (it begins with 'hello, world'); {EXPECTED}",
         "zip": f"zip.pt is a zip archive without a checkpoint in it (it holds 'readme.txt'); {EXPECTED}",
-        "directory": f"directory.pt is a directory; {EXPECTED}",
+        "directory": "directory.pt is a folder without best.path.safetensors",
         "liar": "liar.safetensors is no intact safetensors file: tensor 'a' needs 8000 bytes, its offsets claim 8.",
         "overlap": "overlap.safetensors is no intact safetensors file: tensors 'a' and 'b' overlap.",
         "huge": "huge.safetensors is no intact safetensors file: its header claims 2000000000 bytes, 51 follow.",
