@@ -4,9 +4,11 @@ Every configuration takes the learning rate of the same grid that does best with
 run is what ``pathconvert finetune`` does, in a folder that is thrown away. Results are written after every run, and
 runs that are there already are not repeated::
 
-    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --output results/finetune_accuracy.json
+    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 100 --curves 4 --output FILE.json
+    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 200 --rates-of 100 --methods \
 
-The network's class is the one in the data's README.md; ``--arch`` says where it is.
+``--rates-of N`` takes the rates from runs of N steps that are there already. The network's class is the one in the
+data's README.md; ``--arch`` says where it is.
 """
 
 from __future__ import annotations
@@ -102,18 +104,20 @@ def _key(name: str, rate: float, seed: int, steps: int) -> str:
     return f"{name} | lr {rate:g} | seed {seed} | {steps} steps"
 
 
-def show(runs: dict[str, Any], steps: int, seeds: int) -> Table:
-    table = Table(title=f"Error in % after {steps} steps (rate: the best of {', '.join(map(str, RATES))} with seed 0)")
+def show(runs: dict[str, Any], steps: int, grid: int, seeds: int) -> Table:
+    """A row for every configuration; rates were chosen after ``grid`` steps."""
+    chosen = f"rate: the best of {', '.join(map(str, RATES))} after {grid} steps with seed 0"
+    table = Table(title=f"Error in % after {steps} steps ({chosen})")
     for column in ("method", "rate", "error", "± standard error", "seeds", "diverged at"):
         table.add_column(column)
     for name in CONFIGURATIONS:
-        rate = best_rate(runs, name, steps)
-        if rate is None:
+        rate = best_rate(runs, name, grid)
+        if rate is None or _key(name, rate, 0, steps) not in runs:
             continue
         found = [runs.get(_key(name, rate, seed, steps), {}).get("error") for seed in range(seeds)]
         errors = [error for error in found if error is not None]
         spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else float("nan")
-        diverged = [f"{r:g}" for r in RATES if "failed" in runs.get(_key(name, r, 0, steps), {})]
+        diverged = [f"{r:g}" for r in RATES if "failed" in runs.get(_key(name, r, 0, grid), {})]
         row = (f"{rate:g}", f"{statistics.mean(errors):.2f}", f"{spread:.2f}", str(len(errors)))
         table.add_row(name, *row, ", ".join(diverged))
     return table
@@ -128,7 +132,8 @@ def main() -> None:
     parser.add_argument("--limit-val", type=int, default=2000)
     parser.add_argument("--arch", default="cifar_resnet:CifarResNet")
     parser.add_argument("--curves", type=int, help="Also train SGD+BN and G-SGD+Path-BN for so many epochs, and plot.")
-    parser.add_argument("--only", nargs="*", default=list(CONFIGURATIONS), help="Run these configurations alone.")
+    parser.add_argument("--rates-of", type=int, metavar="STEPS", help="Choose rates among the runs of so many steps.")
+    parser.add_argument("--methods", action="store_true", help="The five methods alone, not G-SGD's choices.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no run after so long.")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -141,44 +146,48 @@ def main() -> None:
         steps=arguments.steps,
         epochs=1,
     )
-    runs: dict[str, Any] = {}
+    stored: dict[str, Any] = {"runs": {}}
     if arguments.output and arguments.output.exists():
-        runs = json.loads(arguments.output.read_text())["runs"]
+        stored = json.loads(arguments.output.read_text())
+    runs = stored["runs"]
     begun = time.monotonic()
 
     def measure(name: str, rate: float, seed: int) -> None:
         key = _key(name, rate, seed, arguments.steps)
-        if key in runs or name not in arguments.only or time.monotonic() - begun > 60 * arguments.minutes:
+        if key in runs or time.monotonic() - begun > 60 * arguments.minutes:
             return
         settings = dataclasses.replace(common, lr=rate, seed=seed, **CONFIGURATIONS[name])
         runs[key] = run_once(settings, arguments.arch, data / "weights" / "resnet56_cifar10.pth")
         print(key, runs[key], flush=True)
         if arguments.output:
-            about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "batch": arguments.batch_size}
-            arguments.output.write_text(json.dumps({"about": about, "runs": runs}, indent=1, ensure_ascii=False))
+            stored["about"] = {
+                "torch": torch.__version__, "threads": torch.get_num_threads(), "batch": arguments.batch_size,
+            }  # fmt: skip
+            arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
     names = list(CONFIGURATIONS)
-    for part in (names[:5], names[5:]):
-        for name in part:
+    grid = arguments.rates_of or arguments.steps
+    for part in (names[:5],) if arguments.methods else (names[:5], names[5:]):
+        for name in part if grid == arguments.steps else ():
             for rate in RATES:
                 measure(name, rate, 0)
-        for seed in range(1, arguments.seeds):
+        for seed in range(arguments.seeds):
             for name in part:
-                rate = best_rate(runs, name, arguments.steps)
+                rate = best_rate(runs, name, grid)
                 if rate is not None:
                     measure(name, rate, seed)
     if arguments.curves:
         longer = dataclasses.replace(common, epochs=arguments.curves)
         weights = data / "weights" / "resnet56_cifar10.pth"
         histories = {
-            name: curves(longer, arguments.arch, weights, name, best_rate(runs, name, arguments.steps) or 0.03)
+            name: curves(longer, arguments.arch, weights, name, best_rate(runs, name, grid) or 0.03)
             for name in ("SGD+BN", "G-SGD+Path-BN")
         }
         if arguments.output:
-            stored = json.loads(arguments.output.read_text()) | {"curves": histories}
-            arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False))
+            stored["curves"] = histories
+            arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
             plot(histories, arguments.output.with_suffix(".png"))
-    Console().print(show(runs, arguments.steps, arguments.seeds))
+    Console().print(show(runs, arguments.steps, grid, arguments.seeds))
 
 
 if __name__ == "__main__":
