@@ -5,7 +5,7 @@ run is what ``pathconvert finetune`` does, in a folder that is thrown away. Resu
 runs that are there already are not repeated::
 
     PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 100 --curves 4 --output FILE.json
-    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 200 --rates-of 100 --methods \
+    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 200 --rates-of 100 --methods …
 
 ``--rates-of N`` takes the rates from runs of N steps that are there already. The network's class is the one in the
 data's README.md; ``--arch`` says where it is.
