@@ -367,7 +367,7 @@ def test_a_dry_run_writes_nothing(weights, images, tmp_path, capsys, monkeypatch
 
 def test_flags_win_over_the_file(weights, images, tmp_path):
     config = tmp_path / "my.yaml"
-    config.write_text(f"data: {images}\nlr: 0.5\nbatch-size: 4\nepochs: 1\nlimit_train: 8\nchannels_last: true\n")
+    config.write_text(f"data: {images}\nlr: 0.5\nbatch-size: 4\nepochs: 1\nlimit_train: 8\nchannels_last: true\nclip: 1e3\n")
     options = (
         "--config",
         config,
@@ -382,6 +382,7 @@ def test_flags_win_over_the_file(weights, images, tmp_path):
     assert run(command("finetune", weights, *SMALL, *options)) == 0
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (stored["lr"], stored["batch_size"], stored["epochs"], stored["channels_last"]) == (0.01, 4, 1, False)
+    assert stored["clip"] == 1000  # which YAML 1.1 reads as a text
     assert Settings.from_file(tmp_path / "run" / "config.yaml", {}) == Settings(**stored)
 
 
@@ -449,6 +450,14 @@ def test_a_full_folder_is_not_written_into(fails, images, trained):
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
     assert "holds something already" in fails("--data", images, "--output-dir", trained)
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+def test_force_leaves_nothing_of_an_earlier_run(weights, images, tmp_path):
+    folder = tmp_path / "run"
+    begin(weights, folder, settings(images, epochs=1)).train()
+    begin(weights, folder, settings(images, epochs=1, norm="bn", optimizer="sgd"), force=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "initial.safetensors", "tensorboard"}
 
 
 def test_a_loss_that_is_not_finite_ends_with_1_and_keeps_the_checkpoint(fails, images, tmp_path):

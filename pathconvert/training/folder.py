@@ -57,7 +57,8 @@ class RunFolder:
                 f"{path} holds something already.",
                 "Give another --output-dir, --resume it, or --force.",
             )
-        for name in (CONFIG, LAST, METRICS, CURVES):
+        networks = (f"{name}{suffix}" for name in ("initial", "best") for suffix in (".safetensors", ".path.safetensors"))
+        for name in (CONFIG, LAST, METRICS, CURVES, *networks):  # nothing of an earlier run passes for this one's
             (path / name).unlink(missing_ok=True)
         return RunFolder(path)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,11 @@ class Settings:
             raise PathconvertError(
                 f"{path}: there is no setting {unknown[0]!r}", f"There are {', '.join(sorted(known))}."
             )
+        hints = typing.get_type_hints(Settings)
+        for name, value in stored.items():
+            if isinstance(value, str) and float in (hints[name], *typing.get_args(hints[name])):
+                with suppress(ValueError):  # YAML 1.1 reads 1e-3 as a text
+                    stored[name] = float(value)
         return Settings(**(stored | flags))
 
 
