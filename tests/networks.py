@@ -43,6 +43,17 @@ def network(name: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> 
     return randomise(model)
 
 
+def narrow_classifier(model: nn.Module) -> nn.Module:
+    """AlexNet and VGG with 64 hidden units in the classifier, not 4096: conversions would take minutes."""
+    linear = [module for module in model.classifier if isinstance(module, nn.Linear)]
+    widths = [(linear[0].in_features, 64), (64, 64), (64, CLASSES)]
+    layers = iter(nn.Linear(*width, dtype=torch.float64) for width in widths)
+    for i, module in enumerate(model.classifier):
+        if isinstance(module, nn.Linear):
+            model.classifier[i] = next(layers)
+    return model
+
+
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
     """Random numbers for every parameter and statistic of ``model``, the same for the same names and shapes."""

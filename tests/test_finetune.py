@@ -367,7 +367,9 @@ def test_a_dry_run_writes_nothing(weights, images, tmp_path, capsys, monkeypatch
 
 def test_flags_win_over_the_file(weights, images, tmp_path):
     config = tmp_path / "my.yaml"
-    config.write_text(f"data: {images}\nlr: 0.5\nbatch-size: 4\nepochs: 1\nlimit_train: 8\nchannels_last: true\nclip: 1e3\n")
+    config.write_text(
+        f"data: {images}\nlr: 0.5\nbatch-size: 4\nepochs: 1\nlimit_train: 8\nchannels_last: true\nclip: 1e3\n"
+    )
     options = (
         "--config",
         config,

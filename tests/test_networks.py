@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import CLASSES, network
+from networks import CLASSES, narrow_classifier, network
 from torch import Tensor, nn
 
 from pathconvert.architectures import Architecture, build, resolve
@@ -280,17 +280,6 @@ def test_s3d_at_its_own_size() -> None:
 
 
 # ---- every combination ------------------------------------------------------------------------------------------
-
-
-def narrow_classifier(model: nn.Module) -> nn.Module:
-    """AlexNet and VGG with 64 hidden units in the classifier, not 4096: twelve conversions would take a minute."""
-    linear = [module for module in model.classifier if isinstance(module, nn.Linear)]
-    widths = [(linear[0].in_features, 64), (64, 64), (64, CLASSES)]
-    layers = iter(nn.Linear(*width, dtype=torch.float64) for width in widths)
-    for i, module in enumerate(model.classifier):
-        if isinstance(module, nn.Linear):
-            model.classifier[i] = next(layers)
-    return model
 
 
 SMALLEST = [

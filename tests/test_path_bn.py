@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import network
+from networks import narrow_classifier, network
 from reference.path_bn import path_bn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,9 +203,11 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
     """All families, on calibration images; DenseNet's second convolutions have neither BatchNorm nor bias."""
-    size = {"inception_v3": (75, 75), "r3d_18": (4, 32, 32)}.get(name, (64, 64))
+    size = {"inception_v3": (75, 75), "r3d_18": (4, 32, 32), "vgg11_bn": (32, 32)}.get(name, (64, 64))
     arguments = {"aux_logits": False} if name == "inception_v3" else {}  # its auxiliary head wants 299 pixels
     model, x = network(name, torch.float64, **arguments), draw(2, 3, *size)
+    if name in ("alexnet", "vgg11_bn"):
+        model = narrow_classifier(model)
     m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, pivot="max"), x, calibration=x)
     assert len(layers(m)) == NETWORKS[name], m.path_record["path_bn"]["left"]
     assert error(output(m, x), output(model, x)) < 1e-10
