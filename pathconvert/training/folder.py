@@ -57,10 +57,11 @@ class RunFolder:
                 f"{path} holds something already.",
                 "Give another --output-dir, --resume it, or --force.",
             )
-        networks = (f"{name}{suffix}" for name in ("initial", "best") for suffix in (".safetensors", ".path.safetensors"))
-        for name in (CONFIG, LAST, METRICS, CURVES, *networks):  # nothing of an earlier run passes for this one's
-            (path / name).unlink(missing_ok=True)
-        return RunFolder(path)
+        folder = RunFolder(path)
+        networks = (folder.network(name, form) for name in ("initial", "best") for form in ("plain", "path"))
+        for file in (*(path / name for name in (CONFIG, LAST, METRICS, CURVES)), *networks):
+            file.unlink(missing_ok=True)  # nothing of an earlier run passes for this one's
+        return folder
 
     @staticmethod
     def open(path: Path) -> RunFolder:
