@@ -555,7 +555,8 @@ def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> 
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
         reason = "the file would be too large" if error.errno == errno.EFBIG else "disk full"
-        return OutputError(f"{path} was not written: {reason}: {needed:.1f} MB needed.", "Free space, or give -o.")
+        how_much = f": {needed:.1f} MB needed" if tensors else ""
+        return OutputError(f"{path} was not written: {reason}{how_much}.", "Free space, or write elsewhere.")
     reason = error.strerror or type(error).__name__
     return OutputError(f"{path} was not written: {reason}.", "Give another output with -o.")
 

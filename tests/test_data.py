@@ -409,7 +409,7 @@ def network_of(name: str = "resnet18", size: tuple[int, ...] | None = (3, 224, 2
 
 def data_of(height: int, width: int) -> Data:
     images = Images.of(["0"], [0], Array(torch.zeros(1, height, width, 3, dtype=torch.uint8), 3))
-    return Data("x", ("a", "b"), images, images, 3, (height, width), "")
+    return Data("x", ("a", "b"), images, images, 3, (height, width), "", split=False)
 
 
 def test_the_networks_own_preprocessing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -462,15 +463,20 @@ def test_force_leaves_nothing_of_an_earlier_run(weights, images, tmp_path):
     assert names == {"config.yaml", "initial.safetensors", "tensorboard"}
 
 
-def test_a_loss_that_is_not_finite_ends_with_1_and_keeps_the_checkpoint(fails, images, tmp_path):
-    out = ("--output-dir", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        ("10", r"the loss is (nan|inf) in epoch 1, batch 2"),
+        ("1e-9", r"outputs are no longer finite after epoch 1, batch 1"),  # looked at before a checkpoint is written
+    ],
+)
+def test_a_network_that_is_not_finite_ends_with_1_and_leaves_no_checkpoint(fails, images, tmp_path, minutes, said):
     line = fails(
-        "--data", images, *out, "--optimizer", "sgd", "--norm", "bn", "--lr", "1e30", "--batch-size", 8,
-        "--checkpoint-minutes", "1e-9", code=1,
+        "--data", images, "--output-dir", tmp_path / "run", "--optimizer", "sgd", "--norm", "bn", "--lr", "1e30",
+        "--batch-size", 8, "--checkpoint-minutes", minutes, code=1,
     )  # fmt: skip
-    assert "the loss is nan in epoch 1, batch" in line or "the loss is inf in epoch 1, batch" in line
-    state = RunFolder(tmp_path / "run").load()
-    assert state is None or state["position"]["epoch"] == 0
+    assert re.search(said + "; there is no checkpoint yet", line)
+    assert RunFolder(tmp_path / "run").load() is None
 
 
 def test_outputs_that_are_not_finite_end_with_1(weights, images, tmp_path):

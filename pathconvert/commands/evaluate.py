@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,8 +31,12 @@ def evaluate(
     data: DataSpec,
     batch_size: Annotated[int, typer.Option(help="Images a call.", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Take so many images, evenly from the classes.", min=1)] = None,
-    val_fraction: Annotated[float, typer.Option(help="Of one folder of class folders, the share held out.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of that choice and of --limit.", min=0)] = 0,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Of one folder of class folders, the share held out; else the run's, or 0.1.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of that choice and of --limit; else the run's, or 0.", min=0)
+    ] = None,
     device: Device = DeviceChoice.auto,
     workers: Annotated[int, typer.Option(help="Processes that read images.", min=0)] = 0,
     size: Annotated[
@@ -59,7 +63,9 @@ def evaluate(
 
             sides, means, stds = parse_sides(size), parse_values(mean, "--mean"), parse_values(std, "--std")
             loader = Loader(arch, input_size, num_classes, key, trust_pickle)
-            classifier = _open(source, loader, device.value, sides)
+            classifier, run = _open(source, loader, device.value, sides)
+            seed = run.get("seed", 0) if seed is None else seed
+            val_fraction = run.get("val_fraction", 0.1) if val_fraction is None else val_fraction
             channels = classifier.input_size[0]
             found = open_data(data, val_fraction=val_fraction, seed=seed, limit_val=limit, channels=channels)
             chosen = choose_preprocessing(classifier.preprocessing, classifier.input_size, mean=means, std=stds)
@@ -79,7 +85,12 @@ def evaluate(
             report = measure(_classify(classifier), made, num_classes=classes, progress=steps.part)
     if classifier.fallback:
         note(f"note: {source} runs on the CPU: {classifier.fallback}")
-    for text in (chosen.note, remark):
+    unknown = ""
+    if found.split and not run:
+        unknown = (
+            f"{val_fraction:g} of {data} is held out, chosen by seed {seed}: not what a run by another seed held out"
+        )
+    for text in (chosen.note, remark, unknown):
         if text:
             note(f"note: {text}")
     rows = {
@@ -97,8 +108,8 @@ def evaluate(
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _open(source: str, loader: Loader, device: str, sides: tuple[int, int] | None) -> Classifier:
-    """The source as a classifier, for inputs of ``sides`` where given."""
+def _open(source: str, loader: Loader, device: str, sides: tuple[int, int] | None) -> tuple[Classifier, dict[str, Any]]:
+    """The source as a classifier, for inputs of ``sides`` where given; settings of the run that fine-tuned it."""
     from pathconvert.export.classifiers import session_classifier, torch_classifier
     from pathconvert.export.runtime import open_session
 
@@ -107,12 +118,12 @@ def _open(source: str, loader: Loader, device: str, sides: tuple[int, int] | Non
         session = open_session(source, device)
         fixed = session.input_shape[1] if len(session.input_shape) > 1 else None
         channels = fixed if isinstance(fixed, int) else 3
-        return session_classifier(session, (channels, *sides) if sides else loader.size)
+        return session_classifier(session, (channels, *sides) if sides else loader.size), {}
     network = loader.open(source)
     if sides:
         channels = (network.architecture.input_size or (3,))[0]
         network = replace(network, architecture=replace(network.architecture, input_size=(channels, *sides)))
-    return torch_classifier(source, network, device)
+    return torch_classifier(source, network, device), (network.training or {}).get("settings", {})
 
 
 def _classify(classifier: Classifier) -> Callable[[Tensor], Tensor]:

@@ -54,6 +54,8 @@ def _finetune(
     steps = Steps(1)
     with steps.shown(), steps.step("load and prepare"):
         if resume is not None:
+            others = {"output_dir": output_dir, "arch": arch, "input_size": input_size, "key": key, "force": force}
+            given |= {name: value for name, value in others.items() if value}
             run, folder = _resumed(resume, source, given, config, device.value), resume
         else:
             if source is None:
@@ -96,14 +98,16 @@ def _plain(value: Any) -> Any:
 
 
 def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: Path | None, device: str) -> Run:
-    extra = source or next((f"--{name.replace('_', '-')}" for name in given), None) or (config and "--config")
+    options = [f"--{name.replace('_', '-')}" for name in given if name != "data"]
+    extra = source or next(iter(options), None) or (config and "--config")
     if extra:
         raise PathconvertError(
-            f"{extra} cannot be given with --resume: the run's own config.yaml holds", "Begin a new run to change it."
+            f"{extra} cannot be given with --resume: the run's own config.yaml holds",
+            "Begin a new run to change it; --data alone may say where the images are now.",
         )
     from pathconvert.training.finetune import resume
 
-    return resume(path, device=device)
+    return resume(path, device=device, data=given.get("data"))
 
 
 def _begun(

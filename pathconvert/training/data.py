@@ -30,6 +30,7 @@ class Data:
         channels: of every image, 1 or 3.
         image_size: (height, width) of the first training image; others may differ.
         digest: SHA-256 of the classes and, of both parts, all names and labels in their order.
+        split: whether chance chose what is held out, from one folder.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Data:
     channels: int
     image_size: tuple[int, int]
     digest: str
+    split: bool
 
 
 def open_data(
@@ -72,7 +74,7 @@ def open_data(
     train, val = (_limited(part, limit, seed) for part, limit in ((train, limit_train), (val, limit_val)))
     height, width = train[0][0].shape[1:]
     digest = _digest(source.classes, train, val)
-    return Data(str(spec), source.classes, train, val, channels, (height, width), digest)
+    return Data(str(spec), source.classes, train, val, channels, (height, width), digest, split=source.val is None)
 
 
 def _source(spec: str | Path, channels: int) -> Source:

@@ -64,27 +64,34 @@ def begin(
     return run
 
 
-def resume(path: Path, *, device: str = "auto") -> Run:
+def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
     """The run in a folder, where its last checkpoint left it.
+
+    Args:
+        path: of the folder.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        data: where the run's images are now, if elsewhere.
 
     Raises:
         CheckpointError: no run began there, or its files are damaged.
         DataError: the data set changed.
     """
     folder = RunFolder.open(path)
-    settings = Settings.from_file(path / CONFIG, {})
+    settings = Settings.from_file(path / CONFIG, {} if data is None else {"data": data})
     fabric = _launched(settings, device, path)
     network = open_network(trained_file(path, "initial"))
-    data = load_data(network, settings)
+    found = load_data(network, settings)
     assert network.checkpoint is not None
     preprocessing = network.preprocessing
     assert isinstance(preprocessing, Preprocessing)
     head = tuple((network.training or {}).get("head", ()))
-    prepared = Prepared(network.model, network, preprocessing, network.labels or data.classes, head, ())
-    run = Run(prepared, data, settings, folder, fabric)
+    prepared = Prepared(network.model, network, preprocessing, network.labels or found.classes, head, ())
+    run = Run(prepared, found, settings, folder, fabric)
     state = folder.load()
     if state is not None:
         run.resume(state)
+    if data is not None and fabric.is_global_zero:
+        folder.write_text(CONFIG, settings.to_yaml())
     return run
 
 

@@ -92,10 +92,20 @@ class RunFolder:
         self.write_text(METRICS, text.getvalue())
         self._write(CURVES, lambda path: _plot(path, history))
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a ``last.ckpt``."""
+        return (self.path / LAST).exists()
+
     def save(self, state: Mapping[str, Any]) -> None:
         """``last.ckpt``."""
         stored = {"format_version": FORMAT_VERSION, "tool": f"pathconvert {__version__}"} | dict(state)
-        self._write(LAST, lambda path: torch.save(stored, path), state["model"])
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # a file of Python's keeps the system's error
+                torch.save(stored, file)
+
+        self._write(LAST, write, state["model"])
 
     def load(self) -> dict[str, Any] | None:
         """``last.ckpt``; None where the run ended before it was written.
@@ -104,7 +114,7 @@ class RunFolder:
             CheckpointError: it is damaged, or of another format.
         """
         path = self.path / LAST
-        if not path.exists():
+        if not self.has_checkpoint:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

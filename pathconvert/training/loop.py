@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
-from pathconvert.errors import DataError, PathconvertError, TrainingError
+from pathconvert.errors import CheckpointError, DataError, PathconvertError, TrainingError
 from pathconvert.files import save_trained
 from pathconvert.training.augmentation import Transform
 from pathconvert.training.batches import Batches, batches
@@ -118,9 +118,8 @@ class Run:
         self.position = Position()
         self.raw = prepared.model
         if settings.freeze_backbone:
-            head = set(prepared.head) or set(_last_parameters(self.raw))
             for name, parameter in self.raw.named_parameters():
-                parameter.requires_grad_(name in head)
+                parameter.requires_grad_(name in prepared.head)
         if fabric.world_size > 1:
             self.raw = synchronise_batch_norms(self.raw, fabric.device)
         if settings.channels_last:
@@ -195,8 +194,8 @@ class Run:
             TrainingError: the loss is not finite (exit code 1), or memory is short.
             PathconvertError: data or files fail; the last checkpoint stays.
         """
-        with _short_memory(self.settings.batch_size):
-            while self.position.step < self.total_steps:
+        with _explained(self.settings.batch_size):
+            while self.position.step < self.total_steps or self.position.images:
                 self._epoch(progress)
         best = max(self.position.history, key=_quality)
         shortened = self.raw_optimizer.shortened() if isinstance(self.raw_optimizer, GSGD) else None
@@ -229,14 +228,15 @@ class Run:
         self.model.train()
         if s.freeze_backbone:
             _freeze_statistics(self.raw)
-        loader = self._batches(p.batch)
+        loader = self._batches(p.batch) if p.step < self.total_steps else ()
         total = p.batch + len(loader)
         begun = saved = time.perf_counter()
         before = p.seconds
         for images, labels in loader:
             p.batch += 1
             last = p.batch % s.accumulate == 0 or p.batch == total
-            loss, correct = self._batch(images, labels, last)
+            parts = min(s.accumulate, total - (p.batch - 1) // s.accumulate * s.accumulate)
+            loss, correct = self._batch(images, labels, parts, last)
             p.loss_sum += loss * len(labels)
             p.correct += correct
             p.images += len(labels)
@@ -246,12 +246,13 @@ class Run:
             if last and p.step >= self.total_steps:
                 break
             if last and time.perf_counter() - saved > 60 * s.checkpoint_minutes and p.batch < total:
+                self._require_finite(images)
                 self._save()
                 saved = time.perf_counter()
         self._end_of_epoch(progress)
 
-    def _batch(self, images: Tensor, labels: Tensor, last: bool) -> tuple[float, int]:
-        """Forward and backward of one batch; a step after the ``last`` that makes it."""
+    def _batch(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> tuple[float, int]:
+        """Forward and backward of one of the ``parts`` of a step; the step itself after the ``last``."""
         s, p = self.settings, self.position
         # chance within the network and mixup follows from the position alone
         torch.manual_seed(hash((s.seed, p.epoch, p.batch, self.fabric.global_rank)) % 2**63)
@@ -265,7 +266,7 @@ class Run:
             loss = F.cross_entropy(logits, targets, label_smoothing=s.label_smoothing)
             for other in auxiliary:
                 loss = loss + AUXILIARY * F.cross_entropy(other, targets, label_smoothing=s.label_smoothing)
-            self.fabric.backward(loss / s.accumulate)
+            self.fabric.backward(loss / parts)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value} in epoch {p.epoch + 1}, batch {p.batch}")
@@ -275,7 +276,8 @@ class Run:
 
     def _diverged(self, what: str) -> TrainingError:
         tip = f"Try a smaller rate: --lr {self.settings.lr / 3:.1g}, --warmup-steps, or --clip 1."
-        return TrainingError(f"{what}; the last checkpoint is as it was", tip, exit_code=1)
+        kept = "the last checkpoint is as it was" if self.folder.has_checkpoint else "there is no checkpoint yet"
+        return TrainingError(f"{what}; {kept}", tip, exit_code=1)
 
     def _step(self, loss: float) -> None:
         s, p = self.settings, self.position
@@ -293,7 +295,12 @@ class Run:
 
     def _end_of_epoch(self, progress: Progress | None) -> None:
         p = self.position
-        report = self.validate()
+        try:
+            report = self.validate()
+        except CheckpointError:  # an image that cannot be read does not cost the epoch
+            if self.fabric.is_global_zero:
+                self.folder.save(self.state())
+            raise
         loss, accuracy = self._over_processes(p.loss_sum / p.images, p.correct / p.images)
         row: dict[str, Any] = {
             "epoch": p.epoch + 1,
@@ -350,13 +357,27 @@ class Run:
         epoch = self.position.epoch + 1
 
         def classify(images: Tensor) -> Tensor:
-            with self.fabric.autocast():
-                logits: Tensor = _all_logits(model(images.to(self.fabric.device)))[0]
-            if not bool(logits.isfinite().all()):
-                raise self._diverged(f"outputs on held-out images are no longer finite after epoch {epoch}")
-            return logits.float()
+            return self._logits(model, images, f"outputs on held-out images are no longer finite after epoch {epoch}")
 
         return evaluate(classify, loader, num_classes=len(self.prepared.labels))
+
+    def _logits(self, model: nn.Module, images: Tensor, otherwise: str) -> Tensor:
+        """Class scores, float32; a run that diverged, in the words of ``otherwise``, where they are not finite."""
+        with self.fabric.autocast():
+            logits: Tensor = _all_logits(model(images.to(self.fabric.device)))[0]
+        if not bool(logits.isfinite().all()):
+            raise self._diverged(otherwise)
+        return logits.float()
+
+    @torch.no_grad()
+    def _require_finite(self, images: Tensor) -> None:
+        """A checkpoint is to be one that training can go on from."""
+        p = self.position
+        self.raw.eval()
+        self._logits(self.raw, images, f"outputs are no longer finite after epoch {p.epoch + 1}, batch {p.batch}")
+        self.model.train()
+        if self.settings.freeze_backbone:
+            _freeze_statistics(self.raw)
 
     def write_initial(self) -> None:
         """``initial``, from which a resumed run builds its network."""
@@ -391,11 +412,6 @@ def _all_logits(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else [t for t in output if t is not None]
 
 
-def _last_parameters(model: nn.Module) -> list[str]:
-    owner = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0]
-    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == owner]
-
-
 def _freeze_statistics(model: nn.Module) -> None:
     """BatchNorms whose parameters are frozen use and keep the statistics that they have."""
     for module in model.modules():
@@ -406,12 +422,19 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 
 @contextmanager
-def _short_memory(batch_size: int) -> Iterator[None]:
-    """Out of memory, as an error that says what to do."""
+def _explained(batch_size: int) -> Iterator[None]:
+    """Out of memory, and batches that BatchNorm cannot take, as errors that say what to do."""
     try:
         yield
     except PathconvertError:
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            "a batch gives BatchNorm one value a channel, which has no variance",
+            f"Give --batch-size {batch_size + 1} or more, or larger images: --size.",
+        ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if not short:

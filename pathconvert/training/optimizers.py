@@ -40,12 +40,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: i
     """The rate of ``steps`` steps: a linear rise, then constant, × 0.1 at 1/2 and 3/4 (PBN-A F.1), or a cosine to 0."""
     warmup = min(settings.warmup_steps, steps - 1)
     after = steps - warmup
-    schedules: dict[str, LRScheduler] = {
-        "cosine": CosineAnnealingLR(optimizer, T_max=after),
-        "step": MultiStepLR(optimizer, [after // 2, after * 3 // 4]),
-        "constant": ConstantLR(optimizer, factor=1.0, total_iters=0),
-    }
-    main = schedules[settings.schedule]
+    main: LRScheduler
+    if settings.schedule == "cosine":
+        main = CosineAnnealingLR(optimizer, T_max=after)
+    elif settings.schedule == "step":  # from the second step on, one × 0.1 at a time
+        main = MultiStepLR(optimizer, sorted({max(1, after // 2), max(2, after * 3 // 4)}))
+    else:
+        main = ConstantLR(optimizer, factor=1.0, total_iters=0)
     if not warmup:
         return main
     with warnings.catch_warnings():

@@ -54,7 +54,9 @@ class PathSGD(Optimizer):
                 raise ValueError(f"Invalid {name}: {value}")
         self._model, self._input_size = model, input_size
         super().__init__(model.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._names = {id(p): name for name, p in model.named_parameters()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_model": self._model, "_input_size": self._input_size}
 
     def path_sums(self) -> dict[str, Tensor]:
         """κ of every weight and bias that a path goes through, float64, by the parameter's name."""
@@ -93,9 +95,10 @@ class PathSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         kappa = self.path_sums()
+        names = {id(p): name for name, p in self._model.named_parameters()}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            gradients = [self._divided(p, kappa.get(self._names[id(p)])) for p in params]
+            gradients = [self._divided(p, kappa.get(names[id(p)])) for p in params]
             buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
             sgd(
                 params, gradients, buffers,

@@ -18,23 +18,28 @@ def plan(run: Run) -> dict[str, Any]:
     """Parameters by kind, chains, pivots, steps, and how much memory training takes; JSON-serialisable."""
     model, settings = run.prepared.model, run.settings
     optimizer = run.raw_optimizer
-    kinds = {"frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad)}
+    named = dict(model.named_parameters())
+    kinds = {"frozen": sum(p.numel() for p in named.values() if not p.requires_grad)}
     chains: dict[str, Any] = {}
+    layers = [module for module in model.modules() if isinstance(module, PathBN)]
+    pivots = sum(len(layer.pivot_row) for layer in layers)
     if isinstance(optimizer, GSGD) and optimizer.chains:
         found = optimizer.chains[0]
-        starts = len(found.parameter)
-        on_chains = sum(model.get_parameter(name).numel() for name in found.tensors)
-        kinds |= {"on chains": on_chains, "starts": starts}
+        pivots += sum(len(tensor.skeleton) for tensor in found.tensors.values())
+        trained = {name: tensor for name, tensor in found.tensors.items() if named[name].requires_grad}
+        starts = [name for name in found.parameter if named[name].requires_grad]
+        fixed = sum(len(tensor.skeleton) for tensor in trained.values())
+        on_chains = sum(named[name].numel() for name in trained) - fixed - sum(name in trained for name in starts)
+        kinds |= {"on chains": on_chains, "starts": len(starts), "pivots that do not move": fixed}
         chains = {"start": found.start, "chains": found.count, "units": found.units, "left": dict(found.left)}
-    kinds["ordinary"] = sum(p.numel() for p in model.parameters()) - sum(kinds.values())
-    layers = [module for module in model.modules() if isinstance(module, PathBN)]
+    kinds["ordinary"] = sum(p.numel() for p in named.values()) - sum(kinds.values())
     local_batch = max(1, settings.batch_size // run.fabric.world_size)
     return {
         "form": run.prepared.form,
         "parameters": kinds,
         "chains": chains,
         "path_bn_layers": len(layers),
-        "pivots": sum(len(layer.pivot_row) for layer in layers),
+        "pivots": pivots,
         "train_images": len(run.data.train),
         "val_images": len(run.data.val),
         "classes": len(run.data.classes),

@@ -35,7 +35,7 @@ class Prepared:
         network: where it comes from; its architecture has the head of the data.
         preprocessing: of the images.
         labels: names of the classes, one for every output.
-        head: names of the new head's parameters.
+        head: names of the classifier's parameters.
         notes: what was chosen on the way.
     """
 
@@ -96,6 +96,7 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
         notes.append(f"a new classifier for {len(labels)} classes: {', '.join(head)}")
         network = dataclasses.replace(network, model=model, architecture=architecture)
     else:
+        head = tuple(f"{_layers_that_run(model, network)[-1]}.{leaf}" for leaf in ("weight", "bias"))
         notes.append(f"the classifier is kept: it has {classes} classes, as the data has")
     model = _in_form(model, network, record, data, settings, Transform(chosen.preprocessing))
     return Prepared(model.eval(), network, chosen.preprocessing, labels, head, tuple(notes))
@@ -200,17 +201,25 @@ def _with_head(
 
 def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, before: int, after: int) -> set[str]:
     """The last layer that runs, and auxiliary ones: those whose rows are as many as the classes in both networks."""
+    order = _layers_that_run(plain, network)
+    layers = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    auxiliary = layers - set(order)  # they run in training mode alone
+    rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
+    return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
+
+
+def _layers_that_run(model: nn.Module, network: LoadedNetwork) -> list[str]:
+    """Linear layers and convolutions in the order in which evaluation calls them."""
     order: list[str] = []
-    layers = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     handles = [
-        module.register_forward_hook(lambda *_, name=name: order.append(name)) for name, module in layers.items()
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     try:
         with torch.no_grad():
-            plain.eval()(random_input(network.architecture, batch=1))
+            model.eval()(random_input(network.architecture, batch=1))
     finally:
         for handle in handles:
             handle.remove()
-    auxiliary = set(layers) - set(order)  # they run in training mode alone
-    rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
-    return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
+    return order

@@ -87,14 +87,25 @@ class Settings:
     seed: int = _option(0, "Of all chance.", least=0)
 
     def __post_init__(self) -> None:
-        """Check types and ranges.
+        """Check types and ranges, and that nothing is set that the optimizer makes no use of.
 
         Raises:
-            PathconvertError: a value that the setting does not take.
+            PathconvertError: a value that the setting does not take, or one that has no effect.
         """
         hints = typing.get_type_hints(Settings)
         for one in dataclasses.fields(self):
             _check(one.name, getattr(self, one.name), hints[one.name], one.metadata)
+        if self.optimizer == "gsgd":
+            return
+        unused = dict.fromkeys(("ordinary_lr", "anchor", "start", "decay", "weight_norm"), "--optimizer gsgd")
+        if self.norm == "bn":  # these train the network as it was
+            unused |= dict.fromkeys(("pivot", "scope"), "a network that is converted")
+        for one in dataclasses.fields(self):
+            if one.name in unused and getattr(self, one.name) != one.default:
+                raise PathconvertError(
+                    f"--{one.name.replace('_', '-')} belongs to {unused[one.name]}",
+                    f"Leave it out, or give another than --optimizer {self.optimizer} --norm {self.norm}.",
+                )
 
     def to_yaml(self) -> str:
         import yaml
@@ -126,11 +137,23 @@ class Settings:
                 f"{path}: there is no setting {unknown[0]!r}", f"There are {', '.join(sorted(known))}."
             )
         hints = typing.get_type_hints(Settings)
-        for name, value in stored.items():
-            if isinstance(value, str) and float in (hints[name], *typing.get_args(hints[name])):
-                with suppress(ValueError):  # YAML 1.1 reads 1e-3 as a text
-                    stored[name] = float(value)
-        return Settings(**(stored | flags))
+        return Settings(**({name: _from_yaml(value, hints[name]) for name, value in stored.items()} | flags))
+
+
+def _from_yaml(value: Any, hint: Any) -> Any:
+    """What is meant by YAML's ``1e-3`` (a text), ``off`` (False), ``32`` and ``[0.5, 0.5]`` where a text is wanted."""
+    kinds = (hint, *typing.get_args(hint))
+    if isinstance(value, str) and float in kinds:
+        with suppress(ValueError):
+            return float(value)
+    if value is False and "off" in kinds:
+        return "off"
+    if str in kinds:
+        if isinstance(value, list):
+            return ",".join(map(str, value))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+    return value
 
 
 def _check(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> None:

@@ -57,6 +57,9 @@ def from_folder(folder: Path, channels: int) -> Source:
     train = folder / "train"
     parted = train.is_dir() and bool(_folders(train))  # a class may be called "train"
     val = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None) if parted else None
+    parts = {"train", *HELD_OUT}
+    if train.is_dir() and not parted and {path.name for path in _folders(folder)} <= parts:
+        raise DataError(f"{train} holds no folders of images, one a class", _LAYOUT)
     first = _class_files(train if parted else folder)
     if val is None:
         return Source(tuple(first), _images(folder, first, channels), None)
@@ -87,13 +90,18 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The images in a folder and those below it."""
-    return sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-    )
+    """The images in a folder and those below it, each folder once: links may lead back."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+        found += (Path(place) / name for name in images)
+    return sorted(found)
 
 
 def _require_same(train: Path, first: Iterable[str], val: Path, second: Iterable[str]) -> None:
