@@ -106,6 +106,13 @@ def test_what_is_no_image_is_left_out_and_folders_within_are_searched(flowers):
     assert names[-1] == "train/rose/red/x.JPG"
 
 
+def test_links_that_lead_back_are_followed_once(flowers):
+    before = open_data(flowers)
+    rose = flowers / "train" / "rose"
+    (rose / "again").symlink_to(rose)
+    assert open_data(flowers).digest == before.digest
+
+
 def test_every_class_is_split_alike_and_the_same_again(tmp_path):
     folder = class_folders(tmp_path / "d", {"a": 40, "b": 20, "c": 2})
     data = open_data(folder, val_fraction=0.1, seed=1)
@@ -169,6 +176,8 @@ def test_folders_that_are_refused(flowers, tmp_path):
     Image.fromarray(picture(1)).save(tmp_path / "empty" / "1.png")
     error = refusal(open_data, tmp_path / "empty")
     assert str(error) == f"{tmp_path / 'empty'} holds images, but no folders of images, one a class"
+    loose = class_folders(tmp_path / "loose", {"train": 3, "val": 3})
+    assert str(refusal(open_data, loose)) == f"{loose / 'train'} holds no folders of images, one a class"
     one = class_folders(tmp_path / "one", {"rose": 3})
     assert str(refusal(open_data, one)) == f"{one} holds one class alone: rose"
     (flowers / "train" / "tulip").mkdir()

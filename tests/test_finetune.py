@@ -18,7 +18,7 @@ import torch
 import torchvision
 import yaml
 from safetensors.torch import load_file
-from trainable import CLASSES, Plain, Small, Still, save_images, save_network
+from trainable import CLASSES, HeadFirst, Plain, Small, Still, save_images, save_network
 
 import pathconvert
 from pathconvert.cli import run
@@ -26,7 +26,8 @@ from pathconvert.errors import CheckpointError, DataError, PathconvertError, Tra
 from pathconvert.files import open_network
 from pathconvert.training import finetune
 from pathconvert.training.folder import RunFolder
-from pathconvert.training.loop import Run
+from pathconvert.training.loop import Run, _explained
+from pathconvert.training.optimizers import make_schedule
 from pathconvert.training.settings import Settings
 
 SMALL = ("--arch", "trainable:Small", "--input-size", "3x12x12")
@@ -94,6 +95,21 @@ def test_a_run_leaves_its_network_and_its_history(trained, images):
     assert network.metadata["source"]["name"] == "small.pt"
 
 
+def test_evaluate_holds_out_what_the_run_did(weights, tmp_path, capsys):
+    """One folder of class folders: the run's seed and share say which images training has not seen."""
+    data = save_images(tmp_path / "data", 12, 1) / "train"
+    made = begin(weights, tmp_path / "run", settings(data, epochs=1, seed=3, val_fraction=0.4))
+    made.train()
+    capsys.readouterr()
+    assert run(command("evaluate", tmp_path / "run", "--data", data, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data_digest"] == made.data.digest
+    assert run(command("evaluate", tmp_path / "run", "--data", data, "--json", "--seed", 4)) == 0
+    assert json.loads(capsys.readouterr().out)["data_digest"] != made.data.digest
+    assert run(command("evaluate", weights, *SMALL, "--data", data)) == 0
+    assert "is held out, chosen by seed 0" in capsys.readouterr().err
+
+
 def test_the_folder_stands_for_its_best_network(trained, images, tmp_path, capsys):
     rows = list(csv.DictReader((trained / "metrics.csv").open()))
     best = max(rows, key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
@@ -157,6 +173,47 @@ def test_options_train(weights, images, tmp_path, changes):
     moved = {name for name, tensor in made.raw.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "fc.weight" in moved
     assert ("stem.weight" in moved) == ("freeze_backbone" not in changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warmup", "rates"),
+    [
+        ("cosine", 1, 0, [1]), ("step", 1, 0, [1]), ("constant", 1, 0, [1]), ("step", 2, 0, [1, 0.1]),
+        ("step", 4, 0, [1, 1, 0.1, 0.01]), ("step", 4, 3, [0.25, 0.5, 0.75, 1]),
+        ("cosine", 4, 0, [1, 0.854, 0.5, 0.146]), ("constant", 4, 2, [1 / 3, 2 / 3, 1, 1]),
+    ],
+)  # fmt: skip
+def test_rates(schedule, steps, warmup, rates):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    made = make_schedule(optimizer, Settings(schedule=schedule, warmup_steps=warmup), steps)
+    found = []
+    for _ in range(steps):
+        found.append(made.get_last_lr()[0])
+        optimizer.step()
+        made.step()
+    assert found == pytest.approx(rates, abs=1e-3)
+
+
+def test_the_layer_that_runs_last_is_the_one_that_a_frozen_backbone_leaves(tmp_path, images):
+    save_network(tmp_path / "head.pt", HeadFirst)
+    network = open_network(tmp_path / "head.pt", arch="trainable:HeadFirst", input_size=(3, 12, 12))
+    assert next(name for name, _ in network.model.named_parameters()) == "fc.weight"
+    made = finetune.begin(network, settings(images, steps=1, freeze_backbone=True), tmp_path / "run", device="cpu")
+    assert [name for name, p in made.raw.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+def test_the_last_batches_of_an_epoch_make_a_whole_step(weights, images, tmp_path, monkeypatch):
+    """Three batches, of which two make a step: the third is a step of its own, not half of one."""
+    made = begin(weights, tmp_path / "run", settings(images, epochs=1, limit_train=24, accumulate=2))
+    parts, batch = [], made._batch
+
+    def spy(*arguments: object) -> object:
+        parts.append(arguments[2:])
+        return batch(*arguments)
+
+    monkeypatch.setattr(made, "_batch", spy)
+    assert made.train().best["step"] == 2
+    assert parts == [(2, False), (2, True), (1, True)]
 
 
 def test_accumulated_batches_make_the_step_of_the_whole(images, tmp_path):
@@ -359,11 +416,25 @@ def test_a_dry_run_writes_nothing(weights, images, tmp_path, capsys, monkeypatch
     plan = json.loads(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
     model = Small()
-    assert sum(plan["parameters"].values()) >= sum(p.numel() for p in model.parameters())
+    kinds = plan["parameters"]
+    assert min(kinds.values()) >= 0
+    assert sum(kinds.values()) == sum(p.numel() for p in model.parameters())
+    assert (kinds["starts"], kinds["pivots that do not move"]) == (plan["chains"]["chains"], 0)  # those of PathBN are 0
     assert (plan["form"], plan["steps"], plan["classes"], plan["train_images"]) == ("path-bn", 60, 3, 48)
     assert plan["pivots"] == 16  # the stem's channels, read by down, and the block's, read by conv2
     assert plan["chains"]["units"] == 16
     assert plan["memory_bytes"]["activations"] > 8 * 12 * 12 * 8 * 4
+
+
+def test_a_plan_counts_pivots_and_what_is_frozen(weights, images, capsys):
+    options = ("--norm", "bn", "--freeze-backbone", "--dry-run", "--json", "--batch-size", 8)
+    assert run(command("finetune", weights, *SMALL, "--data", images, *options)) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["pivots"] == 16
+    everything = sum(p.numel() for p in Small().parameters())
+    assert plan["parameters"]["frozen"] == everything - 8 * 3 - 3
+    assert sum(plan["parameters"].values()) == everything
+    assert min(plan["parameters"].values()) >= 0
 
 
 def test_flags_win_over_the_file(weights, images, tmp_path):
@@ -395,6 +466,8 @@ def test_flags_win_over_the_file(weights, images, tmp_path):
         ("learning_rate: 1", "there is no setting 'learning_rate'"),
         ("lr: fast", "--lr 'fast' is no float"),
         ("lr: 0", "--lr 0 has to be more than 0"),
+        ("optimizer: sgd\nanchor: none", "--anchor belongs to --optimizer gsgd"),
+        ("optimizer: sgd\nnorm: bn\npivot: max", "--pivot belongs to a network that is converted"),
         ("epochs: 0", "--epochs 0 is less than 1"),
         ("momentum: 1.0", "--momentum 1.0 has to be less than 1"),
         ("norm: layer", "--norm layer is none of path-bn, bn"),
@@ -408,6 +481,13 @@ def test_settings_are_checked(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(PathconvertError, match=message.replace("[", r"\[")):
         Settings.from_file(path, {})
+
+
+def test_what_yaml_makes_of_words_and_numbers(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("amp: off\nsize: 32\nmean: 0.5\nstd: [0.1, 0.2, 0.3]\nlr: 1e-3\n")
+    found = Settings.from_file(path, {})
+    assert (found.amp, found.size, found.mean, found.std, found.lr) == ("off", "32", "0.5", "0.1,0.2,0.3", 0.001)
 
 
 # ---- failures ----------------------------------------------------------------------------------------------------
@@ -444,6 +524,7 @@ def test_bad_data_and_options(fails, images, tmp_path):
     assert "nothing to train" in fails("--data", images, source=None)
     assert "no run began there" in fails("--resume", tmp_path, source=None)
     assert "--lr cannot be given with --resume" in fails("--resume", tmp_path, "--lr", "1", source=None)
+    assert "--force cannot be given with --resume" in fails("--resume", tmp_path, "--force", source=None)
     assert "--amp fp16 needs a GPU" in fails("--data", images, *out, "--amp", "fp16")
     assert "--skip-scale belongs to Path-BN" in fails("--data", images, *out, "--norm", "bn", "--skip-scale", "1")
     assert not (tmp_path / "run" / "best.path.safetensors").exists()
@@ -494,6 +575,39 @@ def test_data_that_changed_is_noticed(weights, tmp_path):
     (data / "train" / "red" / "0.png").unlink()
     with pytest.raises(DataError, match="is not the data set that the run began with"):
         finetune.resume(tmp_path / "run", device="cpu")
+
+
+def test_data_may_move(weights, tmp_path):
+    data = save_images(tmp_path / "data", 8, 2)
+    begin(weights, tmp_path / "run", settings(data, epochs=1)).train()
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="data is not there"):
+        finetune.resume(tmp_path / "run", device="cpu")
+    finetune.resume(tmp_path / "run", device="cpu", data=str(tmp_path / "moved"))
+    finetune.resume(tmp_path / "run", device="cpu")  # the run's config.yaml knows now
+
+
+def test_a_held_out_image_that_cannot_be_read_does_not_cost_the_epoch(weights, tmp_path):
+    data = save_images(tmp_path / "data", 8, 2)
+    image = data / "val" / "red" / "1.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"nothing")
+    made = begin(weights, tmp_path / "run", settings(data, epochs=1))
+    with pytest.raises(CheckpointError, match=r"1\.png"):
+        made.train()
+    image.write_bytes(whole)
+    resumed = finetune.resume(tmp_path / "run", device="cpu")
+    assert resumed.position.batch == 3
+    assert [row["step"] for row in resumed.train().history] == [3]
+    for name, tensor in resumed.raw.state_dict().items():
+        assert torch.equal(tensor, made.raw.state_dict()[name]), name
+
+
+def test_one_value_a_channel_is_explained():
+    bn = torch.nn.BatchNorm2d(8)
+    with pytest.raises(TrainingError, match="BatchNorm one value a channel") as caught, _explained(1):
+        bn(torch.zeros(1, 8, 1, 1))
+    assert caught.value.tip.startswith("Give --batch-size 2 or more")
 
 
 def test_a_damaged_checkpoint_is_named(weights, images, tmp_path):

@@ -51,6 +51,20 @@ def test_a_convolution_counts_every_place() -> None:
     assert torch.allclose(found["0.weight"], after.view(2, 1, 1, 1).expand_as(conv), rtol=1e-12)
 
 
+def test_a_copy_goes_on_as_the_original() -> None:
+    model = mlp(4, 5, 3)
+    optimizer = PathSGD(model, (4,), lr=0.1, momentum=0.9)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    optimizer.step()
+    other, twin = copy.deepcopy((model, optimizer))
+    for one, its in ((model, optimizer), (other, twin)):
+        its.zero_grad()
+        one(x).square().sum().backward()
+        its.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_rescaled_networks_train_alike(momentum: float) -> None:
     first = mlp(4, 5, 3, 2)

@@ -48,6 +48,14 @@ class Plain(nn.Sequential):
         )  # fmt: skip
 
 
+class HeadFirst(Still):
+    """Declares its classifier before what it reads."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self._modules = dict(reversed(self._modules.items()))
+
+
 def save_network(path: Path, kind: type[nn.Module] = Small, num_classes: int = 3) -> Path:
     """Seeded weights of a network of that kind."""
     torch.manual_seed(0)
