@@ -52,11 +52,14 @@ def chain_of_units(chains: Chains, units: int) -> Tensor:
 
 def values(chains: Chains, params: dict[str, Tensor]) -> Tensor:
     """d of every chain."""
-    d: list[Tensor] = []
-    for name, element, parent, scale in zip(chains.parameter, chains.element, chains.parent, chains.scale, strict=True):
-        above = d[parent] if parent < chains.count else 1.0
-        d.append(params[name].detach().flatten()[element] * scale * above)
-    return torch.stack(d)
+    own = zip(chains.parameter, chains.element, chains.scale, strict=True)
+    starts = [params[name].detach().flatten()[element] * scale for name, element, scale in own]
+
+    def value(chain: int) -> Tensor:
+        parent = int(chains.parent[chain])
+        return starts[chain] * (value(parent) if parent < chains.count else 1.0)
+
+    return torch.stack([value(chain) for chain in range(chains.count)])
 
 
 @pytest.mark.parametrize("start", ["bn", "weight"])

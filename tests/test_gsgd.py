@@ -367,3 +367,48 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GSGD(path_parameter_groups(model), **setting)
+
+
+# ---- going on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor", ["initial", "balanced", None])
+@pytest.mark.parametrize("gauge", ["unit", "pow2"])
+def test_a_state_brings_its_start_weights(gauge: str, anchor: str | None) -> None:
+    """Which weights of a row are largest, and so begin chains, changes as they are trained."""
+    torch.manual_seed(0)
+    model, x = mlp(4, 6, 3, 7, 2, bias=True).double(), torch.randn(16, 4, dtype=torch.float64)
+    wanted = torch.randn(16, 2, dtype=torch.float64)
+    trained = pathconvert.reparameterize(model, x, gauge=gauge).model
+    settings = {"lr": 2e-4 if anchor is None else 0.03, "momentum": 0.9, "anchor": anchor}
+    optimizer = GSGD(path_parameter_groups(trained), **settings)
+
+    def train(network: nn.Module, its: GSGD, steps: int) -> None:
+        for _ in range(steps):
+            its.zero_grad()
+            (network(x) - wanted).square().mean().backward()
+            its.step()
+
+    def change(element: Tensor) -> bool:
+        return not torch.equal(element, optimizer.chains[0].element)
+
+    train(trained, optimizer, 40)
+    twin = copy.deepcopy(trained)
+    resumed = GSGD(path_parameter_groups(twin), **settings)
+    assert change(resumed.chains[0].element), "the test needs a start that is no longer its row's largest"
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not change(resumed.chains[0].element)
+    for field in ("parent", "scale"):
+        assert torch.equal(getattr(resumed.chains[0], field), getattr(optimizer.chains[0], field))
+    train(trained, optimizer, 5)
+    train(twin, resumed, 5)
+    for (name, p), q in zip(trained.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_start_weights_of_another_network_are_refused() -> None:
+    x = torch.randn(2, 4)
+    state = GSGD(path_parameter_groups(pathconvert.reparameterize(mlp(4, 6, 3, bias=True), x))).state_dict()
+    other = GSGD(path_parameter_groups(pathconvert.reparameterize(mlp(4, 5, 3, bias=True), x)))
+    with pytest.raises(RecordError, match="6 chains were saved, and this network has 5"):
+        other.load_state_dict(state)

@@ -20,6 +20,7 @@ path-values are those of that gauge, so that no rescaling of the network changes
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class Chains:
     Attributes:
         start: ``bn`` or ``weight``.
         tensors: by the parameter's name, for every parameter with rows or columns that are units with a pivot.
-        parameter: name of the parameter that holds each chain's start, [chains]; parents come before their children.
+        parameter: name of the parameter that holds each chain's start, [chains]; in the order of their first units.
         element: the start's place in it, counted in row-major order, int64 [chains].
         parent: the chain that the start weight leaves, int64 [chains]; the number of chains where it is on none.
         scale: S_r / S_c of the start weight, float64 [chains].
@@ -90,6 +91,43 @@ class Chains:
     def count(self) -> int:
         return len(self.parameter)
 
+    def beginning_at(self, element: Tensor, shapes: Mapping[str, torch.Size]) -> Chains:
+        """The same chains with other start weights in the same parameters.
+
+        Args:
+            element: their places, as in :attr:`element`.
+            shapes: of the parameters, by name.
+
+        Raises:
+            RecordError: they are not those of this network's chains.
+        """
+        if element.shape != self.element.shape:
+            raise RecordError(f"{len(element)} chains were saved, and this network has {self.count}")
+        parent, scale = self.parent.clone(), self.scale.clone()
+        for name in dict.fromkeys(self.parameter):
+            mine = torch.tensor([i for i, other in enumerate(self.parameter) if other == name])
+            mine = mine[element[mine] != self.element[mine]]
+            if not len(mine):
+                continue
+            if name not in self.tensors or int(element[mine].max()) >= shapes[name].numel():
+                raise RecordError(f"the saved starts of chains in {name} are not this network's")
+            tensor, shape = self.tensors[name], shapes[name]
+            parent[mine] = _read(tensor.chain, shape, element[mine])
+            if self.gauge is not None:
+                before, after = (self.gauge[_read(tensor.column_unit, shape, e[mine])] for e in (self.element, element))
+                scale[mine] *= before / after
+        found = dataclasses.replace(self, element=element.clone(), parent=parent, scale=scale)
+        if found.has_circle():
+            raise RecordError("a saved start weight leaves its own chain")
+        return found
+
+    def has_circle(self) -> bool:
+        """Whether a chain is its own ancestor."""
+        above = torch.cat([self.parent, torch.tensor([self.count])])
+        for _ in range(self.count.bit_length()):
+            above = above[above]
+        return bool((above != self.count).any())
+
     def ancestors(self) -> tuple[Tensor, ...]:
         """The 1st, 2nd, 4th, … ancestor of every chain, [chains + 1] each, until none has one."""
         above = torch.cat([self.parent, torch.tensor([self.count])])
@@ -102,6 +140,12 @@ class Chains:
     def parameters(self) -> set[str]:
         """All parameters that the chains touch."""
         return {*self.tensors, *self.parameter}
+
+
+def _read(per_element: Tensor, shape: torch.Size, element: Tensor) -> Tensor:
+    """What a :class:`PathTensor`'s index tensor says of elements counted in row-major order."""
+    places = torch.unravel_index(element, shape)
+    return per_element[tuple(i if size > 1 else i * 0 for i, size in zip(places, per_element.shape, strict=True))]
 
 
 def find_chains(model: nn.Module, start: Start) -> Chains:
@@ -235,7 +279,7 @@ class _Finder:
                 left[self.hosts[self.host[head]]] = found
             else:
                 starts[head] = found
-        ordered = self._parents_first(starts, chain_of, left)
+        ordered = self._without_circles(starts, chain_of, left)
         number = np.full(self.count + 1, len(ordered))  # head unit → chain
         number[ordered] = np.arange(len(ordered))
         chain = number[chain_of]  # unit → chain; the number of chains for none
@@ -312,15 +356,15 @@ class _Finder:
         element = np.ravel_multi_index([i[column] for i in (index, into, *centre)], tuple(weight.shape))
         return _Start(layer.name, int(element), int(units[column]))
 
-    def _parents_first(self, starts: Mapping[int, _Start], chain_of: IdVector, left: dict[str, str]) -> list[int]:
-        """The heads, every one after the chain that its start weight leaves; circles go to ``left``."""
+    def _without_circles(self, starts: Mapping[int, _Start], chain_of: IdVector, left: dict[str, str]) -> list[int]:
+        """The heads in their order, without those whose start weights leave chains in a circle: ``left`` has these."""
         waiting = {head: int(chain_of[start.leaves]) for head, start in starts.items()}
         ordered: list[int] = []
         while ready := [head for head, parent in waiting.items() if parent not in waiting]:
             ordered += ready
             waiting = {head: parent for head, parent in waiting.items() if head not in ready}
         left |= {self.hosts[self.host[head]]: "its start weight leaves its own chain" for head in waiting}
-        return ordered
+        return sorted(ordered)
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 

@@ -160,6 +160,7 @@ class GSGD(Optimizer):
             group = self.param_groups[-1]
             chains = path.chains[group["start"]]
             group["unit_gauge"] = chains.balance if group["anchor"] == "balanced" else chains.gauge
+            group["chain_starts"] = chains.element
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_paths": self._paths}
@@ -170,6 +171,9 @@ class GSGD(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, which a step does not know
                     group.setdefault(name, value)
+        for group, path in zip(self.param_groups, self._paths, strict=True):
+            if path is not None:
+                path.begin_at(group["start"], group["chain_starts"])
 
     @property
     def chains(self) -> list[Chains]:
@@ -357,6 +361,17 @@ class _Path:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_layout": None}
+
+    def begin_at(self, start: Start, element: Tensor) -> None:
+        """Take saved start weights: which are largest, and so were chosen, may have changed since.
+
+        Raises:
+            RecordError: they are not those of these chains.
+        """
+        chains = self.chains[start]
+        if not torch.equal(element.cpu(), chains.element):
+            self.chains = {**self.chains, start: chains.beginning_at(element.cpu(), self._shapes)}
+            self._layout = None
 
     def layout(self, group: Mapping[str, Any]) -> Layout:
         """The chains for the gradients that the group's parameters have now.
