@@ -86,7 +86,10 @@ def test_a_run_leaves_its_network_and_its_history(trained, images):
     rows = list(csv.DictReader((trained / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
     assert max(float(row["val_top1"]) for row in rows) > 0.6  # chance is a third
-    assert yaml.safe_load((trained / "config.yaml").read_text())["lr"] == 0.08
+    text = (trained / "config.yaml").read_text()
+    assert yaml.safe_load(text)["lr"] == 0.08
+    assert "form: path-bn, scope block, pivot matching, gauge unit, skip scale 1" in text
+    assert "inputs: 3x12x12" in text
     assert list((trained / "tensorboard").iterdir())
     network = open_network(trained / "best.path.safetensors")
     assert network.form == "path-bn"

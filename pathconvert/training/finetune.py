@@ -59,9 +59,30 @@ def begin(
     run = Run(prepared, data, settings, folder, fabric)
     run.write_initial()
     if fabric.is_global_zero:
-        folder.write_text(CONFIG, settings.to_yaml())
+        folder.write_text(CONFIG, _resolved(run))
     fabric.barrier()
     return run
+
+
+def _resolved(run: Run) -> str:
+    """The settings, and above them, as remarks, what followed from the network and the data."""
+    prepared, recipe = run.prepared, run.prepared.preprocessing
+    architecture, source = prepared.network.architecture, prepared.network.checkpoint
+    record = getattr(prepared.model, "path_record", {})
+    conversion = [f"{name} {record[name]}" for name in ("scope", "pivot", "gauge") if name in record]
+    if "path_bn" in record:
+        conversion.append(f"skip scale {record['path_bn']['skip_scale']:g}")
+    remarks = {
+        "source": source.path if source else "torchvision's weights",
+        "architecture": architecture.name,
+        "form": ", ".join([prepared.form, *conversion]),
+        "inputs": "x".join(map(str, architecture.input_size or ())),
+        "mean and std": f"{list(recipe.mean)}, {list(recipe.std)}",
+        "classes": len(prepared.labels),
+        "device": f"{run.fabric.device.type}, {run.fabric.world_size} processes",
+        "steps": run.total_steps,
+    }
+    return "".join(f"# {name}: {text}\n" for name, text in remarks.items()) + run.settings.to_yaml()
 
 
 def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
@@ -91,7 +112,7 @@ def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
     if state is not None:
         run.resume(state)
     if data is not None and fabric.is_global_zero:
-        folder.write_text(CONFIG, settings.to_yaml())
+        folder.write_text(CONFIG, _resolved(run))
     return run
 
 

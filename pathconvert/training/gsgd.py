@@ -80,6 +80,9 @@ class GSGD(Optimizer):
 
     Parameters whose gradient is None stay as they are, and count as constants.
 
+    Two rescalings of one network with the same pivots follow the same function trajectory. Which pivots a conversion
+    chooses depends on the scale, except by rule ``diagonal``.
+
     Args:
         params: from :func:`path_parameter_groups`; or any that torch's optimizers take.
         lr: learning rate; a float, or a tensor of one element.
