@@ -5,7 +5,8 @@
 
 Contenders take turns in one process; medians. *optimizer* is the optimizer's step alone, SGD that of torch with
 ``foreach``; *path-bn* what Path-BN adds to forward and backward, of the whole step of SGD on BatchNorm. Memory is the
-peak during a step: the process's on the CPU (a process for every contender), the allocator's on a GPU.
+peak during a step: the process's on the CPU (a process for every contender, above what it holds before it has a
+network; Linux only), the allocator's on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Contender:
         self.x, self.y = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
         if form == "gsgd+path-bn":
             example = self.x[:2, :, :64, :64] if side > 64 else self.x[:2]
-            model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example, pivot="max"), example, example)
+            model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example, pivot="matching"), example, example)
         model.to(device, memory_format=torch.channels_last if self.amp else torch.contiguous_format).train()
         self.x, self.y = self.x.to(device), self.y.to(device)
         if self.amp:
@@ -119,7 +120,7 @@ def measure(network: str, batch: int, momentum: float, device: str, compiled: bo
 
 
 def peak_memory(network: str, form: str, batch: int, momentum: float, device: str, compiled: bool) -> float:
-    """Bytes at the highest during three steps, in a process of its own."""
+    """Bytes at the highest during three steps, in a process of its own, without what it held before the network."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (network, form, batch, momentum, device, compiled))
@@ -127,14 +128,23 @@ def peak_memory(network: str, form: str, batch: int, momentum: float, device: st
 
 def _peak(*arguments: Any) -> float:
     torch.set_num_threads(1)
+    before = _resident("VmRSS")
     contender = Contender(*arguments)
+    contender.step()  # makes the gradients and the optimizer's buffers
     if contender.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew; ru_maxrss outlives an exec
     for _ in range(3):
         contender.step()
-    if contender.device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(torch.cuda.max_memory_allocated()) if contender.device == "cuda" else _resident("VmHWM") - before
+
+
+def _resident(which: str) -> float:
+    """Bytes of this process, of Linux: VmRSS now, VmHWM at the highest."""
+    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024.0 * int(found[1])
 
 
 def main() -> None:
