@@ -81,7 +81,7 @@ def _finetune(
 
     best, last = result.best, result.history[-1]
     rows = {
-        "trained": f"{last['epoch']} epochs, {last['step']} steps",
+        "trained": ", ".join(f"{last[what]} {what}{'s' * (last[what] != 1)}" for what in ("epoch", "step")),
         "best": f"top-1 {best['val_top1']:.2%}, top-5 {best['val_top5']:.2%}, loss {best['val_loss']:.4f} "
         f"(epoch {best['epoch']})",
         "network": str(trained_file(folder)),

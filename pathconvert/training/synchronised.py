@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -24,11 +26,10 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1, *[1] * (input.dim() - 2)]
         count = input.numel() // input.shape[1]
-        sums = torch.cat([input.sum(dims), input.square().sum(dims), input.new_tensor([count])])
-        total: Tensor = all_reduce(sums)
+        total = _sum_over_processes(torch.cat([input.sum(dims), input.new_tensor([count])]))
         mean = total[: input.shape[1]] / total[-1]
         # squares about the mean over all: the difference of large numbers would lose digits
-        squares: Tensor = all_reduce((input - mean.view(shape)).square().sum(dims))
+        squares = _sum_over_processes((input - mean.view(shape)).square().sum(dims))
         var = squares / total[-1]
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -39,6 +40,14 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
         return result
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    """Differentiable."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch names a private function that is to replace this one
+        total: Tensor = all_reduce(x)
+    return total
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
