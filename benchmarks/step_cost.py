@@ -61,7 +61,7 @@ class Contender:
         self.x, self.y = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
         if form == "gsgd+path-bn":
             example = self.x[:2, :, :64, :64] if side > 64 else self.x[:2]
-            model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example, pivot="matching"), example, example)
+            model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example), example, example)
         model.to(device, memory_format=torch.channels_last if self.amp else torch.contiguous_format).train()
         self.x, self.y = self.x.to(device), self.y.to(device)
         if self.amp:
