@@ -187,6 +187,18 @@ def test_momentum_and_decay_act_on_path_coordinates(
     assert_equal(model, expected.train(loss, batches, decay=decay, **settings), 1e-12)
 
 
+@pytest.mark.parametrize(("name", "skip_scale", "start"), CASES)
+@pytest.mark.parametrize("anchor", ["balanced", "initial"])
+def test_weight_norm_multiplies_the_gradients_of_all_weights(
+    name: str, skip_scale: float | None, start: str, anchor: str
+) -> None:
+    conversion, model, layers, batches = converted(name, skip_scale=skip_scale)
+    settings = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1, "weight_norm": True}
+    expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
+    train(model, GSGD(path_parameter_groups(model), start=start, anchor=anchor, **settings), batches[:2])
+    assert_equal(model, expected.train(loss, batches[:2], **settings), 1e-12)
+
+
 def rescaled_by_anything(conversion: pathconvert.Conversion, model: nn.Module, seed: int) -> nn.Module:
     """``model`` with every free unit's factor drawn from [0.1, 10]: another network, the same function."""
     generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,8 @@ from pathconvert.checkpoint import prepare_output, write_atomically
 from pathconvert.errors import CheckpointError, OutputError
 from pathconvert.version import __version__
 
-FORMAT_VERSION = 1
+#: 2: G-SGD's momentum is divided by the gauge of the row.
+FORMAT_VERSION = 2
 CONFIG, LAST, METRICS, CURVES = "config.yaml", "last.ckpt", "metrics.csv", "curves.png"
 
 

@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from pathconvert.convert import Conversion
 from pathconvert.errors import PathconvertError
 from pathconvert.training.chains import Chains, find_chains
-from pathconvert.training.layout import Layout, WeightPlace
+from pathconvert.training.layout import Layout
 from pathconvert.training.settings import Start, WeightDecay
 from pathconvert.training.update import PathWeight, chain_values, flow, step_chains, step_weights, with_one
 
@@ -97,8 +97,8 @@ class GSGD(Optimizer):
             bias, γ or β of unit r by 1 / σ_r, so that no rescaling makes a coordinate's step small or large. None takes
             path-values as they are (the papers).
         start: where chains begin: ``bn`` or ``weight`` (``chains.py``).
-        weight_norm: multiply the gradient of every coordinate by the L2 norm of the weights that point to the same
-            unit, the baseline G-SGD+BN(wnorm) of PBN-A 5.1.1.
+        weight_norm: multiply the gradient of every weight's coordinate by the L2 norm of the weights that point to the
+            same unit, the baseline G-SGD+BN(wnorm) of PBN-A 5.1.1.
         foreach: update lists of tensors at once; None where that is faster.
         maximize: ascend.
 
@@ -205,58 +205,79 @@ class GSGD(Optimizer):
                 self.state[p]  # an empty one is there too: torch.distributed.checkpoint asks for all
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("GSGD does not support sparse gradients")
-            foreach = group["foreach"]
-            if foreach is None:
-                foreach = all(p.is_cuda for p in params)
+            gradients = [-cast(Tensor, p.grad) if group["maximize"] else cast(Tensor, p.grad) for p in params]
             if path is None:
-                self._step_plain(params, group, foreach)
+                self._step_plain(params, gradients, group)
             else:
-                self._step_path(group, path, foreach)
+                self._step_path(params, gradients, group, path)
         return loss
 
-    def _step_plain(self, params: list[Tensor], group: dict[str, Any], foreach: bool) -> None:
+    def _step_plain(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """torch's own SGD."""
-        gradients = [cast(Tensor, p.grad) for p in params]
         buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
         sgd(
             params, gradients, buffers,
-            has_sparse_grad=False, foreach=foreach, fused=False, weight_decay=group["weight_decay"],
-            momentum=group["momentum"], lr=group["lr"], dampening=0.0, nesterov=False, maximize=group["maximize"],
+            has_sparse_grad=False, foreach=group["foreach"] is not False, fused=False, lr=group["lr"],
+            weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=0.0, nesterov=False,
+            maximize=False,
         )  # fmt: skip
         for p, buffer in zip(params, buffers, strict=True):
             if buffer is not None:
                 self.state[p]["momentum_buffer"] = buffer
 
-    def _step_path(self, group: dict[str, Any], path: _Path, foreach: bool) -> None:
+    def _step_path(self, trained: list[Tensor], gradients: list[Tensor], group: dict[str, Any], path: _Path) -> None:
         layout = path.layout(group)
         params = dict(zip(path.names, group["params"], strict=True))
-        weights = [self._path_weight(params[place.name], place, group) for place in layout.weights]
-        in_weights = {place.name for place in layout.weights}
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = all(p.is_cuda for p in trained)
+        names = [name for name, p in params.items() if p.grad is not None]
+        grads = dict(zip(names, gradients, strict=True))
+        step_grads = self._step_gradients(params, grads, layout, group["weight_norm"], foreach)
+        weights = [
+            PathWeight(
+                place, p := params[place.name], grads[place.name], step_grads.pop(place.name), self._buffer(p, group)
+            )
+            for place in layout.weights
+        ]
         starts = _Starts(layout, [params[place.name] for place in layout.starts], self.state)
         d = self._chain_values(starts, group)
         gradient = self._chain_gradient(starts, d, flow(weights, layout.chain, layout.count, foreach), group)
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         ratio, shortened = step_chains(d, gradient, lr)
-        self._step_plain([p for n, p in params.items() if p.grad is not None and n not in in_weights], group, foreach)
-        ratio = starts.moved_by(ratio)  # reads the starts before step_weights writes some of them
+        self._step_plain([params[name] for name in step_grads], list(step_grads.values()), group)
+        ratio = starts.moved_by(ratio)
         column_d, column_ratio = with_one(d)[layout.chain], with_one(ratio)[layout.chain]
         if layout.column_gauge is not None:
             column_d = column_d / layout.column_gauge
         step_weights(weights, column_d, column_ratio, lr, group["momentum"], group["weight_decay"], foreach)
         starts.write(shortened, gradient if group["momentum"] else None)
 
-    def _path_weight(self, p: Tensor, place: WeightPlace, group: dict[str, Any]) -> PathWeight:
-        grad = cast(Tensor, p.grad)
-        buffer = None
-        if group["momentum"]:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"]
-        rescale = _row_norm(p) if group["weight_norm"] and p.dim() > 1 else None
-        return PathWeight(
-            p, -grad if group["maximize"] else grad, place.columns, place.row_gauge, place.skeleton, rescale, buffer
-        )
+    @staticmethod
+    def _step_gradients(
+        params: Mapping[str, Tensor], grads: Mapping[str, Tensor], layout: Layout, weight_norm: bool, foreach: bool
+    ) -> dict[str, Tensor]:
+        """``grads`` / S_r²; with ``weight_norm`` those of weights times the L2 norm of their row."""
+        found = dict(grads)
+        factors = [layout.metric]
+        if weight_norm:
+            factors.append({name: _row_norm(params[name]) for name in grads if params[name].dim() > 1})
+        for factor in factors:
+            scaled = [name for name in grads if name in factor]
+            pairs = [found[name] for name in scaled], [factor[name] for name in scaled]
+            products = torch._foreach_mul(*pairs) if foreach and scaled else map(torch.mul, *pairs)
+            found.update(zip(scaled, products, strict=True))
+        return found
+
+    def _buffer(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The parameter's momentum; None without."""
+        if not group["momentum"]:
+            return None
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
     def _chain_values(self, starts: _Starts, group: dict[str, Any]) -> Tensor:
         """d of every chain, divided by its anchor; ≠ 0, float64 [chains]."""
@@ -360,7 +381,7 @@ class _Path:
     def __init__(self, group: PathGroup, params: Sequence[Tensor]) -> None:
         self.names, self.chains = group.names, group.chains
         self._shapes = {name: p.shape for name, p in zip(group.names, params, strict=True)}
-        self._layout: tuple[Any, Layout] | None = None
+        self._layout: tuple[Tensor | None, Any, Layout] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_layout": None}
@@ -384,19 +405,16 @@ class _Path:
         """
         params = dict(zip(self.names, group["params"], strict=True))
         trained = frozenset(name for name, p in params.items() if p.grad is not None)
-        key = (group["start"], frozenset(p.device for p in params.values()), trained, id(group["unit_gauge"]))
-        if self._layout is None or self._layout[0] != key:
-            self._layout = key, self._make_layout(params, group["unit_gauge"], *key[:3])
-        return self._layout[1]
+        gauge = group["unit_gauge"]
+        key = group["start"], trained, [(p.device, p.dtype) for p in params.values()]
+        if self._layout is None or self._layout[0] is not gauge or self._layout[1] != key:
+            self._layout = gauge, key, self._make_layout(params, gauge, group["start"], trained)
+        return self._layout[2]
 
     def _make_layout(
-        self,
-        params: Mapping[str, Tensor],
-        gauge: Tensor | None,
-        start: Start,
-        devices: frozenset[torch.device],
-        trained: frozenset[str],
+        self, params: Mapping[str, Tensor], gauge: Tensor | None, start: Start, trained: frozenset[str]
     ) -> Layout:
+        devices = {p.device for p in params.values()}
         if len(devices) > 1:
             where = ", ".join(sorted(map(str, devices)))
             raise PathconvertError(f"GSGD's chains run over parameters on several devices: {where}")
@@ -407,7 +425,7 @@ class _Path:
                     "parameters, not sharded or flattened ones",
                     "Train it with DistributedDataParallel.",
                 )
-        return Layout(self.chains[start], gauge, self._shapes, trained, *devices)
+        return Layout(self.chains[start], gauge, params, trained)
 
 
 def _refuse_transposed(chains: Chains) -> None:

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from pathconvert.training.chains import Chains, PathTensor
-
-
-@dataclass(frozen=True)
-class WeightPlace:
-    """What a step knows of a weight that leaves chains: fields of :class:`~pathconvert.training.update.PathWeight`."""
-
-    name: str
-    columns: tuple[int, ...]
-    row_gauge: Tensor | None
-    skeleton: tuple[Tensor, ...] | None
+from pathconvert.training.update import WeightPlace
 
 
 @dataclass(frozen=True)
@@ -56,13 +47,13 @@ class Layout:
         chains: of the network.
         gauge: S of every unit, or what coordinates of rows are multiplied by and of columns divided by in its place,
             float64 [units + 1]; None where all are 1.
-        shapes: of the group's parameters, by name.
+        params: of the group, by name, all on one device; not kept.
         trained: names of those that have gradients; all others are constants.
-        device: of the parameters.
 
     Attributes:
         count: number of chains.
-        weights: the trained weights that leave chains.
+        weights: the trained weights that leave chains or hold pivots.
+        metric: 1 / S_r² of every trained parameter where it is not 1, by name, broadcastable, in the parameter's dtype.
         chain: the chain that every column of ``weights`` leaves, int64 [columns of all weights].
         column_gauge: S_c of every column, likewise; None where it is 1.
         starts: by the parameter that holds them.
@@ -77,18 +68,19 @@ class Layout:
         self,
         chains: Chains,
         gauge: Tensor | None,
-        shapes: Mapping[str, torch.Size],
+        params: Mapping[str, Tensor],
         trained: frozenset[str],
-        device: torch.device,
     ) -> None:
         self.count = chains.count
+        device = next(iter(params.values())).device
         gauge = None if gauge is None else gauge.cpu()
-        tensors = {
-            name: tensor
-            for name, tensor in chains.tensors.items()
-            if name in trained and (bool((tensor.chain < self.count).any()) or _is_scaled(tensor, gauge))
-        }
-        self.weights = [_weight_place(name, tensor, gauge, shapes[name], device) for name, tensor in tensors.items()]
+        named = {name: tensor for name, tensor in chains.tensors.items() if name in trained}
+        tensors = {name: tensor for name, tensor in named.items() if self._has_columns(tensor, gauge)}
+        self.weights = [_weight_place(name, tensor, params[name]) for name, tensor in tensors.items()]
+        self.metric: dict[str, Tensor] = {}
+        if gauge is not None:
+            rows = {name: gauge[tensor.row_unit] for name, tensor in named.items()}
+            self.metric = {name: (row**-2).to(params[name]) for name, row in rows.items() if bool((row != 1).any())}
         columns = [w.columns for w in self.weights]
         self.chain = _joined([t.chain for t in tensors.values()], columns, torch.int64).to(device)
         self.column_gauge = None
@@ -99,7 +91,7 @@ class Layout:
         for chain, name in enumerate(chains.parameter):
             held.setdefault(name, []).append(chain)
         self.starts = [
-            _start_place(name, torch.tensor(mine), chains.element[mine], shapes[name], name in trained, device)
+            _start_place(name, torch.tensor(mine), chains.element[mine], params[name], name in trained)
             for name, mine in held.items()
         ]
         self.order = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *(s.chain for s in self.starts)])
@@ -113,6 +105,11 @@ class Layout:
             home = home[home]
         self.home, self.home_of_parent = home.to(device), home[chains.parent].to(device)
         self.trained = None if bool(moves.all()) else moves[:-1].to(device)
+
+    def _has_columns(self, tensor: PathTensor, gauge: Tensor | None) -> bool:
+        """Whether its steps are others than plain ones along the step gradient."""
+        scaled = gauge is not None and bool((gauge[tensor.column_unit] != 1).any())
+        return scaled or bool((tensor.chain < self.count).any()) or tensor.skeleton.numel() > 0
 
     def gather(self, parts: list[Tensor]) -> Tensor:
         """What every parameter of ``starts`` says of its starts → of every chain, float64 [chains]."""
@@ -130,20 +127,14 @@ class Layout:
         return flow[:-1]
 
 
-def _is_scaled(tensor: PathTensor, gauge: Tensor | None) -> bool:
-    """Whether its coordinates are more than its elements."""
-    return gauge is not None and bool((gauge[tensor.row_unit] != 1).any() or (gauge[tensor.column_unit] != 1).any())
-
-
-def _weight_place(
-    name: str, tensor: PathTensor, gauge: Tensor | None, shape: torch.Size, device: torch.device
-) -> WeightPlace:
-    rows = None if gauge is None else gauge[tensor.row_unit]
+def _weight_place(name: str, tensor: PathTensor, weight: Tensor) -> WeightPlace:
+    columns = _columns(tensor.chain.shape, weight.shape)
+    skeleton = tensor.skeleton.to(weight.device)
     return WeightPlace(
         name,
-        _columns(tensor.chain.shape, shape),
-        None if rows is None or bool((rows == 1).all()) else rows.to(device),
-        tuple(torch.unravel_index(tensor.skeleton.to(device), shape)) if tensor.skeleton.numel() else None,
+        columns,
+        tuple(d for d, size in enumerate(columns) if size != weight.shape[d]),
+        tuple(torch.unravel_index(skeleton, weight.shape)) if skeleton.numel() else None,
     )
 
 
@@ -161,9 +152,7 @@ def _joined(parts: list[Tensor], columns: list[tuple[int, ...]], dtype: torch.dt
     return torch.cat([torch.zeros(0, dtype=dtype), *flat])
 
 
-def _start_place(
-    name: str, chain: Tensor, element: Tensor, shape: torch.Size, trained: bool, device: torch.device
-) -> StartPlace:
-    whole = len(shape) == 1 and torch.equal(element, torch.arange(shape[0]))
-    index = None if whole else tuple(torch.unravel_index(element.to(device), shape))
-    return StartPlace(name, chain.to(device), index, trained)
+def _start_place(name: str, chain: Tensor, element: Tensor, param: Tensor, trained: bool) -> StartPlace:
+    whole = param.dim() == 1 and torch.equal(element, torch.arange(len(param)))
+    index = None if whole else tuple(torch.unravel_index(element.to(param.device), param.shape))
+    return StartPlace(name, chain.to(param.device), index, trained)

@@ -11,7 +11,9 @@ so that, with g = ∂loss/∂w and the sum over all trained weights that leave u
     ∂loss/∂d_k = (w_s · g_s − Σ w · g) / d_k
 
 Coordinates may be divided by a constant ρ_k for every chain: then d_k stands for d_k / ρ_k, and nothing else changes.
-S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). Values of chains are float64; weights keep their own dtype.
+S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A momentum buffer is that of the coordinate, divided by S_r:
+then S_r is needed in the *step gradient* alone, g / S_r², and what leaves no chain takes plain steps along that. Values
+of chains are float64; weights keep their own dtype.
 
 What chains say is constant along most dimensions of a weight; its *columns* are the elements of the shape that is left.
 The columns of all weights follow one another in one list, so that the arithmetic on them is done once for all.
@@ -31,32 +33,39 @@ LARGEST_SHRINK = 10.0
 
 
 @dataclass(frozen=True)
+class WeightPlace:
+    """What is known of a weight that leaves chains before its gradient is.
+
+    Attributes:
+        name: of the parameter.
+        columns: shape of what its columns have, broadcastable to the weight.
+        summed: dimensions along which that is constant.
+        skeleton: index of the pivots, which do not move; None where there is none.
+    """
+
+    name: str
+    columns: tuple[int, ...]
+    summed: tuple[int, ...]
+    skeleton: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
 class PathWeight:
     """A weight that leaves chains, and its gradient.
 
     Attributes:
+        place: in the network.
         value: changed in place by :func:`step_weights`.
         grad: ∂loss/∂value; not changed.
-        columns: shape of what its columns have, broadcastable to the weight.
-        row_gauge: S_r, broadcastable; None where it is 1.
-        skeleton: index of the pivots, which do not move; None where there is none.
-        rescale: factor on the coordinates' gradients, broadcastable (``weight_norm``); None for 1.
-        momentum: buffer of the coordinates' gradients, changed in place; None without momentum.
+        step_grad: ∂loss/∂value / S_r², the step gradient; not changed.
+        momentum: buffer, changed in place; None without momentum.
     """
 
+    place: WeightPlace
     value: Tensor
     grad: Tensor
-    columns: tuple[int, ...]
-    row_gauge: Tensor | None = None
-    skeleton: tuple[Tensor, ...] | None = None
-    rescale: Tensor | None = None
+    step_grad: Tensor
     momentum: Tensor | None = None
-
-    def gradient_by_row(self, power: int) -> Tensor:
-        """∂loss/∂value · rescale / S_r to the given power."""
-        gauge = None if self.row_gauge is None else self.row_gauge**-power
-        factors = [f for f in (self.rescale, gauge) if f is not None]
-        return self.grad * math.prod(factors[1:], start=factors[0]).to(self.grad.dtype) if factors else self.grad
 
 
 def chain_values(starts: Tensor, ancestors: Sequence[Tensor]) -> Tensor:
@@ -94,17 +103,18 @@ def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, foreach: bool
         if foreach
         else (w.value * w.grad for w in weights)
     )
-    sums = [_sum_by_column(product, w) for product, w in zip(products, weights, strict=True)]
+    sums = [_sum_by_column(product, w.place) for product, w in zip(products, weights, strict=True)]
     return total.index_add_(0, chain, torch.cat(sums).double())
 
 
-def _sum_by_column(product: Tensor, weight: PathWeight) -> Tensor:
+def _sum_by_column(product: Tensor, place: WeightPlace) -> Tensor:
     """Sums of ``product``, which is changed, over all that is no pivot, flat."""
-    if weight.skeleton is not None:
-        product[weight.skeleton] = 0
-    dims = [d for d, size in enumerate(weight.columns) if size != product.shape[d]]
+    if place.skeleton is not None:
+        product[place.skeleton] = 0
+    if not place.summed:
+        return product.flatten()
     dtype = torch.float32 if product.dtype.itemsize < 4 else product.dtype
-    return product.sum(dims, dtype=dtype).flatten() if dims else product.flatten()
+    return product.sum(place.summed, dtype=dtype).flatten()
 
 
 def step_chains(d: Tensor, gradient: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -136,26 +146,19 @@ def step_weights(
     if not weights:
         return
     values = [w.value for w in weights]
-    pivots = [None if w.skeleton is None else w.value[w.skeleton] for w in weights]
+    pivots = [None if w.place.skeleton is None else w.value[w.place.skeleton] for w in weights]
+    gradients = [w.step_grad for w in weights]
     if momentum == 0:  # v − lr (g / D + λ v), divided by the new D
-        steps = [w.gradient_by_row(2) for w in weights]
-        keep, take = (1 - lr * weight_decay) / ratio, lr / (d * d * ratio)
+        steps, keep, take = gradients, (1 - lr * weight_decay) / ratio, lr / (d * d * ratio)
     else:
-        buffers = [w.momentum for w in weights if w.momentum is not None]
-        gradients = [w.gradient_by_row(1) for w in weights]
-        _multiply_and_add(buffers, momentum, gradients, _split(1 / d, weights), 1.0, foreach)
+        steps, keep, take = [w.momentum for w in weights if w.momentum is not None], 1 / ratio, lr / (d * ratio)
+        _multiply_and_add(steps, momentum, gradients, _split(1 / d, weights), 1.0, foreach)
         if weight_decay:
-            decayed = [w.value if w.row_gauge is None else w.value * w.row_gauge.to(w.value.dtype) for w in weights]
-            _multiply_and_add(buffers, None, decayed, _split(weight_decay * d, weights), 1.0, foreach)
-        steps = [
-            buffer if w.row_gauge is None else buffer / w.row_gauge.to(buffer.dtype)
-            for buffer, w in zip(buffers, weights, strict=True)
-        ]
-        keep, take = 1 / ratio, lr / (d * ratio)
+            _multiply_and_add(steps, None, values, _split(weight_decay * d, weights), 1.0, foreach)
     _multiply_and_add(values, _split(keep, weights), steps, _split(take, weights), -1.0, foreach)
     for w, pivot in zip(weights, pivots, strict=True):
-        if pivot is not None and w.skeleton is not None:
-            w.value[w.skeleton] = pivot
+        if pivot is not None and w.place.skeleton is not None:
+            w.value[w.place.skeleton] = pivot
 
 
 def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
@@ -163,8 +166,8 @@ def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
     dtypes = {w.value.dtype for w in weights}
     if len(dtypes) == 1:
         columns = columns.to(dtypes.pop())
-    parts = columns.split([math.prod(w.columns) for w in weights])
-    return [part.view(w.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)]
+    parts = columns.split([math.prod(w.place.columns) for w in weights])
+    return [part.view(w.place.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)]
 
 
 def _multiply_and_add(

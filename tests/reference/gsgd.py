@@ -176,6 +176,7 @@ class PathCoordinates:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decay: str = "l2",
+        weight_norm: bool = False,
     ) -> dict[str, Tensor]:
         """One step of SGD a batch; the weights after the last."""
         leaves = list(self.coordinates.values())
@@ -188,5 +189,13 @@ class PathCoordinates:
                     d = self.coordinates[chain.parameter][chain.place]
                     total = total + weight_decay / 2 * ((d.abs() - 1) ** 2 - d**2)
             total.backward()
+            if weight_norm:  # the coordinates of a unit's weights take its row's norm
+                weights = self.to_weights()
+                for layer in self.layers:
+                    if layer.reads or layer.makes:
+                        for gradient, row in zip(
+                            self.coordinates[layer.weight].grad, weights[layer.weight], strict=True
+                        ):
+                            gradient *= row.detach().norm()
             optimizer.step()
         return {name: weight.detach() for name, weight in self.to_weights().items()}
