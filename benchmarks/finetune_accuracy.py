@@ -40,7 +40,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "G-SGD+Path-BN": OURS,
     "SGD+Path-BN": {"norm": "path-bn", "optimizer": "sgd"},
     "G-SGD+BN": OURS | {"norm": "bn"},
-    "G-SGD+BN(wnorm)": {"norm": "bn", "optimizer": "gsgd", "anchor": "initial", "weight_norm": True, "start": "weight"},
+    "G-SGD+BN(wnorm)": OURS | {"norm": "bn", "weight_norm": True},
     "G-SGD+Path-BN, anchor initial": OURS | {"anchor": "initial"},
     "G-SGD+Path-BN, no anchor": OURS | {"anchor": "none"},
     "G-SGD+Path-BN, pivot max": OURS | {"pivot": "max"},

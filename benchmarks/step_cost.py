@@ -1,12 +1,11 @@
 """What a training step costs: G-SGD on Path-BN against SGD on BatchNorm, the same network, batch and precision.
 
-    python benchmarks/step_cost.py [--networks resnet50 resnet56] [--rounds 7] [--threads 1] [--batch-50 4]
+    python benchmarks/step_cost.py [--networks resnet50 resnet56] [--rounds 7] [--threads 1] [--batch-50 16]
                                    [--batch-56 64] [--json FILE]
 
 Contenders take turns in one process; medians. *optimizer* is the optimizer's step alone, SGD that of torch with
-``foreach``; *path-bn* what Path-BN adds to forward and backward, of the whole step of SGD on BatchNorm. Memory is the
-peak during a step: the process's on the CPU (a process for every contender, above what it holds before it has a
-network; Linux only), the allocator's on a GPU.
+``foreach``; *path-bn* what Path-BN adds to forward and backward, of the whole step of SGD on BatchNorm. Memory is what
+torch's allocator has given out at the highest during a step, in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet50
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -71,6 +71,7 @@ class Contender:
             if form == "sgd+bn"
             else GSGD(path_parameter_groups(model), lr=1e-6, momentum=momentum, anchor="balanced")
         )
+        self.network = model
         self.model: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
 
     def step(self) -> tuple[float, float]:
@@ -120,7 +121,7 @@ def measure(network: str, batch: int, momentum: float, device: str, compiled: bo
 
 
 def peak_memory(network: str, form: str, batch: int, momentum: float, device: str, compiled: bool) -> float:
-    """Bytes at the highest during three steps, in a process of its own, without what it held before the network."""
+    """Bytes that the allocator has given out at the highest during a step, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (network, form, batch, momentum, device, compiled))
@@ -128,23 +129,22 @@ def peak_memory(network: str, form: str, batch: int, momentum: float, device: st
 
 def _peak(*arguments: Any) -> float:
     torch.set_num_threads(1)
-    before = _resident("VmRSS")
     contender = Contender(*arguments)
     contender.step()  # makes the gradients and the optimizer's buffers
     if contender.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew; ru_maxrss outlives an exec
-    for _ in range(3):
         contender.step()
-    return float(torch.cuda.max_memory_allocated()) if contender.device == "cuda" else _resident("VmHWM") - before
-
-
-def _resident(which: str) -> float:
-    """Bytes of this process, of Linux: VmRSS now, VmHWM at the highest."""
-    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024.0 * int(found[1])
+        return float(torch.cuda.max_memory_allocated())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        contender.step()
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    state = [t for group in contender.optimizer.state.values() for t in group.values() if isinstance(t, Tensor)]
+    held = [*contender.network.parameters(), *contender.network.buffers(), *state]  # from before the profile
+    given = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    return given + sum(t.numel() * t.element_size() for t in held)
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch-50", type=int, default=4)
+    parser.add_argument("--batch-50", type=int, default=16)
     parser.add_argument("--batch-56", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
