@@ -262,7 +262,7 @@ def test_pivots_do_not_move(name: str, gauge: str) -> None:
     train(model, optimizer, [x.float() for x in batches] * 10)
     assert all(torch.equal(a, b) for a, b in zip(before, skeleton(), strict=True))
     if gauge == "unit" and name in ("equal widths", "unequal widths", "cnn"):
-        assert {abs(float(value)) for value in before} == {1.0}
+        assert {abs(value.item()) for value in before} == {1.0}
 
 
 def test_a_step_through_zero_is_shortened_and_counted() -> None:
@@ -333,7 +333,7 @@ def test_a_closure_is_called_with_gradients() -> None:
         value.backward()
         return value
 
-    first, second = float(optimizer.step(closure)), float(optimizer.step(closure))
+    first, second = optimizer.step(closure).item(), optimizer.step(closure).item()
     assert second < first
 
 

@@ -33,7 +33,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def output(model: nn.Module, x: Any, training: bool = False) -> Tensor:
