@@ -1,7 +1,12 @@
 """Mean μ' and variance var' of a layer's off-pivot sum: measured on images, or estimated from BatchNorms.
 
 **Images** are streamed in one pass through the network in evaluation mode. Entering Path-BN changes no layer's
-evaluation output, so all layers are measured together; in float64, batches weighted by their size.
+evaluation output, so all layers are measured together; in float64, batches weighted by their size. In training mode
+the BatchNorm of the layer before took the full sum's mean m and variance v over the images; its running statistics μ
+and σ² may be others, those of many more images or of another data set. For training mode to begin as it was, the
+measured statistics are referred to these (nothing changes where m = μ and v = σ²)::
+
+    var' + eps ← (var' + eps) (σ² + eps) / (v + eps)      μ' ← μ' + μ − m
 
 **Without images** units are taken for independent Gaussians through ReLU, z_k = max(0, β_k + |γ_k| n) with n ~ N(0, 1)
 and γ, β of the BatchNorms that make the unit::
@@ -72,8 +77,15 @@ class _Moments:
         return self.squares / self.count
 
 
-def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -> tuple[dict[str, Statistics], int]:
-    """Statistics of every layer's off-pivot sum over the calibration images, and how many images there were.
+class Measured(NamedTuple):
+    """Over the calibration images: statistics of a layer's off-pivot sum, and of its output y."""
+
+    off_pivot: Statistics
+    output: Statistics
+
+
+def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -> tuple[dict[str, Measured], int]:
+    """Statistics of every layer over the calibration images, and how many images there were.
 
     Args:
         model: in Path-BN form, evaluation outputs as they were.
@@ -83,10 +95,14 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
     Raises:
         PathconvertError: no image; a layer that they do not reach; sums that are not finite.
     """
-    moments = {name: _Moments() for name in modules}
+    moments = {name: (_Moments(), _Moments()) for name in modules}
     handles = [
-        module.bn.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
+        handle
         for name, module in modules.items()
+        for handle in (
+            module.bn.register_forward_pre_hook(lambda _, args, name=name: moments[name][0].add(args[0])),
+            module.register_forward_hook(lambda _, __, result, name=name: moments[name][1].add(result)),
+        )
     ]
     count = 0
     tensor = next(model.parameters())
@@ -101,14 +117,32 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
             handle.remove()
     if not count:
         raise PathconvertError("the calibration gave no image", "Give at least one batch.")
-    for name, moment in moments.items():
-        if not moment.count:
+    for name, (off_pivot, _) in moments.items():
+        if not off_pivot.count:
             raise PathconvertError(
                 f"the calibration images do not reach {name}", "Give images on which it runs, or none."
             )
-        if not bool(torch.isfinite(moment.var).all()):
+        if not bool(torch.isfinite(off_pivot.var).all()):
             raise PathconvertError(f"the off-pivot sum of {name} is not finite on the calibration images")
-    return {name: (moment.mean, moment.var) for name, moment in moments.items()}, count
+    return {name: Measured(*((one.mean, one.var) for one in both)) for name, both in moments.items()}, count
+
+
+def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) -> Statistics:
+    """The off-pivot sum's statistics, referred to the running ones (see the module's docstring).
+
+    Args:
+        measured: of a layer, y = γ (s − μ) / √(σ² + eps) + β with the full sum s.
+        bn: the BatchNorm that follows it in path form.
+    """
+    tensors: list[Any] = [bn.running_mean, bn.running_var, bn.weight, bn.bias]
+    _, running_var, gamma, beta = (t.detach().double().cpu() for t in tensors)
+    (mean, var), (output_mean, output_var) = measured
+    gain = gamma / (running_var + bn.eps).sqrt()
+    kept = gain == 0  # y tells nothing of the sum
+    gain = gain.masked_fill(kept, 1.0)
+    ratio = (running_var + bn.eps) / (output_var / gain**2 + bn.eps)
+    referred = ((var + bn.eps) * ratio - bn.eps).clamp(min=0.0)
+    return (torch.where(kept, mean, mean - (output_mean - beta) / gain), torch.where(kept, var, referred))
 
 
 def _batches(calibration: Any) -> Iterator[Any]:

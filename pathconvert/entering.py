@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pathconvert.calibration import Places, estimate_sum, measure, unit_moments
+from pathconvert.calibration import (
+    Measured,
+    Places,
+    Statistics,
+    estimate_sum,
+    measure,
+    refer_to_running,
+    unit_moments,
+)
 from pathconvert.convert import Conversion, reparameterize
 from pathconvert.equivalence import forward_outputs, run_dtype
 from pathconvert.errors import EquivalenceError, PathconvertError
@@ -111,7 +119,7 @@ def to_path_bn(
     )
     conversion = with_skip_scale(conversion, skip_scale)
     chosen, left = _choose(conversion, example_input)
-    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+    statistics: dict[str, Statistics] = {}
     if calibration is None:
         statistics = _estimates(conversion, chosen)
         left |= {
@@ -134,7 +142,8 @@ def to_path_bn(
     if calibration is not None:
         for one in entered:
             _set_statistics(one, torch.zeros_like(one.shift), torch.ones_like(one.shift), normalise=False)
-        statistics, count = measure(model, {one.candidate.name: one.module for one in entered}, calibration)
+        measured, count = measure(model, {one.candidate.name: one.module for one in entered}, calibration)
+        statistics = {c.name: _of_images(conversion.model, c, measured[c.name]) for c in chosen}
         source = {"source": "images", "images": count}
     for one in entered:
         _set_statistics(one, *statistics[one.candidate.name], normalise=one.candidate.bn is None)
@@ -389,6 +398,15 @@ def _affine(model: nn.Module, candidate: _Candidate) -> tuple[Tensor, Tensor]:
     mean, var, gamma, beta = (t.detach().double().cpu() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
     gain = gamma / (var + bn.eps).sqrt()
     return gain, beta + gain * (bias - mean)
+
+
+def _of_images(before: nn.Module, candidate: _Candidate, measured: Measured) -> Statistics:
+    """μ' and var' from calibration images."""
+    if candidate.bn is None:
+        return measured.off_pivot
+    bn = before.get_submodule(candidate.bn)
+    assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
+    return refer_to_running(measured, bn)
 
 
 @torch.no_grad()
