@@ -8,6 +8,7 @@ what decides is the network itself, built without initialising it and compared t
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -354,7 +355,8 @@ def resolve(
     """The network that ``--arch`` names.
 
     Args:
-        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``.
+        name: a torchvision name, also with arguments that no tensor tells (``googlenet(transform_input=True)``),
+            ``package.module:builder`` or ``timm/NAME``.
         tensors: tell the number of classes and auxiliary heads of a torchvision network.
         num_classes: passed to the builder where given.
         input_size: without the batch dimension.
@@ -363,6 +365,7 @@ def resolve(
         ArchitectureError: there is no such network.
     """
     given = {} if num_classes is None else {"num_classes": num_classes}
+    name, arguments = _called(name)
     if name.startswith("timm/"):
         return Architecture(name, given, input_size or _timm_input_size(name), "classification")
     if ":" in name:
@@ -377,7 +380,39 @@ def resolve(
             else "pathconvert archs lists them; a network of your own: --arch package.module:builder",
         )
     architecture = _fit(name, tensors or {}, _shapes(tensors or {}), num_classes)
-    return Architecture(name, architecture.arguments, input_size or architecture.input_size, architecture.task)
+    arguments = architecture.arguments | arguments
+    return Architecture(name, arguments, input_size or architecture.input_size, architecture.task)
+
+
+def _called(name: str) -> tuple[str, dict[str, Any]]:
+    """``googlenet(transform_input=True)`` → the name and its arguments; any other text is a name.
+
+    Raises:
+        ArchitectureError: the arguments are no literals with names.
+    """
+    found = re.fullmatch(r"(\w+)\((.*)\)", name)
+    if not found:
+        return name, {}
+    try:
+        call = ast.parse(f"f({found[2]})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args:
+            raise ValueError
+        return found[1], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ArchitectureError(
+            f"--arch {name}: the arguments cannot be read", "Such as --arch 'googlenet(transform_input=True)'"
+        ) from None
+
+
+#: Networks whose pretrained weights go with an input that they normalise anew, which no tensor shows.
+TRANSFORMING = ("googlenet", "inception_v3")
+
+
+def is_pretrained_file(name: str, sha256: str) -> bool:
+    """Whether a file is one of torchvision's own weights for the network, whose names end in the hash's beginning."""
+    urls = (weights.url for weights in torchvision.models.get_model_weights(name))
+    return any(Path(url).stem.rpartition("-")[2] == sha256[:8] for url in urls)
 
 
 def build(architecture: Architecture) -> nn.Module:
@@ -527,7 +562,7 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
         raise ArchitectureError(
             f"the weights of {name} could not be downloaded ({error})",
-            "Offline, give a file with them: pathconvert reparam FILE",
+            "Offline, give a file with them in place of the name.",
         ) from error
     state = model.state_dict()
     architecture = _fit(name, state, _shapes(state), None)

@@ -1,10 +1,11 @@
 """Mean μ' and variance var' of a layer's off-pivot sum: measured on images, or estimated from BatchNorms.
 
 **Images** are streamed in one pass through the network in evaluation mode. Entering Path-BN changes no layer's
-evaluation output, so all layers are measured together; in float64, batches weighted by their size. In training mode
-the BatchNorm of the layer before took the full sum's mean m and variance v over the images; its running statistics μ
-and σ² may be others, those of many more images or of another data set. For training mode to begin as it was, the
-measured statistics are referred to these (nothing changes where m = μ and v = σ²)::
+evaluation output, so all layers are measured together; in float64, batches weighted by their size. With the statistics
+of these images training mode computes on them what evaluation mode does. The network before normalised the full sum s
+by its mean m and variance v over the images, where evaluation takes running statistics μ and σ², which may be those of
+many more images or of another data set. For training mode to begin as it was, the measured statistics are *referred*
+to the running ones (nothing changes where m = μ and v = σ²)::
 
     var' + eps ← (var' + eps) (σ² + eps) / (v + eps)      μ' ← μ' + μ − m
 
@@ -35,7 +36,10 @@ from pathconvert.trace import IdVector, as_arguments, mode_of
 
 #: Images of a calibration tensor that go through the network together.
 CHUNK = 32
-EXPECTED = "Give images [N, …], or an iterable of batches; a folder is for the command line: --calibrate DIR."
+EXPECTED = (
+    "Give images [N, …], or an iterable of batches; of a loader of (image, label) pairs (x for x, _ in loader); a "
+    "folder is for the command line: --calibrate DIR."
+)
 #: The estimate of var' is at least this share of the full sum's: pivots and the rest are not quite independent.
 LEAST_VARIANCE = 0.25
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -41,11 +41,13 @@ from pathconvert.path_bn import (
     pivots_of,
     replace_layer,
 )
-from pathconvert.record import attach_record, encode_runs
+from pathconvert.record import attach_record, encode_runs, unwrapped
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
 from pathconvert.trace import IdVector, as_arguments
 
+#: Which of the network's functions training mode begins with (:func:`to_path_bn`).
+Beginning = Literal["training", "evaluation"]
 LAST = "is the last layer: no normalization comes before an output"
 NO_PIVOT = "holds no pivot: it begins a chain, or what it reads has its pivots elsewhere"
 
@@ -92,6 +94,8 @@ def to_path_bn(
     example_input: Any,
     calibration: Tensor | Iterable[Any] | None = None,
     skip_scale: float = 1.0,
+    *,
+    begin: Beginning = "training",
 ) -> nn.Module:
     """A copy in Path-BN form (PBN eq. 8-10), the same function in evaluation mode.
 
@@ -100,6 +104,9 @@ def to_path_bn(
         example_input: a tensor, or a tuple of the forward's positional arguments; the network runs on it once.
         calibration: images [N, …], or an iterable of batches; None estimates the statistics from BatchNorms.
         skip_scale: λ. Other than 1, units are rescaled first so that pivots become ±λ: λ never changes the function.
+        begin: what training mode computes on the calibration images at first, where the running statistics of the
+            network are those of others: ``training``, what it computed in training mode; ``evaluation``, what it
+            computes in evaluation mode, which is the better beginning on a new data set (``benchmarks/``).
 
     Returns:
         The network, its layers replaced by :class:`~pathconvert.path_bn.PathBN`; ``path_record["path_bn"]`` says
@@ -110,6 +117,8 @@ def to_path_bn(
             calibration images give none.
         EquivalenceError: the result is not the same function (a guard).
     """
+    if isinstance(conversion_or_model, nn.Module):
+        conversion_or_model = unwrapped(conversion_or_model)
     if isinstance(conversion_or_model, nn.Module) and has_path_bn(conversion_or_model):
         raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
     conversion = (
@@ -135,7 +144,8 @@ def to_path_bn(
         chosen = [c for c in chosen if c.name in statistics]
     if not chosen:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) or "none holds a pivot"
-        raise PathconvertError(f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}")
+        tip = "Convert the checkpoint to float32 first." if any("held back" in why for why in left.values()) else ""
+        raise PathconvertError(f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}", tip)
     model = copy.deepcopy(conversion.model)
     entered = [_enter(model, c, conversion, skip_scale) for c in chosen]
     source: dict[str, Any] = {"source": "gaussian"}
@@ -143,7 +153,7 @@ def to_path_bn(
         for one in entered:
             _set_statistics(one, torch.zeros_like(one.shift), torch.ones_like(one.shift), normalise=False)
         measured, count = measure(model, {one.candidate.name: one.module for one in entered}, calibration)
-        statistics = {c.name: _of_images(conversion.model, c, measured[c.name]) for c in chosen}
+        statistics = {c.name: _of_images(conversion.model, c, measured[c.name], begin) for c in chosen}
         source = {"source": "images", "images": count}
     for one in entered:
         _set_statistics(one, *statistics[one.candidate.name], normalise=one.candidate.bn is None)
@@ -237,7 +247,11 @@ def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate
     for index, layer in enumerate(units.layers):
         mine = np.flatnonzero(usable & (pivots.layer == index))
         name, _, leaf = layer.parameter.rpartition(".")
-        obstacle = _obstacle(model, layer, name, leaf, calls.get(name, []), uses) if mine.size else NO_PIVOT
+        obstacle = (
+            _obstacle(model, layer, name, leaf, calls.get(name, []), uses)
+            if mine.size
+            else _without_pivot(conversion, index)
+        )
         why = LAST if index in last else obstacle
         if why:
             left[name or layer.parameter] = why
@@ -246,6 +260,26 @@ def _choose(conversion: Conversion, example_input: Any) -> tuple[list[_Candidate
     without_bias = [c for c in chosen if c.bn is None and model.get_submodule(c.name).bias is None]
     lost = _no_way_for_a_bias(model, without_bias, example_input)
     return [c for c in chosen if c.name not in lost], left | lost
+
+
+def _without_pivot(conversion: Conversion, index: int) -> str:
+    """Why a layer holds no pivot."""
+    pivots, units = conversion.pivots, conversion.units
+    mine = pivots.layer == index
+    if (mine & conversion.held_back()).any():
+        return f"its pivots are held back: their factors leave the range of {_dtype_name(conversion.model)}"
+    if (mine & conversion.circular()).any():
+        return "its pivots would run in a circle"
+    columns = units.layers[index].columns
+    pinned = np.repeat([group.pinned_by or "" for group in conversion.groups], [g.size for g in conversion.groups])
+    reasons = set(np.append(pinned, "")[columns].tolist())
+    if len(reasons) == 1 and "" not in reasons:
+        return f"holds no pivot, as what it reads {reasons.pop()}"
+    return NO_PIVOT
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(run_dtype(model)).removeprefix("torch.")
 
 
 def _last_layers(conversion: Conversion, calls: Mapping[str, Any]) -> set[int]:
@@ -400,9 +434,9 @@ def _affine(model: nn.Module, candidate: _Candidate) -> tuple[Tensor, Tensor]:
     return gain, beta + gain * (bias - mean)
 
 
-def _of_images(before: nn.Module, candidate: _Candidate, measured: Measured) -> Statistics:
+def _of_images(before: nn.Module, candidate: _Candidate, measured: Measured, begin: Beginning) -> Statistics:
     """μ' and var' from calibration images."""
-    if candidate.bn is None:
+    if candidate.bn is None or begin == "evaluation":
         return measured.off_pivot
     bn = before.get_submodule(candidate.bn)
     assert isinstance(bn, nn.modules.batchnorm._BatchNorm)

@@ -35,7 +35,7 @@ from pathconvert.errors import ArchitectureError, CheckpointError
 from pathconvert.filetypes import AGAIN
 from pathconvert.path_bn import has_path_bn, insert_path_bn, leave_path_bn
 from pathconvert.preprocessing import Preprocessing, labels_for
-from pathconvert.record import attach_record, record_of
+from pathconvert.record import attach_record, record_of, unwrapped
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -95,6 +95,19 @@ class LoadedNetwork:
         """The classes that the network was fine-tuned to; else those of torchvision's weights; None without either."""
         own = _own_labels(self.checkpoint)
         return labels_for(self.architecture) if own is None else own
+
+    @property
+    def doubt(self) -> str | None:
+        """What neither the tensors nor the file tell of the function; None where all is known."""
+        name = self.architecture.name
+        if name not in architectures.TRANSFORMING or "transform_input" in self.architecture.arguments:
+            return None
+        if self.metadata is not None or self.checkpoint is None:
+            return None
+        return (
+            f"nothing in the file tells whether this {name} transforms its input, as one trained from torchvision's "
+            f"weights does; taken for one that does not. Otherwise: --arch '{name}(transform_input=True)'"
+        )
 
     @property
     def was_trained_here(self) -> bool:
@@ -229,9 +242,10 @@ def _architecture_of(
     input_size: tuple[int, ...] | None,
 ) -> Architecture:
     if arch is not None:
-        return architectures.resolve(arch, tensors, num_classes=num_classes, input_size=input_size)
+        named = architectures.resolve(arch, tensors, num_classes=num_classes, input_size=input_size)
+        return _as_pretrained(named, checkpoint)
     if checkpoint.metadata is None:
-        return architectures.recognise(tensors, num_classes=num_classes)
+        return _as_pretrained(architectures.recognise(tensors, num_classes=num_classes), checkpoint)
     version = checkpoint.metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -247,6 +261,17 @@ def _architecture_of(
         )
     size = stored.get("input_size")
     return Architecture(stored["name"], stored["arguments"], tuple(size) if size else None, stored["task"])
+
+
+def _as_pretrained(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
+    """With ``transform_input`` where the file is torchvision's own."""
+    if (
+        architecture.name in architectures.TRANSFORMING
+        and "transform_input" not in architecture.arguments
+        and architectures.is_pretrained_file(architecture.name, checkpoint.sha256)
+    ):
+        return dataclasses.replace(architecture, arguments=architecture.arguments | {"transform_input": True})
+    return architecture
 
 
 def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -272,9 +297,11 @@ def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = F
     Raises:
         OutputError: the file exists (without ``force``) or cannot be written.
     """
-    model, record = (
-        (converted.model, converted.record) if isinstance(converted, Conversion) else (converted, record_of(converted))
-    )
+    if isinstance(converted, Conversion):
+        model, record = converted.model, converted.record
+    else:
+        model = unwrapped(converted)
+        record = record_of(model)
     stock = leave_path_bn(model) if has_path_bn(model) else model
     return write_checkpoint(path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force)
 

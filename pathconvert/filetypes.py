@@ -230,7 +230,7 @@ def _pickle_file(file: BinaryIO) -> tuple[str, str] | None:
 def _protobuf_file(file: BinaryIO, size: int) -> tuple[str, str] | None:
     fields = _protobuf_fields(file, size)
     if 7 in fields and fields <= {*range(1, 9), 14, 20, 25, 26}:  # ModelProto: 1 ir_version, 7 graph
-        return "an ONNX file", _EXPORT_AGAIN
+        return "an ONNX file", f"{_EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx."
     if fields == {1, 2}:  # SavedModel: 1 schema version, 2 meta graphs
         return "a TensorFlow SavedModel", "Give the network's PyTorch weights."
     return None

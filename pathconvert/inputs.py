@@ -18,7 +18,7 @@ from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.preprocessing import Preprocessing, whole_levels
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 #: One side of an image over the other, at most: the longer side grows when the shorter one is resized.
 LONGEST = 50
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +54,7 @@ def folder_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder", "Give a folder that holds images.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
     if not paths:
         raise CheckpointError(f"{folder} holds no image", f"Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return paths
@@ -102,8 +102,8 @@ class Picture:
 def read_image(path: Path, channels: int = 3) -> Picture:
     """Read an image of any kind: grey or colour, 8 or 16 bits, CMYK, with a palette, transparent, animated.
 
-    Sixteen-bit grey keeps its precision; of an animation the first frame is taken; the orientation that a camera
-    recorded is applied; transparency is dropped, as torchvision's loaders do.
+    Sixteen-bit grey is read whole (preparing it rounds to 8 bits); of an animation the first frame is taken; the
+    orientation that a camera recorded is applied; transparency is dropped, as torchvision's loaders do.
 
     Args:
         path: the file.
@@ -122,7 +122,9 @@ def read_image(path: Path, channels: int = 3) -> Picture:
         raise CheckpointError(f"{path} does not exist", "Check the path for misspellings.") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder, no image", "Give the images in it.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, *damage) as error:
+    except Image.DecompressionBombError as error:
+        raise CheckpointError(f"{path} is too large: {error}", "Make it smaller first.") from error
+    except (UnidentifiedImageError, *damage) as error:
         raise CheckpointError(
             f"{path} is no intact image: {error}", "Remove it from the folder, or mend it."
         ) from error

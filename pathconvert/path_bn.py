@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathconvert.errors import RecordError
-from pathconvert.record import attach_record, decode_runs, record_of
+from pathconvert.record import attach_record, decode_runs, record_of, unwrapped
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -83,7 +83,7 @@ class PathBN(nn.Module):
             setattr(self, name, getattr(layer, name))
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         self.bn = bn
-        self.skip_scale = skip_scale
+        self._skip_scale = skip_scale
         self.register_buffer("pivot_row", rows)
         self.register_buffer("pivot_column", columns)
         self.register_buffer("pivot_value", values.to(weight.dtype))
@@ -91,6 +91,11 @@ class PathBN(nn.Module):
         with torch.no_grad():
             self.weight.copy_(self._off_pivot())
         self.training = layer.training  # bn keeps its own mode
+
+    @property
+    def skip_scale(self) -> float:
+        """λ; ``to_path_bn`` sets it, as the pivots' size depends on it."""
+        return self._skip_scale
 
     def extra_repr(self) -> str:
         return f"{type(self._settings[0]).__name__}, {len(self.pivot_row)} pivots, skip_scale={self.skip_scale:g}"
@@ -244,6 +249,7 @@ def leave_path_bn(model: nn.Module) -> nn.Module:
     Raises:
         RecordError: ``model`` is not in Path-BN form.
     """
+    model = unwrapped(model)
     record = record_of(model)
     if "path_bn" not in record:
         raise RecordError(f"this {type(model).__name__} is in path form, not in Path-BN form")

@@ -47,6 +47,17 @@ def decode_runs(runs: list[Run]) -> IdVector:
     return np.concatenate([np.zeros(0, dtype=np.int64), *pieces])
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, without the wrappers of ``torch.compile`` and of data parallel training around it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def attach_record(model: nn.Module, record: dict[str, Any]) -> None:
     """Let ``model`` carry the record of the conversion that it went through."""
     vars(model)["path_record"] = record

@@ -411,7 +411,7 @@ def test_pretrained_offline(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     assert refusal(architectures.pretrained, "squeezenet1_1") == (
         "the weights of squeezenet1_1 could not be downloaded (<urlopen error Name or service not known>)",
-        "Offline, give a file with them: pathconvert reparam FILE",
+        "Offline, give a file with them in place of the name.",
     )
     assert capfd.readouterr().err == ""  # torch.hub says "Downloading" before it tries
 

@@ -1,5 +1,7 @@
 """Networks in files through the Python API: ``save`` and ``load``, and what ``import pathconvert`` brings."""
 
+import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pathconvert
+from pathconvert import architectures, cli
 from pathconvert.errors import ArchitectureError, CheckpointError, OutputError, RecordError
+from pathconvert.files import open_network
 
 BUILDER = """
 from torch import nn
@@ -104,6 +108,27 @@ def test_a_class_of_ones_own_is_named_at_load(tmp_path, small, image):
     assert type(loaded) is type(small)
     assert record == c.record
     assert_same(loaded, c.model)
+
+
+def test_what_no_tensor_tells_is_said_or_asked(tmp_path, monkeypatch, capsys):
+    """torchvision's own weights of GoogLeNet and Inception go with transform_input; a file of them says nothing."""
+    model = network("googlenet", aux_logits=False, transform_input=True, num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "gn.pth")
+    plain = open_network(tmp_path / "gn.pth")
+    assert not plain.model.transform_input
+    assert plain.doubt is not None
+    assert "--arch 'googlenet(transform_input=True)'" in plain.doubt
+    told = open_network(tmp_path / "gn.pth", arch="googlenet(transform_input=True)")
+    assert told.model.transform_input
+    assert told.doubt is None
+    assert cli.run(["reparam", str(tmp_path / "gn.pth"), "--input-size", "3x64x64"]) == 0
+    assert "whether this googlenet transforms its input" in capsys.readouterr().err
+    assert open_network(tmp_path / "gn.path.safetensors").doubt is None
+    digest = hashlib.sha256((tmp_path / "gn.pth").read_bytes()).hexdigest()
+    weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
+    real = dataclasses.replace(weights.value, url=f"https://example.org/googlenet-{digest[:8]}.pth")
+    monkeypatch.setattr(architectures.torchvision.models, "get_model_weights", lambda _: [real])
+    assert open_network(tmp_path / "gn.pth").model.transform_input
 
 
 @pytest.mark.parametrize("transform_input", [True, False])

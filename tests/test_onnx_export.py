@@ -146,6 +146,46 @@ def test_a_size_that_the_network_fixes_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_adaptive_pooling_fixes_the_size(tmp_path):
+    """PyTorch runs at any size; the graph of the pooling to 2 × 2 pixels does not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
+    with pytest.raises(PathconvertError) as caught:
+        export_onnx(model, tmp_path / "x.onnx", X, dynamic_size=True)
+    assert "without --dynamic-size" in caught.value.tip or "Leave --dynamic-size out" in caught.value.tip
+    assert not list(tmp_path.iterdir())
+
+
+def test_dynamic_sizes_print_nothing(tmp_path, capfd):
+    """torch.fx logs where it cannot reduce the inequalities of GoogLeNet's poolings."""
+    model = network("googlenet", aux_logits=False, transform_input=False, num_classes=5)
+    export_onnx(randomise(model).eval(), tmp_path / "x.onnx", torch.zeros(1, 3, 64, 64), dynamic_size=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_example_inputs_of_other_kinds(small, tmp_path):
+    """Channels last, and a tuple of one, as to_path_bn takes it: the same graph."""
+    plain = export_onnx(small, tmp_path / "a.onnx", X)
+    last = export_onnx(small, tmp_path / "b.onnx", X.expand(2, -1, -1, -1).to(memory_format=torch.channels_last))
+    one = export_onnx(small, tmp_path / "c.onnx", (X,))
+    assert plain.operators == last.operators == one.operators
+
+
+def test_a_compiled_network_is_exported_as_itself(small, tmp_path):
+    compiled = torch.compile(small, backend="eager")
+    assert export_onnx(compiled, tmp_path / "a.onnx", X).nodes == export_onnx(small, tmp_path / "b.onnx", X).nodes
+
+
+def test_preprocessing_wants_images(refused):
+    model = nn.Sequential(nn.Conv3d(3, 2, 1), nn.Flatten()).eval()
+    refused(
+        PathconvertError,
+        "an input of 1×3×4×8×8 is no batch of images",
+        model,
+        torch.zeros(1, 3, 4, 8, 8),
+        with_preprocessing=IMAGENET,
+    )
+
+
 def test_without_telemetry():
     code = "import os, pathconvert.export.verification; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
@@ -189,6 +229,19 @@ def test_the_balanced_gauge_saves_an_uneven_network(small, tmp_path):
     assert max(float(p.detach().abs().max()) for p in good.parameters()) < 2.0**gauge.WEIGHT_TOP
     report = export_onnx(bad, tmp_path / "x.onnx", X, precision="fp16", gauge="balanced")
     assert report.max_error <= 1e-2 * max(1.0, float(bad(X).detach().abs().max()))
+
+
+def test_the_balanced_gauge_brings_back_channels_of_any_size(small, tmp_path):
+    """In path space factors of 2^±100 come together."""
+    folded = fold(small, X).float()
+    units = gauge.find_units(gauge.trace_network(folded, X).trace)
+    exponents = np.where(gauge._free(units), np.where(np.arange(units.count) % 2, 60, -60), 0)
+    bad = gauge.rescale(folded, units.slots, np.exp2(exponents))
+    assert max(float(p.detach().abs().max()) for p in bad.parameters()) > 2.0**50
+    export_onnx(bad, tmp_path / "x.onnx", X, precision="fp16", gauge="balanced")
+    with pytest.raises(EquivalenceError) as caught:
+        export_onnx(bad, tmp_path / "y.onnx", X, precision="fp16")
+    assert caught.value.tip == "Try --gauge balanced, or keep fp32."
 
 
 def test_an_overflow_that_onnx_runtimes_cpu_hides_is_found(tmp_path):

@@ -388,6 +388,46 @@ def test_statistics_are_those_of_the_off_pivot_sum(resnet: tuple[nn.Module, Tens
         assert error(module.bn.running_mean, mean) < 1e-12
 
 
+@pytest.fixture(scope="module")
+def estranged() -> tuple[nn.Module, Tensor]:
+    """A network whose running statistics are those of other images, twice as bright, and images of its own."""
+    x = draw(16, 3, 64, 64, seed=5)
+    return with_statistics_of(randomised_resnet(), 2 * x.flip(0) + 0.3), x
+
+
+@pytest.mark.parametrize("scope", ["block", "network"])
+def test_training_mode_begins_as_it_was(estranged: tuple[nn.Module, Tensor], scope: str) -> None:
+    """Within 1 % of the training-mode loss: the pivots alone keep the scale that running statistics gave them."""
+    model, x = estranged
+    m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, scope=scope), x, calibration=iter(x.split(5)))
+    target = torch.arange(16) % 7
+    before, after = (F.cross_entropy(output(one, x, training=True), target) for one in (model, m))
+    served = F.cross_entropy(output(model, x), target)
+    assert error(served, before) > 0.05, "the test needs running statistics that are not those of the images"
+    assert error(after, before) < 0.01
+    assert error(output(m, x), output(model, x)) < 1e-10
+
+
+def test_training_mode_can_begin_with_what_is_served(estranged: tuple[nn.Module, Tensor]) -> None:
+    model, x = estranged
+    conversion = pathconvert.reparameterize(model, x, scope="network")
+    m = pathconvert.to_path_bn(conversion, x, calibration=x, begin="evaluation")
+    for module in layers(m).values():  # the ordinary BatchNorms before the first pivots stay in evaluation mode
+        module.bn.train()
+    with torch.no_grad():
+        assert error(m(x), output(model, x)) < 1e-9
+
+
+def test_a_constant_channel_keeps_its_statistics() -> None:
+    """γ = 0: the output tells nothing of the sum, and no statistic is NaN."""
+    model, x = geometry("3x3")
+    with torch.no_grad():
+        model[4].weight[2] = 0
+    m = pathconvert.to_path_bn(model, x, calibration=x)
+    assert all(t.isfinite().all() for t in m.state_dict().values())
+    assert error(output(m, x), output(model, x)) < 1e-10
+
+
 def test_the_gaussian_estimate_is_near_the_measured_one(resnet: tuple[nn.Module, Tensor]) -> None:
     """Within a third of the deviation in the median: a start for training, recorded as an estimate."""
     model, x = resnet
@@ -452,6 +492,35 @@ class Reasons(nn.Module):
         x = F.relu(F.conv2d(x, self.free))
         x = F.relu(self.no_bias(F.relu(self.twice(x))))
         return self.last(F.relu(self.tokens(x.flatten(2).transpose(1, 2))))
+
+
+def test_skip_scale_is_read_only() -> None:
+    """Only to_path_bn sets it: the pivots' size goes with it."""
+    model, x = geometry("3x3")
+    module = layers(pathconvert.to_path_bn(model, x, calibration=x, skip_scale=0.1))["3"]
+    assert module.skip_scale == 0.1
+    with pytest.raises(AttributeError):
+        module.skip_scale = 1.0
+
+
+def test_wrappers_are_taken_off() -> None:
+    model, x = geometry("3x3")
+    m = pathconvert.to_path_bn(nn.DataParallel(torch.compile(model, backend="eager")), x, calibration=x)
+    left = pathconvert.leave_path_bn(torch.compile(m, backend="eager"))
+    assert list(left.state_dict()) == list(model.state_dict())
+    assert error(output(left, x), output(model, x)) < 1e-10
+
+
+def test_pivots_that_float16_does_not_hold_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).half()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-5)
+    x = draw(4, 3, 5, 5).half()
+    with pytest.raises(
+        PathconvertError, match="2: its pivots are held back: their factors leave the range of float16"
+    ) as e:
+        pathconvert.to_path_bn(model, x, calibration=x)
+    assert e.value.tip == "Convert the checkpoint to float32 first."
 
 
 def test_what_is_left_has_a_reason() -> None:

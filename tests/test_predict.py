@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -156,6 +157,22 @@ def input_of(recipe: Preprocessing | None) -> torch.Tensor:
         mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
         cropped = (cropped - mean) / std
     return cropped
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (ModelCard(RESNET, preprocessing=Preprocessing(8, (4, 4), (0.0, 0.0), (1.0, 1.0))), "it takes 3 channels"),
+        (ModelCard(RESNET, preprocessing=RECIPE, labels="abcdefghij"), "labels are no list"),
+        (ModelCard(dataclasses.replace(RESNET, input_size=("a",)), preprocessing=RECIPE), "invalid literal"),
+    ],
+)  # fmt: skip
+def test_a_card_that_says_what_cannot_be_is_refused(here, capsys, card, message):
+    save_linear(here / "card.onnx", card=card)
+    assert run(["predict", "card.onnx", "a.png", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "damaged pathconvert metadata" in error
+    assert message in error
 
 
 def test_the_card_is_followed(here, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import sys
@@ -266,14 +265,8 @@ def test_every_form_predicts_the_same(real: Real, tmp_path: Path) -> None:
 
 
 def test_path_bn_trains_as_batch_norm_does(resnet56: Real) -> None:
-    """Training-mode loss on the calibration images, where the running statistics are theirs: within 1 %."""
-    model = copy.deepcopy(resnet56.network.model)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(resnet56.images)
-    model.eval()
+    """Training-mode loss on the calibration images: within 1 %, though the running statistics are of 50 000 others."""
+    model = resnet56.network.model
     m = to_path_bn(model, resnet56.images, calibration=resnet56.images)
     outputs = [forward_outputs(one, resnet56.images, training=True)[0] for one in (model, m)]
     losses = [float(torch.nn.functional.cross_entropy(output, resnet56.labels)) for output in outputs]

@@ -62,6 +62,8 @@ class Loader:
             note(f"{source}: taking the weights under {network.checkpoint.key!r}")
         if network.checkpoint and network.checkpoint.prefix:
             note(f"{source}: prefix {network.checkpoint.prefix!r} removed from every name")
+        if network.doubt:
+            note(f"note: {source}: {network.doubt}")
         return network
 
     def open_pair(self, a: str, b: str) -> list[LoadedNetwork]:

@@ -59,7 +59,11 @@ def _set_debug(value: bool) -> None:
 Source = Annotated[str, typer.Argument(help="A .pt, .pth or .safetensors file, or a torchvision name (resnet50).")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write: .safetensors, .pt or .pth.")]
 Arch = Annotated[
-    str | None, typer.Option(help="A torchvision name, package.module:builder or timm/NAME; else recognised.")
+    str | None,
+    typer.Option(
+        help="A torchvision name, with what no tensor tells: googlenet(transform_input=True); package.module:builder; "
+        "timm/NAME. Else recognised."
+    ),
 ]
 InputSize = Annotated[str | None, typer.Option(help="Such as 3x32x32, where the architecture does not tell.")]
 NumClasses = Annotated[int | None, typer.Option(help="Overrides the number that the tensors show.", min=1)]

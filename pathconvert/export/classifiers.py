@@ -81,6 +81,12 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
             f"{session.path} has the outputs {shapes}; class scores [batch, classes] are needed",
             "Export it with its class scores as the only output.",
         )
+    if card and card.preprocessing and len(card.preprocessing.mean) != size[0]:
+        raise CheckpointError(
+            f"{session.path} has damaged pathconvert metadata: it takes {size[0]} channels, and mean and std are of "
+            f"{len(card.preprocessing.mean)}",
+            "Export it again.",
+        )
     batch = session.input_shape[0]
     return Classifier(
         name=str(session.path),

@@ -9,7 +9,9 @@ BatchNorm before    W (a x + b) + c = (W a) x + (W b + c): columns of W; where a
 ==================  =========================================================================================
 
 A BatchNorm folds if in *every* call of either one the layer's result goes into it alone, channel by channel, and the
-layer and the BatchNorm are torch's own code on parameters that nothing else uses. Whatever does not is left.
+layer and the BatchNorm are torch's own code on parameters that nothing else uses. Whatever does not is left. *Every*
+call is every one on the example: a forward that runs otherwise with other arguments, or on inputs of another rank, is
+folded for the example's.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pathconvert import architectures
 from pathconvert.equivalence import run_dtype
 from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError, first_line
 from pathconvert.parts import TrainingError, trace_network
+from pathconvert.record import unwrapped
 from pathconvert.rules import rule_of
 from pathconvert.trace import Trace, Tracer, as_arguments, computed_tensors, meta_inputs, output_tensors, run
 
@@ -62,6 +65,7 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
     """
     from pathconvert import path_bn
 
+    model = unwrapped(model)
     folded = copy.deepcopy(model, computed_tensors(model)).double().eval()
     if path_bn.has_path_bn(model):
         folded = path_bn.leave_path_bn(folded).double().eval()
@@ -306,6 +310,8 @@ def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]
 def _check(before: list[Tensor], after: list[Tensor]) -> None:
     """The last guard: folding must not have changed any output."""
     for old, new in zip(before, after, strict=True):
+        if not bool(old.isfinite().all()):
+            raise PathconvertError("the network's own outputs are not finite", "Its weights hold NaN or infinity.")
         error = float((old - new).abs().max()) if old.numel() else 0.0
         if not error <= TOLERANCE * float(old.abs().max() if old.numel() else 0.0):
             raise EquivalenceError(f"folding changed an output by {error:.1e}; please report this network")

@@ -34,8 +34,8 @@ from pathconvert.trace import Slot, as_arguments, mode_of
 TARGET = 5
 #: log₂ of the largest weight; float16 ends at 2^16.
 WEIGHT_TOP = 12
-#: No exponent is larger: with two layers next to each other float32 keeps far from its ends.
-LARGEST_EXPONENT = 40
+#: No exponent is larger, as float32's own; in path space channels of 2^±100 are common.
+LARGEST_EXPONENT = 126
 #: Rounds of the third step; a chain of layers that are all too large needs one each, in practice there are one or two.
 ROUNDS = 20
 

@@ -53,7 +53,7 @@ def to_onnx(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's text, log lines and warnings go nowhere."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

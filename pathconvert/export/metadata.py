@@ -81,8 +81,13 @@ def _card(stored: Mapping[str, Any]) -> ModelCard:
     if architecture is not None:
         size = architecture["input_size"]
         architecture = Architecture(
-            architecture["name"], architecture["arguments"], tuple(size) if size else None, architecture["task"]
+            architecture["name"],
+            architecture["arguments"],
+            tuple(map(int, size)) if size else None,
+            architecture["task"],
         )
+    if labels is not None and not isinstance(labels, list):
+        raise TypeError("labels are no list")
     return ModelCard(
         architecture,
         str(stored.get("form", "plain")),

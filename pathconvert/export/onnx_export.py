@@ -29,6 +29,7 @@ from pathconvert.export.graph import assert_as_asked, to_half, to_onnx
 from pathconvert.export.metadata import ModelCard, write_card
 from pathconvert.export.verification import Differs, Proof
 from pathconvert.preprocessing import Preprocessing
+from pathconvert.record import unwrapped
 from pathconvert.trace import computed_tensors
 
 OPSETS = range(18, 25)
@@ -168,6 +169,12 @@ def export_onnx(
         EquivalenceError: the graph does not compute what ``model`` computes; no file, the first differing layer named.
     """
     check_options(opset, precision, io_dtype, gauge)
+    if isinstance(example_input, tuple) and len(example_input) == 1:
+        (example_input,) = example_input
+    model = unwrapped(model)
+    if with_preprocessing is not None and isinstance(example_input, Tensor) and example_input.dim() != 4:
+        size = "×".join(map(str, example_input.shape))
+        raise PathconvertError(f"an input of {size} is no batch of images", "Leave the preprocessing out.")
     if images is not None and (not len(images) or (images.shape[1:] != example_input.shape[1:] and not dynamic_size)):
         given, wanted = ("×".join(map(str, t.shape)) for t in (images, example_input))
         raise PathconvertError(f"images of {given} do not go with an input of {wanted}", "Give them at its size.")
@@ -197,14 +204,15 @@ def export_onnx(
     with watch.step("verify and write"):
         inputs = _inputs(wrap, example_input, axes, images)
         proof = _write_proven(
-            proto, path, force, lambda file: _prove(file, proto, layers, original, exported, inputs, precision)
+            proto, path, force, lambda file: _prove(file, proto, layers, original, exported, inputs, precision, gauge)
         )
     operators = Counter(node.op_type for node in proto.graph.node)
     return ExportReport(
         path, opset, precision, len(proto.graph.node), operators["BatchNormalization"], path.stat().st_size,
         sum(t.numel() * t.element_size() for t in model.state_dict().values()), watch.seconds,
         proof.max_error, proof.noise_ratio if precision == "fp32" else None, proof.checked_shapes,
-        dict(operators.most_common()), _notes(left, outputs, idle, auxiliary, images),
+        dict(operators.most_common()),
+        _notes(left if operators["BatchNormalization"] else (), outputs, idle, auxiliary, images),
     )  # fmt: skip
 
 
@@ -384,7 +392,7 @@ class _Wrapper:
     def raw(self, x: Tensor) -> Tensor:
         """Normalised [N, …] → what the graph takes: the same in float32, or uint8 pixels."""
         if self.preprocessing is None:
-            return x.detach().float()
+            return x.detach().float().contiguous()  # of channels-last inputs the exporter makes more nodes
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.preprocessing.mean, self.preprocessing.std))
         return ((x.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -415,8 +423,10 @@ def _prove(
     exported: nn.Module,
     inputs: Sequence[Tensor],
     precision: str,
+    gauge: str,
 ) -> Proof:
     """Everything that has to hold for a file that was written, before it takes its name."""
+    half_tip = "Keep fp32." if gauge == "balanced" else "Try --gauge balanced, or keep fp32."
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:  # two of onnx's own classes
@@ -424,12 +434,12 @@ def _prove(
     try:
         proof = verification.prove(verification.runner(file), original, inputs, precision)
         if precision == "fp16":
-            verification.prove(verification.half_runner(exported), original, inputs, precision)
+            verification.prove(verification.half_runner(exported, half_tip), original, inputs, precision)
     except Differs as difference:
         where = verification.first_difference(proto, layers, exported, difference.x, precision)
         raise EquivalenceError(
             f"the exported graph is not the network: {difference}; {where}",
-            "Try --gauge balanced, or keep fp32." if precision == "fp16" else "Report it; no file was written.",
+            half_tip if precision == "fp16" else "Report it; no file was written.",
         ) from difference
     return proof
 

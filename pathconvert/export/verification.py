@@ -94,8 +94,13 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
             outputs: list[NDArray[Any]] = loaded.run(names, {taken.name: x.to(kind).numpy()})
         except Exception as error:  # as above
             shape = "×".join(map(str, x.shape))
+            sized = any(isinstance(side, str) for side in taken.shape[1:])
             raise EquivalenceError(
-                f"ONNX Runtime cannot run the graph on an input of {shape}: {runtime_line(error)}"
+                f"ONNX Runtime cannot run the graph on an input of {shape}: {runtime_line(error)}",
+                "Leave --dynamic-size out: an operation has one size alone, such as an adaptive pooling to more than "
+                "one pixel."
+                if sized
+                else "",
             ) from error
         return [torch.from_numpy(np.asarray(output)).double() for output in outputs]
 
@@ -212,8 +217,12 @@ def hooked(model: nn.Module, note: Callable[[str, Tensor], Tensor | None]) -> It
             handle.remove()
 
 
-def half_runner(exported: nn.Module) -> Run:
+def half_runner(exported: nn.Module, tip: str = "") -> Run:
     """Runs a network with weights and every layer's result rounded to float16, sums in float32 as GPUs do.
+
+    Args:
+        exported: not changed.
+        tip: what to do where it overflows.
 
     Raises (when run):
         EquivalenceError: a layer's result leaves float16's range.
@@ -230,7 +239,7 @@ def half_runner(exported: nn.Module) -> Run:
             raise EquivalenceError(
                 f"fp16 overflows in {layer_title(name)}: its largest result is {_largest(result):.1e}, float16 ends "
                 "at 65504",
-                "Even the ranges out first: --gauge balanced, or keep fp32.",
+                tip,
             )
         return rounded.float()
 
