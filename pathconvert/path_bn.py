@@ -12,7 +12,8 @@ m                     ``pivot_value``: λ m_k = a_j w_jk at the pivot, so m_k = 
 BN                    :attr:`PathBN.bn`: mean μ' and variance var' of o, γ' = a √(var' + eps), β' = b + a μ'
 ====================  =====================================================================================
 
-In evaluation mode this is y for any μ' and var'; in training mode it is as well where they are those of the batch.
+In evaluation mode this is y for any μ' and var'; in training mode it is as well where they are those of the batch, and
+the network that it came from had running statistics of its batch.
 ``entering.py`` chooses the layers and measures the statistics; here are the module and the way back.
 """
 

@@ -602,6 +602,18 @@ def test_the_command_with_every_option(capsys):
 
 
 @pytest.mark.usefixtures("here")
+def test_half_inputs_and_outputs(capsys):
+    torch.save(network("squeezenet1_1", num_classes=5).state_dict(), "sq.pt")
+    options = ["--input-size", "3x64x64", "--precision", "fp16", "--gauge", "balanced"]
+    assert run(["export", "sq.pt", *options, "--io-dtype", "fp16"]) == 0
+    graph = onnx.load("sq.onnx").graph
+    assert {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT16}
+    assert run(["predict", "sq.onnx", "photos"]) == 0
+    assert run(["export", "sq.pt", "-o", "x.onnx", "--io-dtype", "fp16"]) == 2
+    assert "no inputs and outputs in 'fp16' with precision fp32" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
 def test_a_converted_network_exports_as_it_is(capsys):
     assert run(["reparam", "tiny.pt", "-o", "t.path.safetensors", *TINY]) == 0
     assert run(["export", "t.path.safetensors", "-o", "p.onnx"]) == 0

@@ -41,7 +41,8 @@ def export(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     opset: Annotated[int, typer.Option(help="18 to 24.")] = 20,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16; inputs and outputs stay float32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    io_dtype: Annotated[str, typer.Option(help="Of inputs and outputs; fp16 with --precision fp16.")] = "fp32",
     gauge: Annotated[
         ExportGauge, typer.Option(help="balanced: even out the channels' ranges, for fp16.")
     ] = ExportGauge.keep,
@@ -65,7 +66,7 @@ def export(
             from pathconvert.export.networks import check_export, export_network, parse_batch, report_rows
 
             path = output or default_output(source, ".onnx")
-            check_export(path, opset, precision, force=force, source=source_file(source))
+            check_export(path, opset, precision, io_dtype, force=force, source=source_file(source))
             fixed = parse_batch(batch)
             network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
         with steps.step("export, verify and write"):
@@ -77,6 +78,7 @@ def export(
                 images=images,
                 opset=opset,
                 precision=precision,
+                io_dtype=io_dtype,
                 gauge=gauge.value,
                 dynamic_size=dynamic_size,
                 with_softmax=with_softmax,

@@ -40,13 +40,13 @@ def parse_batch(text: str) -> int | None:
     return int(text)
 
 
-def check_export(path: Path, opset: int, precision: str, *, force: bool, source: Path | None) -> None:
+def check_export(path: Path, opset: int, precision: str, io_dtype: str, *, force: bool, source: Path | None) -> None:
     """Check, before any work, that this is offered and that ``path`` may be written.
 
     Raises:
         PathconvertError, OutputError: as their messages say.
     """
-    check_options(opset, precision)
+    check_options(opset, precision, io_dtype)
     prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
 
 
