@@ -218,6 +218,7 @@ def test_networks_of_other_sizes(here):
         (["a.onnx", "--batch", "x"], "error: 'x' is no list of batch sizes"),
         (["a.onnx", "--batch", "0"], "error: '0' is no list of batch sizes"),
         (["none.onnx", "--device", "cpu"], "error: none.onnx does not exist; expected an ONNX file."),
+        (["tiny.pt", "--cuda-graph"], "error: --cuda-graph is of ONNX Runtime, and none of these is an .onnx file"),
         (["nosuchnet"], "error: nosuchnet is neither a file here nor a torchvision network that pathconvert knows."),
     ],
 )

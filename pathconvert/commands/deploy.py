@@ -108,6 +108,9 @@ def bench(
 ) -> None:
     """Time networks in turns: ONNX files on ONNX Runtime, checkpoints in PyTorch. Ratios are over the first."""
     sizes = _batch_sizes(batch)
+    if (io_binding or cuda_graph) and not any(Path(source).suffix.lower() == ".onnx" for source in sources):
+        option = "--io-binding" if io_binding else "--cuda-graph"
+        raise PathconvertError(f"{option} is of ONNX Runtime, and none of these is an .onnx file", "Leave it out.")
     steps = Steps(1)
     with steps.shown(), steps.step("load and measure"):
         from pathconvert.export.bench import measure

@@ -3,7 +3,7 @@
 ONNX Runtime's CPU provider runs the file; the reference is the network itself in float64.
 
 =====  ===========================================================================================================
-fp32   error ≤ 8 · noise. *Noise* is what float32 costs PyTorch: max |a₃₂(x) − a₆₄(x)| over all inputs of a size,
+fp32   error ≤ 8 · noise. *Noise* is what float32 costs PyTorch: max |a₃₂(x) − a₆₄(x)| over all inputs together,
        never less than one rounding of the largest output. Folding and other kernels round other numbers of the
        same size; 8 leaves room for blocked and Winograd convolutions.
 fp16   error ≤ 1e-2 · max(1, max |a₆₄(x)|), and the same top-1 wherever its margin exceeds the error
