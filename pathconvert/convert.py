@@ -20,7 +20,7 @@ from pathconvert.groups import Group, Units, find_units
 from pathconvert.parts import Traced, trace_network
 from pathconvert.path_bn import has_path_bn, leave_path_bn
 from pathconvert.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
-from pathconvert.record import attach_record, make_record, read_record
+from pathconvert.record import attach_record, make_record, read_record, unwrapped
 from pathconvert.rewrite import rescale
 from pathconvert.scales import Gauge, choose_scales
 from pathconvert.trace import as_arguments, mode_of
@@ -158,6 +158,7 @@ def reparameterize(
         RefusedNetwork: an activation that is not positively homogeneous (ReLU6, GELU, …), without ``partial``.
         TraceError: the forward cannot be followed.
     """
+    model = unwrapped(model)
     if has_path_bn(model):
         raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
     for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
@@ -231,6 +232,7 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     Raises:
         RecordError: the record is of a newer format, or does not fit the network's tensors.
     """
+    model = unwrapped(model)
     if has_path_bn(model):
         model = leave_path_bn(model)
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -117,6 +117,8 @@ def to_path_bn(
             calibration images give none.
         EquivalenceError: the result is not the same function (a guard).
     """
+    if begin not in get_args(Beginning):
+        raise PathconvertError(f"begin is {begin!r}", f"Choose one of {', '.join(get_args(Beginning))}.")
     if isinstance(conversion_or_model, nn.Module):
         conversion_or_model = unwrapped(conversion_or_model)
     if isinstance(conversion_or_model, nn.Module) and has_path_bn(conversion_or_model):

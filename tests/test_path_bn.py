@@ -418,6 +418,12 @@ def test_training_mode_can_begin_with_what_is_served(estranged: tuple[nn.Module,
         assert error(m(x), output(model, x)) < 1e-9
 
 
+def test_another_beginning_is_refused() -> None:
+    model, x = geometry("3x3")
+    with pytest.raises(PathconvertError, match="begin is 'anew'"):
+        pathconvert.to_path_bn(model, x, calibration=x, begin="anew")
+
+
 def test_a_constant_channel_keeps_its_statistics() -> None:
     """γ = 0: the output tells nothing of the sum, and no statistic is NaN."""
     model, x = geometry("3x3")
@@ -509,6 +515,10 @@ def test_wrappers_are_taken_off() -> None:
     left = pathconvert.leave_path_bn(torch.compile(m, backend="eager"))
     assert list(left.state_dict()) == list(model.state_dict())
     assert error(output(left, x), output(model, x)) < 1e-10
+    conversion = pathconvert.reparameterize(torch.compile(model, backend="eager"), x)
+    assert list(conversion.model.state_dict()) == list(model.state_dict())
+    restored = pathconvert.restore(torch.compile(conversion.model, backend="eager"), conversion.record)
+    assert error(output(restored, x), output(model, x)) < 1e-10
 
 
 def test_pivots_that_float16_does_not_hold_are_named() -> None:
