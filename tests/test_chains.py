@@ -130,8 +130,9 @@ def through_coordinates(model: nn.Module, chains: Chains, x: Tensor) -> tuple[di
         return weights(d - lr * d.grad, moved), lr
 
 
-@pytest.mark.parametrize("start", ["bn", "weight"])
-@pytest.mark.parametrize(("scope", "gauge", "path_bn"), [("block", "unit", True), ("network", "pow2", False)])
+@pytest.mark.parametrize(
+    ("scope", "gauge", "path_bn", "start"), [("block", "unit", True, "bn"), ("network", "pow2", False, "weight")]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_is_one_of_sgd_on_the_coordinates(
     name: str, scope: str, gauge: str, path_bn: bool, start: Start

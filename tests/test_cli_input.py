@@ -95,7 +95,7 @@ def test_offline_name(refused, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     lines = refused("reparam", "squeezenet1_1")
     assert lines[0].startswith("error: the weights of squeezenet1_1 could not be downloaded")
-    assert lines[1] == "tip: Offline, give a file with them: pathconvert reparam FILE"
+    assert lines[1] == "tip: Offline, give a file with them in place of the name."
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_rescaled_networks_train_alike(momentum: float) -> None:
             optimizer.zero_grad()
             model(x).square().sum().backward()
             optimizer.step()
-    assert float((first(x) - second(x)).abs().max() / first(x).abs().max()) < 1e-10
+    assert ((first(x) - second(x)).abs().max() / first(x).abs().max()).item() < 1e-10
 
 
 def test_batch_norm_is_left_out_and_trained_plainly() -> None:
