@@ -12,12 +12,9 @@ import ast
 import contextlib
 import difflib
 import functools
-import importlib
 import inspect
 import json
-import os
 import re
-import sys
 import urllib.request
 import zlib
 from collections import OrderedDict
@@ -25,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,10 +30,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from pathconvert.builders import build_by_path, build_timm, find_builder, one_line, timm_input_size
 from pathconvert.errors import ArchitectureError
 
 INDEX_VERSION = 1
 COUNTER = "num_batches_tracked"
+#: Networks whose pretrained weights go with an input that they normalise anew, which no tensor shows.
+TRANSFORMING = ("googlenet", "inception_v3")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -121,7 +121,7 @@ def _build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     except (TypeError, ValueError) as error:  # arguments come from files too
         raise ArchitectureError(
-            f"torchvision cannot build {name} with {dict(arguments)}: {_one_line(error)}",
+            f"torchvision cannot build {name} with {dict(arguments)}: {one_line(error)}",
             "Name the network with --arch.",
         ) from error
     if frozen:
@@ -367,9 +367,9 @@ def resolve(
     given = {} if num_classes is None else {"num_classes": num_classes}
     name, arguments = _called(name)
     if name.startswith("timm/"):
-        return Architecture(name, given, input_size or _timm_input_size(name), "classification")
+        return Architecture(name, given, input_size or timm_input_size(name), "classification")
     if ":" in name:
-        _builder(name)
+        find_builder(name)
         return Architecture(name, given, input_size, "other")
     if name not in index():
         close = difflib.get_close_matches(name, index(), 3)
@@ -405,10 +405,6 @@ def _called(name: str) -> tuple[str, dict[str, Any]]:
         ) from None
 
 
-#: Networks whose pretrained weights go with an input that they normalise anew, which no tensor shows.
-TRANSFORMING = ("googlenet", "inception_v3")
-
-
 def is_pretrained_file(name: str, sha256: str) -> bool:
     """Whether a file is one of torchvision's own weights for the network, whose names end in the hash's beginning."""
     urls = (weights.url for weights in torchvision.models.get_model_weights(name))
@@ -422,85 +418,12 @@ def build(architecture: Architecture) -> nn.Module:
         ArchitectureError: it cannot be built.
     """
     if architecture.name.startswith("timm/"):
-        return _timm_build(architecture)
+        return build_timm(architecture.name, architecture.arguments)
     if ":" in architecture.name:
-        return _build_by_path(architecture)
+        return build_by_path(architecture.name, architecture.arguments)
     if not is_known(architecture.name):
         raise ArchitectureError(f"{architecture.name!r} is no network that pathconvert knows", "Name it with --arch.")
     return _build_torchvision(architecture.name, architecture.arguments)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _builder(name: str) -> Callable[..., Any]:
-    """The function or class that ``package.module:builder`` names."""
-    module_name, _, attribute = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module can raise anything; scripts exit
-        raise ArchitectureError(
-            f"--arch {name}: importing {module_name} failed: {_one_line(error)}",
-            "The current folder is on the path; install the package, or change to its folder.",
-        ) from error
-    builder = getattr(module, attribute, None)
-    if not callable(builder):
-        there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
-        raise ArchitectureError(
-            f"--arch {name}: {module_name} has no function or class {attribute!r}",
-            f"It has {', '.join((difflib.get_close_matches(attribute, there) or there)[:5])}."
-            if there
-            else f"Look at {getattr(module, '__file__', module_name)}.",
-        )
-    return cast(Callable[..., Any], builder)
-
-
-def _build_by_path(architecture: Architecture) -> nn.Module:
-    builder = _builder(architecture.name)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = builder(**architecture.arguments)
-    except (Exception, SystemExit) as error:  # a user's code can raise anything
-        raise ArchitectureError(
-            f"--arch {architecture.name}: building the network failed: {_one_line(error)}",
-            "The builder is called without arguments, or with num_classes where --num-classes is given.",
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ArchitectureError(
-            f"--arch {architecture.name} returned {type(model).__name__}, expected a torch.nn.Module",
-            "Name a function or class that returns the network.",
-        )
-    return model.eval()
-
-
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ArchitectureError("timm is not installed", "pip install timm") from error
-
-
-def _timm_build(architecture: Architecture) -> nn.Module:
-    timm = _timm()
-    try:
-        model: nn.Module = timm.create_model(
-            architecture.name.removeprefix("timm/"), pretrained=False, **architecture.arguments
-        )
-    except RuntimeError as error:
-        raise ArchitectureError(
-            f"{architecture.name}: {error}", "timm.list_models() names the networks that timm has."
-        ) from error
-    return model.eval()
-
-
-def _timm_input_size(name: str) -> tuple[int, ...] | None:
-    config = getattr(_timm_build(Architecture(name)), "default_cfg", None) or {}
-    size = config.get("input_size")
-    return tuple(size) if size else None
 
 
 def load_tensors(

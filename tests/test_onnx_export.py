@@ -13,14 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import network, randomise
-from PIL import Image
 from torch import nn
 
 from pathconvert import path_bn
 from pathconvert.architectures import Architecture
-from pathconvert.cli import run
 from pathconvert.errors import CheckpointError, EquivalenceError, OutputError, PathconvertError
-from pathconvert.export import gauge, networks, onnx_export, verification
+from pathconvert.export import gauge, onnx_export, verification
 from pathconvert.export.folding import fold
 from pathconvert.export.metadata import PROPERTY, ModelCard, read_card, write_card
 from pathconvert.export.onnx_export import export_onnx
@@ -534,137 +532,6 @@ def test_a_path_bn_network_folds_to_what_it_was(tmp_path):
     assert ops(tmp_path / "x.onnx") == [*["Conv", "Relu"] * 3, "Conv", "Reshape"]
     assert report.batch_norms_left == 0
     assert torch.allclose(ort_run(tmp_path / "x.onnx", X)[0], model(X), rtol=1e-3, atol=1e-4)
-
-
-# ---- the command -----------------------------------------------------------------------------------------------
-
-
-BUILDER = """
-from torch import nn
-
-def tiny(num_classes=5):
-    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers)
-"""
-TINY = ("--arch", "export_test_net:tiny", "--input-size", "3x16x16")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder but for a network in ``tiny.pt``, the module that builds it, and two images."""
-    (tmp_path / "export_test_net.py").write_text(BUILDER)
-    tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
-    torch.save(randomise(tiny).state_dict(), tmp_path / "tiny.pt")
-    (tmp_path / "photos").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 70, 90, 3), dtype=np.uint8)
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(tmp_path / "photos" / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("export_test_net", None)
-    return tmp_path
-
-
-FILES = ["export_test_net.py", "photos", "tiny.pt"]
-
-
-def files() -> list[str]:
-    return sorted(name for name in os.listdir() if name != "__pycache__")
-
-
-@pytest.mark.usefixtures("here")
-def test_the_command_prints_a_table(capsys):
-    assert run(["export", "tiny.pt", *TINY]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    for text in (
-        "tiny.pt → tiny.onnx",
-        "opset 20, fp32, 5 nodes, no BatchNorm",
-        "× the weights",
-        "float32's own noise",
-    ):
-        assert text in printed.out, text
-    assert files() == sorted([*FILES, "tiny.onnx"])
-
-
-@pytest.mark.usefixtures("here")
-def test_the_command_with_every_option(capsys):
-    torch.save(network("squeezenet1_1", num_classes=5).state_dict(), "sq.pt")
-    options = ["--batch", "2", "--images", "photos", "--with-softmax", "--with-preprocessing", "--gauge", "balanced"]
-    assert run(["export", "sq.pt", "--json", "--input-size", "3x64x64", "--precision", "fp16", *options]) == 0
-    result = json.loads(capsys.readouterr().out)
-    card = read_card(onnx.load("sq.onnx"))
-    assert result["card"] == json.loads(json.dumps(card.to_json()))
-    assert card.architecture.name == "squeezenet1_1"
-    assert (card.form, card.source_name, card.labels, card.precision) == ("plain", "sq.pt", None, "fp16")
-    assert len(card.source_sha256) == 64
-    assert result["checked_shapes"] == [[2, 3, 64, 64]]
-
-
-@pytest.mark.usefixtures("here")
-def test_half_inputs_and_outputs(capsys):
-    torch.save(network("squeezenet1_1", num_classes=5).state_dict(), "sq.pt")
-    options = ["--input-size", "3x64x64", "--precision", "fp16", "--gauge", "balanced"]
-    assert run(["export", "sq.pt", *options, "--io-dtype", "fp16"]) == 0
-    graph = onnx.load("sq.onnx").graph
-    assert {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT16}
-    assert run(["predict", "sq.onnx", "photos"]) == 0
-    assert run(["export", "sq.pt", "-o", "x.onnx", "--io-dtype", "fp16"]) == 2
-    assert "no inputs and outputs in 'fp16' with precision fp32" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("here")
-def test_a_converted_network_exports_as_it_is(capsys):
-    assert run(["reparam", "tiny.pt", "-o", "t.path.safetensors", *TINY]) == 0
-    assert run(["export", "t.path.safetensors", "-o", "p.onnx"]) == 0
-    assert "form       path" in capsys.readouterr().out
-    assert read_card(onnx.load("p.onnx")).form == "path"
-    assert run(["export", "tiny.pt", "-o", "q.onnx", *TINY]) == 0
-    weights = [
-        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(f).graph.initializer} for f in ("p.onnx", "q.onnx")
-    ]
-    assert weights[0].keys() == weights[1].keys()
-    assert not np.array_equal(weights[0]["0.weight"], weights[1]["0.weight"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--opset", "13"], "error: opset 13 is not offered: pathconvert writes 18 to 24"),
-        (["--precision", "bf16"], "error: no precision bf16: the exporter writes invalid files for it"),
-        (["--batch", "many"], "error: 'many' is no batch size"),
-        (["-o", "t.bin"], "error: t.bin has the suffix '.bin'; expected .onnx."),
-        (["-o", "gone/t.onnx"], "error: The folder gone of the output gone/t.onnx does not exist."),
-    ],
-)
-@pytest.mark.usefixtures("here")
-def test_the_command_refuses(capsys, options, message):
-    assert run(["export", "tiny.pt", *TINY, *options]) == 2
-    assert capsys.readouterr().err.splitlines()[0] == message
-    assert files() == FILES
-
-
-@pytest.mark.usefixtures("here")
-def test_the_command_fails_with_1_where_the_graph_is_another(capsys, monkeypatch):
-    monkeypatch.setattr(onnx_export.verification, "PASSING_NOISE_RATIO", 1e-3)
-    assert run(["export", "tiny.pt", *TINY]) == 1
-    assert capsys.readouterr().err.startswith("error: the exported graph is not the network: the largest error is ")
-    assert files() == FILES
-
-
-@pytest.mark.usefixtures("here")
-def test_preprocessing_that_is_not_known_is_refused(capsys):
-    assert run(["export", "tiny.pt", *TINY, "--with-preprocessing"]) == 2
-    assert "the preprocessing of export_test_net:tiny is not known" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("here")
-def test_detectors_are_refused():
-    opened = networks.LoadedNetwork(
-        nn.Identity(), Architecture("ssd300_vgg16", {}, (3, 300, 300), "detection"), None, ()
-    )
-    with pytest.raises(PathconvertError, match=r"^ssd300_vgg16 is a detector and is not exported: "):
-        networks.export_network(opened, Path("x.onnx"))
 
 
 def test_outputs_that_are_not_finite_prove_nothing(tmp_path):
