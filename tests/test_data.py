@@ -186,6 +186,14 @@ def test_folders_that_are_refused(flowers, tmp_path):
     assert error.tip.startswith("Add some, or remove the folder.")
 
 
+def test_a_class_missing_from_two_is_named(tmp_path):
+    """The held-out part's one class alone is not what is wrong."""
+    class_folders(tmp_path / "train", {"rose": 2, "tulip": 2})
+    class_folders(tmp_path / "val", {"rose": 2})
+    error = refusal(open_data, tmp_path)
+    assert str(error) == f"the class 'tulip' of {tmp_path / 'train'} is missing in {tmp_path / 'val'}"
+
+
 def test_classes_of_one_part_alone(flowers):
     for part, other in (("train", "val"), ("val", "train")):
         extra = flowers / part / "tulip"

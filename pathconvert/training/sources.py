@@ -61,6 +61,9 @@ def from_folder(folder: Path, channels: int) -> Source:
     if train.is_dir() and not parted and {path.name for path in _folders(folder)} <= parts:
         raise DataError(f"{train} holds no folders of images, one a class", _LAYOUT)
     first = _class_files(train if parted else folder)
+    if len(first) == 1:
+        where = train if parted else folder
+        raise DataError(f"{where} holds one class alone: {next(iter(first))}", f"Two are needed. {_LAYOUT}")
     if val is None:
         return Source(tuple(first), _images(folder, first, channels), None)
     second = _class_files(val)
@@ -84,8 +87,6 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
             f"{folder / empty[0]} holds no image{_and_more(empty)}",
             f"Add some, or remove the folder. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
         )
-    if len(files) == 1:
-        raise DataError(f"{folder} holds one class alone: {next(iter(files))}", f"Two are needed. {_LAYOUT}")
     return files
 
 
