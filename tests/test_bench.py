@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -49,22 +48,41 @@ def here(tmp_path, monkeypatch):
 TINY = ["--arch", "builders:tiny", "--input-size", "3x4x4", "--repeats", "3", "--threads", "1", "--device", "cpu"]
 
 
-def sleeper(name: str, seconds: float, calls: list[str]) -> Contender:
-    """Sleeps and notes that it was called."""
+class Clock:
+    """A clock that stands still but for the calls that are timed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0.25)  # with powers of two nothing is rounded
+    return clock
+
+
+def worker(name: str, seconds: float, clock: Clock, calls: list[str]) -> Contender:
+    """Takes ``seconds`` per image, and notes that it was called."""
 
     def start(batch: np.ndarray):
         def call() -> None:
             calls.append(name)
-            time.sleep(seconds * len(batch))
+            clock.now += seconds * len(batch)
 
         return call
 
-    return Contender(name, "sleep", "cpu", (1,), None, start)
+    return Contender(name, "count", "cpu", (1,), None, start)
 
 
-def test_everyone_has_a_turn_in_every_round():
+def test_everyone_has_a_turn_in_every_round(clock):
     calls: list[str] = []
-    turns = turns_of([sleeper(name, 0.02, calls).start(np.zeros((1, 1))) for name in "ab"], rounds=6)
+    workers = [worker(name, bench.TURN_SECONDS, clock, calls) for name in "ab"]
+    turns = turns_of([one.start(np.zeros((1, 1))) for one in workers], rounds=6)
     assert [len(own) for own in turns] == [6, 6]
     warm = ["a"] * bench.WARM_UP + ["b"] * bench.WARM_UP
     assert calls[: len(warm)] == warm
@@ -74,14 +92,21 @@ def test_everyone_has_a_turn_in_every_round():
     assert len(rest) == 6 * 4
 
 
-def test_ratios_are_of_one_round():
+def test_a_quick_call_fills_its_turn(clock):
     calls: list[str] = []
-    first, second = time_contenders([sleeper("a", 0.02, calls), sleeper("b", 0.04, calls)], 2, (1,), rounds=3)
+    (turns,) = turns_of([worker("a", bench.TURN_SECONDS / 8, clock, calls).start(np.zeros((1, 1)))], rounds=1)
+    assert turns == [bench.TURN_SECONDS / 8]
+    assert len(calls) == bench.WARM_UP + 1 + 8
+
+
+def test_ratios_are_of_one_round(clock):
+    calls: list[str] = []
+    workers = [worker("a", 0.25, clock, calls), worker("b", 0.5, clock, calls)]
+    first, second = time_contenders(workers, 2, (1,), rounds=3)
     assert (first.ratio, first.ratio_low, first.ratio_high) == (1, 1, 1)
-    assert 1.5 < second.ratio < 2.5  # a sleep may be late on a busy machine
-    assert first.median_ms >= 40
-    assert first.throughput == pytest.approx(2000 / first.median_ms)
-    assert first.low_ms <= first.median_ms <= first.high_ms
+    assert (second.ratio, second.ratio_low, second.ratio_high) == (2, 2, 2)
+    assert (first.low_ms, first.median_ms, first.high_ms, first.fastest_ms, first.first_ms) == (500,) * 5
+    assert (first.throughput, second.throughput) == (4, 2)
 
 
 def test_quartiles():
@@ -107,19 +132,26 @@ def test_a_file_and_a_checkpoint(here, capsys):
     assert torch.get_num_threads() == before
 
 
-def test_the_table(here, capsys):
+@pytest.mark.parametrize("ms", [(0.011, 0.012, 0.013), (1111.0, 2222.0, 3333.0)])
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+def test_the_table(here, capsys, monkeypatch, columns, ms):
+    """The title is one line however narrow the table is; on a narrow terminal no word and no number is cut off."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(bench, "quartiles", lambda _: ms)
     assert run(["bench", "a.onnx", "tiny.pt", *TINY]) == 0
-    printed = capsys.readouterr()
-    lines = printed.out.splitlines()
-    assert lines[0] == "3x4x4, cpu, 1 threads, 3 turns: median (quartiles)"
-    assert "quartiles" in lines[2]
-    assert sum("onnxruntime" in line for line in lines) == sum("torch eager" in line for line in lines) == 2
-    assert max(map(len, lines)) <= 80
+    title, *lines = capsys.readouterr().out.splitlines()
+    wide = columns >= 80
+    assert title == f"3x4x4, cpu, 1 threads, 3 turns: median{' (quartiles)' if wide else ''}"
+    assert any("quartiles" in line for line in lines) == wide
+    if columns >= 80:
+        assert max(map(len, lines)) <= columns
+    words = " ".join(lines).split()
+    number = "0.0120" if ms[1] < 1 else "2222"
+    assert [words.count(word) for word in ("onnxruntime", "torch", "eager", number)] == [2, 2, 2, 8]
 
 
-def test_a_long_name_takes_the_quartiles_place(here, capsys, monkeypatch):
+def test_a_long_name_takes_the_quartiles_place(here, capsys):
     """On 80 columns a file's name stays in one line."""
-    monkeypatch.setenv("COLUMNS", "80")
     name = "resnet50.path-bn.onnx"
     shutil.copy("a.onnx", name)
     assert run(["bench", name, "tiny.pt", *TINY]) == 0
@@ -234,7 +266,7 @@ def test_help_has_an_example(capsys):
     assert "Example: pathconvert bench" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.skipif(not GPU, reason="no GPU in this machine")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
 def test_on_a_gpu(here, options):
     report = measure(

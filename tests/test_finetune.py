@@ -349,6 +349,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def steps_of(folder: Path) -> int:
+    """Steps at the last checkpoint."""
+    state = RunFolder(folder).load() if (folder / "last.ckpt").exists() else None
+    return state["position"]["step"] if state else 0
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_kill_and_resume(weights, images, tmp_path):
     """kill -9 at some moment; the resumed run ends where one that was let alone does."""
@@ -357,14 +363,11 @@ def test_kill_and_resume(weights, images, tmp_path):
     start = [sys.executable, "-m", "pathconvert.cli", "finetune", str(weights), *SMALL, "--data", str(images), *options]
     folder = tmp_path / "run"
     process = subprocess.Popen([*start, "--output-dir", str(folder)], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
+    while steps_of(folder) < 3 and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    position = RunFolder(folder).load()["position"]
-    assert 0 < position["step"] < 240, "killed too early or too late to show anything"
+    assert 3 <= steps_of(folder) < 240, "the run ended by itself, before it could be killed"
     resumed = finetune.resume(folder, device="cpu").train()
     chosen = settings(images, epochs=40, lr=0.02, calibration_images=512)
     expected = begin(weights, tmp_path / "whole", chosen).train()
@@ -395,7 +398,7 @@ def test_two_processes_train_as_one(images, tmp_path):
     process = subprocess.run(
         [*two, str(program), *options, "--output-dir", str(both)], env=environment, capture_output=True, text=True
     )
-    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.returncode == 0, process.stderr
     one = subprocess.run(
         [sys.executable, str(program), *options, "--output-dir", str(tmp_path / "one")], env=environment, check=False
     )
@@ -408,6 +411,27 @@ def test_two_processes_train_as_one(images, tmp_path):
     first, second = (RunFolder(tmp_path / name).load()["model"] for name in ("one", "both"))
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], rtol=1e-5, atol=1e-5), name
+
+
+def test_a_process_of_several_leaves_its_group_before_the_interpreter_ends(tmp_path, monkeypatch):
+    """A gloo group that is still alive then aborts the process, about once in 25 runs."""
+
+    class Two:
+        world_size = 2
+
+        def launch(self) -> None:
+            store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    at_exit = []
+    monkeypatch.setattr(finetune, "make_fabric", lambda *_: Two())
+    monkeypatch.setattr(finetune.atexit, "register", at_exit.append)
+    finetune._launched(Settings(), "cpu", None)
+    (leave,) = at_exit
+    assert torch.distributed.is_initialized()
+    leave()
+    assert not torch.distributed.is_initialized()
+    leave()  # nothing is left to do where an error ended the group already
 
 
 # ---- plans and settings ------------------------------------------------------------------------------------------

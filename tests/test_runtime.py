@@ -21,7 +21,6 @@ from pathconvert.export.runtime import CPU, PROVIDERS, open_session
 from pathconvert.export.session import shape_text
 
 GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU in this machine")
 without_gpu = pytest.mark.skipif(GPU, reason="asks for a GPU where there is none")
 
 
@@ -213,7 +212,7 @@ def test_wrong_devices(here):
             open_session("a.onnx", cuda_graph=True)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
 def test_runs_on_cuda(here, options):
     weight = save_linear(here / "a.onnx")

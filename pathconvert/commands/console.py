@@ -7,12 +7,17 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderResult
     from rich.table import Table
+
+#: Characters that a column which breaks anywhere is left with on the narrowest terminal.
+FOLDED_WIDTH = 12
 
 
 def note(message: str) -> None:
@@ -20,59 +25,101 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def emit(result: dict[str, Any], table: Table, as_json: bool) -> None:
-    """The result: a table on stdout, or one JSON object instead."""
+@dataclass(frozen=True)
+class Titled:
+    """A table below its title, which stays one line even where the table is narrower (rich wraps a table's own).
+
+    Attributes:
+        title: printed in bold.
+        table: its columns.
+        foldable: indices of the columns that may break anywhere, as file names have to; the others break at spaces.
+    """
+
+    title: str
+    table: Table
+    foldable: tuple[int, ...] = ()
+
+    def __rich_console__(self, *_: object) -> RenderResult:
+        from rich.text import Text
+
+        yield Text(self.title, style="bold", no_wrap=True, overflow="ignore")
+        yield self.table
+
+    def fits(self) -> bool:
+        """Whether the terminal is wide enough for every cell to stand in one line."""
+        console = _stdout()
+        return console.measure(self.table, options=console.options.update(width=10_000)).maximum <= console.width
+
+    def least_width(self) -> int:
+        """Characters below which rich would cut words and numbers off."""
+        console = _stdout()
+        for i in self.foldable:
+            self.table.columns[i].max_width = FOLDED_WIDTH
+        least = console.measure(self.table, options=console.options.update(width=10_000)).minimum
+        for i in self.foldable:
+            self.table.columns[i].max_width = None
+        return least
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], table: Titled, as_json: bool) -> None:
+    """The result: a table on stdout, or one JSON object instead.
+
+    A terminal that is too narrow for a table's numbers breaks its lines: all of every number is there.
+    """
     if as_json:
         finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no Infinity
         typer.echo(json.dumps(finite))
         return
-    from rich.console import Console
+    console = _stdout()
+    console.width = max(console.width, table.least_width())
+    console.print(table)
 
-    Console(highlight=False, soft_wrap=True).print(table)
 
-
-def facts(title: str, rows: Mapping[str, str]) -> Table:
+def facts(title: str, rows: Mapping[str, str]) -> Titled:
     """A table of names and what is to be said of each."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", show_header=False, box=box.SIMPLE, title_style="bold")
+    table = Table(show_header=False, box=box.SIMPLE)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, escape(value))
-    return table
+    return Titled(title, table, foldable=(1,))
 
 
-def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) -> Table:
+def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) -> Titled:
     """A table with a header.
 
     Args:
         title: above it.
-        columns: their names, and how each stands: ``right`` (numbers), ``left``, or ``wrap``, which gives way where
-            the terminal is too narrow.
+        columns: their names, and how each stands: ``right`` (numbers, never broken), ``left``, which breaks at spaces
+            where the terminal is too narrow, or ``wrap``, which breaks anywhere.
         rows: a text for every column.
     """
     from rich import box
+    from rich.cells import cell_len
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, title=escape(title), title_justify="left", title_style="bold")
-    for name, how in columns.items():
-        justify: Literal["left", "right"] = "right" if how == "right" else "left"
-        table.add_column(name, justify=justify, no_wrap=how != "wrap", overflow="fold")
+    rows = [tuple(row) for row in rows]
+    table = Table(box=box.SIMPLE)
+    for i, (name, how) in enumerate(columns.items()):
+        if how == "right":
+            whole = max(cell_len(text) for text in (name, *(row[i] for row in rows)))
+            table.add_column(name, justify="right", no_wrap=True, min_width=whole)
+        else:
+            table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    return table
-
-
-def fits(table: Table) -> bool:
-    """Whether no column of ``table`` has to give way."""
-    from rich.console import Console
-
-    console = Console()
-    return console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width
+    return Titled(title, table, tuple(i for i, how in enumerate(columns.values()) if how == "wrap"))
 
 
 class Steps:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathconvert.commands.console import Steps, emit, facts, fits, grid, note
+from pathconvert.commands.console import Steps, emit, facts, grid, note
 from pathconvert.commands.loading import Loader, default_output, source_file
 from pathconvert.commands.options import (
     Arch,
@@ -28,8 +28,7 @@ from pathconvert.errors import CheckpointError, PathconvertError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rich.table import Table
-
+    from pathconvert.commands.console import Titled
     from pathconvert.export.bench import BenchReport, Timing
     from pathconvert.export.predict import PredictReport
 
@@ -134,7 +133,7 @@ def bench(
     emit(report.to_json() | {"seconds": steps.seconds}, _timing_table(report), as_json)
 
 
-def _timing_table(report: BenchReport) -> Table:
+def _timing_table(report: BenchReport) -> Titled:
     """One row a timing; the device in the title where it is the same for all. Narrow terminals get no quartiles."""
     devices = list(dict.fromkeys(t.device for t in report.timings))
     size = "x".join(map(str, report.input_size))
@@ -143,7 +142,7 @@ def _timing_table(report: BenchReport) -> Table:
     rows = [_timing_row(t, t.device if len(devices) > 1 else "") for t in report.timings]
     with_quartiles = dict.fromkeys(("network", "engine", "batch", "ms", "quartiles", "images/s", "× first"), "right")
     wide = grid(f"{title} (quartiles)", with_quartiles | kinds, rows)
-    if fits(wide):
+    if wide.fits():
         return wide
     return grid(title, kinds, (row[:4] + row[5:] for row in rows))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 
+import torch.distributed
 from lightning_fabric import Fabric
 
 from pathconvert.files import LoadedNetwork, open_network, trained_file
@@ -119,4 +121,13 @@ def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
 def _launched(settings: Settings, device: str, path: Path | None) -> Fabric:
     fabric = make_fabric(settings, device, None if path is None else RunFolder(path))
     fabric.launch()
+    if fabric.world_size > 1:
+        # Fabric does so for NCCL alone; a gloo group that is still alive when the interpreter ends now and then aborts
+        # the process ("terminate called without an active exception"), and torchrun reports a failure
+        atexit.register(_leave_process_group)
     return fabric
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
