@@ -16,120 +16,164 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar_resnet import CifarResNet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet50
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import pathconvert
 from pathconvert.training import GSGD, path_parameter_groups
-
-
-class CifarResNet(ResNet):
-    """ResNet-56 for 32×32 images: torchvision's BasicBlocks in stages of 16, 32 and 64 channels."""
-
-    def __init__(self, n: int = 9, num_classes: int = 10) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
-        self.inplanes = 16
-        self.conv1, self.bn1, self.maxpool = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.Identity()
-        self.layer1 = self._make_layer(BasicBlock, 16, n)
-        self.layer2 = self._make_layer(BasicBlock, 32, n, stride=2)
-        self.layer3 = self._make_layer(BasicBlock, 64, n, stride=2)
-        self.layer4, self.fc = nn.Identity(), nn.Linear(64, num_classes)
-
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (resnet50, 224), "resnet56": (CifarResNet, 32)}
 FORMS = ("sgd+bn", "gsgd+path-bn")
 
 
-class Contender:
-    """One network with its optimizer on a batch of its own random images."""
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and how.
 
-    def __init__(self, network: str, form: str, batch: int, momentum: float, device: str, compiled: bool) -> None:
+    Attributes:
+        network: its name.
+        build: makes it.
+        side: of the square images.
+        batch: images per step.
+        momentum: of either optimizer.
+        device: ``cuda`` (bf16, channels-last) or ``cpu`` (float32).
+        compiled: by ``torch.compile``.
+    """
+
+    network: str
+    build: Callable[[], nn.Module]
+    side: int
+    batch: int
+    momentum: float
+    device: str
+    compiled: bool
+
+    def title(self) -> str:
+        """How, in words."""
+        precision = ", bf16, channels-last" if self.device == "cuda" else ""
+        return f"{self.device}{precision}{', compiled' if self.compiled else ''}"
+
+
+class Contender:
+    """One network with its optimizer, on a batch of random images of its own."""
+
+    def __init__(self, workload: Workload, form: str) -> None:
         torch.manual_seed(0)
-        build, side = NETWORKS[network]
-        self.device, self.amp = device, device == "cuda"
-        model = build().eval()
-        self.x, self.y = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
+        self.device, self.amp = workload.device, workload.device == "cuda"
+        side = workload.side
+        model = workload.build().eval()
+        self.x, self.y = torch.randn(workload.batch, 3, side, side), torch.randint(10, (workload.batch,))
         if form == "gsgd+path-bn":
             example = self.x[:2, :, :64, :64] if side > 64 else self.x[:2]
             model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example), example, example)
-        model.to(device, memory_format=torch.channels_last if self.amp else torch.contiguous_format).train()
-        self.x, self.y = self.x.to(device), self.y.to(device)
+        model.to(self.device, memory_format=torch.channels_last if self.amp else torch.contiguous_format).train()
+        self.x, self.y = self.x.to(self.device), self.y.to(self.device)
         if self.amp:
             self.x = self.x.to(memory_format=torch.channels_last)
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(model.parameters(), lr=1e-6, momentum=momentum, foreach=True)
+            torch.optim.SGD(model.parameters(), lr=1e-6, momentum=workload.momentum, foreach=True)
             if form == "sgd+bn"
-            else GSGD(path_parameter_groups(model), lr=1e-6, momentum=momentum, anchor="balanced")
+            else GSGD(path_parameter_groups(model), lr=1e-6, momentum=workload.momentum, anchor="balanced")
         )
         self.network = model
-        self.model: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        self.model: Callable[[Tensor], Tensor] = torch.compile(model) if workload.compiled else model
 
-    def step(self) -> tuple[float, float]:
-        """Milliseconds of forward and backward, and of the optimizer's step."""
-        begun = self.now()
+    def step(self) -> tuple[Any, Any, Any]:
+        """One training step; marks at its beginning, before the optimizer's step, and at its end."""
+        begun = self._mark()
         self.optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self.model(self.x), self.y)
         loss.backward()
-        between = self.now()
+        between = self._mark()
         self.optimizer.step()
-        return 1e3 * (between - begun), 1e3 * (self.now() - between)
+        return begun, between, self._mark()
 
-    def now(self) -> float:
+    def turn(self, steps: int) -> list[tuple[float, float]]:
+        """Milliseconds of forward and backward, and of the optimizer, of steps that follow one another at once."""
+        marks = [self.step() for _ in range(steps)]
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return [(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in marks]
+        return [(1e3 * (b - a), 1e3 * (c - b)) for a, b, c in marks]
+
+    def _mark(self) -> Any:
+        """A moment of the GPU's, or of the clock on the CPU."""
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
-def measure(network: str, batch: int, momentum: float, device: str, compiled: bool, rounds: int) -> dict[str, Any]:
-    """One row of the table."""
-    contenders = {form: Contender(network, form, batch, momentum, device, compiled) for form in FORMS}
-    times: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
-    for _ in range(rounds + 2):
-        for form, contender in contenders.items():
-            times[form].append(contender.step())
-    sgd, sgd_step = (statistics.median(column) for column in zip(*times[FORMS[0]][2:], strict=True))
-    gsgd, gsgd_step = (statistics.median(column) for column in zip(*times[FORMS[1]][2:], strict=True))
+def compare(contenders: dict[str, Contender], rounds: int, steps: int = 1) -> dict[str, float]:
+    """Both forms in turns: milliseconds, and what the second costs over the first.
+
+    Args:
+        contenders: by form, as in :data:`FORMS`.
+        rounds: turns of each; two more are left out, in which buffers are made and kernels chosen.
+        steps: of a turn; the first in its round is alternately one and the other.
+    """
+    turns: dict[str, list[list[tuple[float, float]]]] = {form: [] for form in FORMS}
+    for i in range(rounds + 2):
+        for form in FORMS if i % 2 else reversed(FORMS):
+            turns[form].append(contenders[form].turn(steps))
+    kept = {form: own[2:] for form, own in turns.items()}
+    (sgd, sgd_step), (gsgd, gsgd_step) = (
+        (statistics.median(column) for column in zip(*(step for turn in kept[form] for step in turn), strict=True))
+        for form in FORMS
+    )
+    wholes = {form: [statistics.mean(map(sum, turn)) for turn in own] for form, own in kept.items()}
+    ratios = [ours / theirs for theirs, ours in zip(*(wholes[form] for form in FORMS), strict=True)]
+    low, whole, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     plain = sgd + sgd_step
-    pairs = zip(times[FORMS[1]][2:], times[FORMS[0]][2:], strict=True)
-    whole = statistics.median(sum(ours) / sum(theirs) for ours, theirs in pairs)
-    first, second = (peak_memory(network, form, batch, momentum, device, compiled) for form in FORMS)
     return {
-        "network": network,
-        "batch": batch,
-        "device": device + (", bf16, channels-last" if device == "cuda" else "") + (", compiled" if compiled else ""),
-        "momentum": momentum,
         "SGD+BN, ms": plain,
         "whole step": whole,
+        "whole step, low": low,
+        "whole step, high": high,
         "path-bn": (gsgd - sgd) / plain,
         "optimizer": (gsgd_step - sgd_step) / plain,
         "G-SGD, ms": gsgd_step,
         "SGD, ms": sgd_step,
         "optimizer alone": gsgd_step / sgd_step,
-        "memory": second / first,
     }
 
 
-def peak_memory(network: str, form: str, batch: int, momentum: float, device: str, compiled: bool) -> float:
+def measure(workload: Workload, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    found = compare({form: Contender(workload, form) for form in FORMS}, rounds)
+    first, second = (peak_memory(workload, form) for form in FORMS)
+    row: dict[str, Any] = {
+        "network": workload.network,
+        "batch": workload.batch,
+        "device": workload.title(),
+        "momentum": workload.momentum,
+    }
+    return row | found | {"memory": second / first}
+
+
+def peak_memory(workload: Workload, form: str) -> float:
     """Bytes that the allocator has given out at the highest during a step, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak, (network, form, batch, momentum, device, compiled))
+        return pool.apply(_peak, (workload, form))
 
 
-def _peak(*arguments: Any) -> float:
+def _peak(workload: Workload, form: str) -> float:
     torch.set_num_threads(1)
-    contender = Contender(*arguments)
+    contender = Contender(workload, form)
     contender.step()  # makes the gradients and the optimizer's buffers
     if contender.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -160,14 +204,16 @@ def main() -> None:
     batches = {"resnet50": options.batch_50, "resnet56": options.batch_56}
     runs = [("cpu", False)] + [("cuda", compiled) for compiled in (False, True) if torch.cuda.is_available()]
     rows = [
-        measure(network, batches[network], momentum, device, compiled, options.rounds)
+        measure(Workload(network, *NETWORKS[network], batches[network], momentum, device, compiled), options.rounds)
         for device, compiled in runs
         for network in options.networks
         for momentum in (0.0, 0.9)
     ]
-    table = Table(*rows[0], title="a training step, G-SGD+Path-BN ÷ SGD+BN", title_justify="left")
+    columns = [name for name in rows[0] if not name.startswith("whole step,")]
+    table = Table(*columns, title="a training step, G-SGD+Path-BN ÷ SGD+BN", title_justify="left")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row[name] for name in columns)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console = Console(width=150)
     console.print(table)
     if not torch.cuda.is_available():

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import terminal  # noqa: F401 - sets what typer reads when it is imported, below
 import torch
 from command_line import STOCK
 from networks import network

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pathconvert.export.metadata import ModelCard, write_card
+from pathconvert.export.session import ort
 
 CLASSES = 5
+
+needs_cuda_provider = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in ort.get_available_providers(), reason="this ONNX Runtime was built without CUDA"
+)
 
 
 def save_linear(

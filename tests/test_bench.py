@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import network
 from onnx import TensorProto
-from onnx_files import save_linear
+from onnx_files import needs_cuda_provider, save_linear
 
 from pathconvert.cli import run
 from pathconvert.errors import PathconvertError, RuntimeUnavailable
@@ -266,6 +266,7 @@ def test_help_has_an_example(capsys):
     assert "Example: pathconvert bench" in " ".join(capsys.readouterr().out.split())
 
 
+@needs_cuda_provider
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
 def test_on_a_gpu(here, options):

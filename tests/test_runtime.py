@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import CLASSES, save_linear
+from onnx_files import CLASSES, needs_cuda_provider, save_linear
 
 from pathconvert.architectures import Architecture
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
@@ -30,8 +31,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def images(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+def images(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_runs_on_the_cpu(here, io_binding):
     assert session.input_shape == ("batch", 3, 4, 4)
     assert session.nodes == {CPU: sum(session.nodes.values())}
     for batch in (1, 3):
-        x = images(batch, 3, 4, 4)
+        x = images(batch, 3, 4, 4, seed=batch)
         (scores,) = session.run(x)
         # three products in float32
         np.testing.assert_allclose(scores, x.mean((2, 3)) @ weight, atol=1e-6)
@@ -180,9 +181,10 @@ def test_node_assignment_decides(here):
         runtime._session(here / "a.onnx", "cuda", Assigned(made, Part(CPU, "Conv")), None, False, False)
 
 
-@pytest.mark.parametrize(("cuda_graph", "flag"), [(False, "0"), (True, "1")])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.usefixtures("here")
-def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, flag):
+def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, tf32):
     """A dynamic batch wants cuDNN's heuristic: the exhaustive search would start again at every batch size."""
     asked = []
 
@@ -194,8 +196,14 @@ def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, flag):
     monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: list(PROVIDERS.values()))
     for device in ("cuda", "tensorrt"):
         with pytest.raises(runtime._ProviderFailed):  # the second load is on the CPU
-            open_session("a.onnx", device, cuda_graph=cuda_graph)
-    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": flag})
+            open_session("a.onnx", device, cuda_graph=cuda_graph, tf32=tf32)
+    flag = str(int(cuda_graph))
+    asked_of_cuda = {
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "enable_cuda_graph": flag,
+        "use_tf32": str(int(tf32)),
+    }
+    cuda = (PROVIDERS["cuda"], asked_of_cuda)
     tensorrt = (PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": flag})
     assert asked[0] == [cuda, CPU]
     assert asked[2] == [tensorrt, cuda, CPU]
@@ -212,6 +220,21 @@ def test_wrong_devices(here):
             open_session("a.onnx", cuda_graph=True)
 
 
+def test_a_captured_graph_sees_every_new_input(here):
+    """It replays fixed addresses: a second array of the same shape is copied to the first one's place."""
+    weight = save_linear(here / "a.onnx")
+    session = dataclasses.replace(open_session("a.onnx", "cpu"), io_binding=True, cuda_graph=True)
+    bindings = []
+    for batch in (1, 3, 1, 3):
+        x = images(batch, 3, 4, 4, seed=len(bindings))
+        bindings.append(session._bound(x)[0])
+        (found,) = session.run(x)
+        assert np.allclose(found, x.mean((2, 3)) @ weight, atol=1e-6)
+    assert bindings[0] is bindings[2]
+    assert bindings[1] is bindings[3]
+
+
+@needs_cuda_provider
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
 def test_runs_on_cuda(here, options):
@@ -219,7 +242,7 @@ def test_runs_on_cuda(here, options):
     session = open_session("a.onnx", "cuda", **options)
     assert session.nodes[PROVIDERS["cuda"]] > 0
     for batch in (1, 3, 1):
-        x = images(batch, 3, 4, 4)
+        x = images(batch, 3, 4, 4, seed=batch)
         # TensorFloat-32 keeps 10 bits of the mantissa
         np.testing.assert_allclose(session.run(x)[0], x.mean((2, 3)) @ weight, atol=1e-2)
 

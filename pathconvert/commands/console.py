@@ -109,15 +109,15 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
     from rich.markup import escape
     from rich.table import Table
 
-    rows = [tuple(row) for row in rows]
+    cells = [tuple(row) for row in rows]
     table = Table(box=box.SIMPLE)
     for i, (name, how) in enumerate(columns.items()):
         if how == "right":
-            whole = max(cell_len(text) for text in (name, *(row[i] for row in rows)))
+            whole = max(cell_len(text) for text in (name, *(row[i] for row in cells)))
             table.add_column(name, justify="right", no_wrap=True, min_width=whole)
         else:
             table.add_column(name, overflow="fold")
-    for row in rows:
+    for row in cells:
         table.add_row(*map(escape, row))
     return Titled(title, table, tuple(i for i, how in enumerate(columns.values()) if how == "wrap"))
 

@@ -43,6 +43,7 @@ def open_session(
     *,
     optimize: bool = True,
     take_turns: bool = False,
+    tf32: bool = True,
 ) -> Session:
     """Load an ``.onnx`` file.
 
@@ -54,6 +55,8 @@ def open_session(
         io_binding: keep inputs and outputs on the device (see :meth:`Session.runner`).
         optimize: False runs the graph as it is written.
         take_turns: idle threads sleep at once, so that other sessions measured in turn have the processor.
+        tf32: whether CUDA may round the factors of float32 products to 10 bits, as ONNX Runtime does by default. A
+            comparison with float32's own noise needs False.
 
     Raises:
         CheckpointError: the file is missing, damaged, no ONNX file, or newer than this ONNX Runtime.
@@ -68,7 +71,7 @@ def open_session(
     missing = ""
     if device != "cpu":
         chosen = "cuda" if device == "auto" else device
-        made, missing = _on_gpu(path, chosen, options, cuda_graph)
+        made, missing = _on_gpu(path, chosen, options, cuda_graph=cuda_graph, tf32=tf32)
         if made is not None:
             return _session(path, chosen, made, None, io_binding or cuda_graph, cuda_graph)
         if device != "auto":
@@ -122,14 +125,19 @@ def _options(threads: int | None, optimize: bool, take_turns: bool) -> Any:
     return options
 
 
-def _on_gpu(path: Path, device: str, options: Any, cuda_graph: bool) -> tuple[Any | None, str]:
+def _on_gpu(path: Path, device: str, options: Any, *, cuda_graph: bool, tf32: bool) -> tuple[Any | None, str]:
     """A session on the GPU, or None and the reason why there is none."""
     if PROVIDERS[device] not in ort.get_available_providers():
         return None, f"this build of ONNX Runtime ({ort.__version__}) has no {PROVIDERS[device]}"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         ort.preload_dlls()
-    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": str(int(cuda_graph))})
+    asked = {
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "enable_cuda_graph": str(int(cuda_graph)),
+        "use_tf32": str(int(tf32)),
+    }
+    cuda = (PROVIDERS["cuda"], asked)
     tensorrt = (PROVIDERS["tensorrt"], {"trt_cuda_graph_enable": str(int(cuda_graph))})
     wanted = [cuda] if device == "cuda" else [tensorrt, cuda]
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ class Port:
 
 
 @dataclass(frozen=True)
+class _Captured:
+    """What a CUDA graph was captured with: the input's place on the device, the binding, and the call that runs it."""
+
+    input: Any
+    binding: Any
+    call: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Session:
     """A network that ONNX Runtime has loaded.
 
@@ -74,6 +83,7 @@ class Session:
     io_binding: bool
     cuda_graph: bool
     inference: Any
+    _captured: dict[tuple[int, ...], _Captured] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def input_shape(self) -> tuple[int | str | None, ...]:
@@ -138,22 +148,32 @@ class Session:
         return call
 
     def _bound(self, array: np.ndarray[Any, Any]) -> tuple[Any, Callable[[], None]]:
-        """A binding with fixed addresses on the device, which CUDA graphs need, and a call that runs it."""
-        device = "cpu" if self.device == "cpu" else "cuda"
+        """A binding of inputs and outputs on the device, and a call that runs it.
+
+        A CUDA graph replays the addresses that it was captured with: one for every input shape is kept, and a new
+        array of that shape is copied to its place.
+        """
         fitting = self._fitting(array)
+        kept = self._captured.get(fitting.shape) if self.cuda_graph else None
+        if kept is not None:
+            with self._failing():
+                kept.input.update_inplace(fitting)
+            return kept.binding, kept.call
+        device = "cpu" if self.device == "cpu" else "cuda"
         binding, options = self.inference.io_binding(), ort.RunOptions()
-        if self.cuda_graph:  # one captured graph a batch size
-            options.add_run_config_entry("gpu_graph_id", str(fitting.shape[0]))
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(len(self._captured) + 1))
         with self._failing():
-            binding.bind_ortvalue_input(self._input.name, ort.OrtValue.ortvalue_from_numpy(fitting, device, 0))
+            value = ort.OrtValue.ortvalue_from_numpy(fitting, device, 0)
+            binding.bind_ortvalue_input(self._input.name, value)
             for port in self.outputs:
                 shape = _sized(port.shape, len(fitting)) if self.cuda_graph else None
                 if shape is None:
                     binding.bind_output(port.name, device)
                 else:
                     dtype = DTYPES[port.kind]
-                    value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
-                    binding.bind_ortvalue_output(port.name, value)
+                    output = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
+                    binding.bind_ortvalue_output(port.name, output)
             binding.synchronize_inputs()
 
         def call() -> None:
@@ -161,6 +181,8 @@ class Session:
                 self.inference.run_with_iobinding(binding, options)
                 binding.synchronize_outputs()
 
+        if self.cuda_graph:
+            self._captured[fitting.shape] = _Captured(value, binding, call)
         return binding, call
 
     def _fitting(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

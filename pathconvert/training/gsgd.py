@@ -213,14 +213,23 @@ class GSGD(Optimizer):
         return loss
 
     def _step_plain(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        """torch's own SGD."""
-        buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
-        sgd(
-            params, gradients, buffers,
-            has_sparse_grad=False, foreach=group["foreach"] is not False, fused=False, lr=group["lr"],
-            weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=0.0, nesterov=False,
-            maximize=False,
-        )  # fmt: skip
+        """torch's own SGD, and the same where the rate is a tensor beside the parameters.
+
+        torch would read such a rate back to the CPU, which no CUDA graph can hold.
+        """
+        lr, momentum = group["lr"], group["momentum"]
+        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        if params and isinstance(lr, Tensor) and all(p.device == lr.device for p in params):
+            buffers = [
+                torch.zeros_like(p) if b is None and momentum else b for p, b in zip(params, buffers, strict=True)
+            ]
+            _plain_sgd(params, gradients, buffers, lr.reshape(()), momentum, group["weight_decay"])
+        else:
+            sgd(
+                params, gradients, buffers,
+                has_sparse_grad=False, foreach=group["foreach"] is not False, fused=False, lr=lr,
+                weight_decay=group["weight_decay"], momentum=momentum, dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
         for p, buffer in zip(params, buffers, strict=True):
             if buffer is not None:
                 self.state[p]["momentum_buffer"] = buffer
@@ -305,6 +314,32 @@ class GSGD(Optimizer):
         if group["momentum"]:
             gradient = gradient + group["momentum"] * starts.gather_state("chain_momentum")
         return gradient if starts.layout.trained is None else torch.where(starts.layout.trained, gradient, 0.0)
+
+
+def _plain_sgd(
+    params: list[Tensor],
+    gradients: list[Tensor],
+    buffers: Sequence[Tensor | None],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """buffer ← μ · buffer + g + λ p and p ← p − lr · buffer (torch.optim.SGD), without reading ``lr`` on the CPU.
+
+    Args:
+        params: changed in place.
+        gradients: not changed.
+        buffers: of momentum, changed in place; all None without.
+        lr: of no dimension, on the parameters' device.
+        momentum, weight_decay: of the group.
+    """
+    steps = torch._foreach_add(gradients, params, alpha=weight_decay) if weight_decay else gradients
+    if momentum:
+        held = [buffer for buffer in buffers if buffer is not None]
+        torch._foreach_mul_(held, momentum)
+        torch._foreach_add_(held, steps)
+        steps = held
+    torch._foreach_sub_(params, torch._foreach_mul(steps, lr))
 
 
 def _row_norm(weight: Tensor) -> Tensor:
