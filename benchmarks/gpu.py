@@ -36,8 +36,12 @@ ROOT = HERE.parent
 RESULTS = HERE / "results" / "gpu.json"
 #: Seconds of every part, on a GPU and in a rehearsal, in order of value.
 BUDGETS = {"checks": (90, 60), "step": (90, 50), "accuracy": (180, 30), "runtime": (120, 40)}
+#: Seconds of a whole run, on a GPU and in a rehearsal.
+LIMITS = (480, 180)
 #: Parts that make something ready while earlier ones run.
 PREPARED = ("step", "runtime")
+#: Folder, in the data's, with packages that the machine lacks.
+SITE = "site"
 FORMAT_VERSION = 1
 
 
@@ -57,8 +61,13 @@ class Options:
         return "cpu" if self.rehearse else "cuda"
 
     def budget(self, part: str) -> float:
-        """Seconds."""
+        """Seconds of a part."""
         return BUDGETS[part][self.rehearse] * self.budget_factor
+
+    @property
+    def limit(self) -> float:
+        """Seconds of the run."""
+        return LIMITS[self.rehearse] * self.budget_factor
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -151,13 +160,18 @@ class Process:
             env=os.environ | threads,
         )  # fmt: skip
 
-    def wait(self) -> str:
-        """Until it ends or its time is over; what went wrong, in one line, empty if nothing did."""
+    def wait(self, until: float | None = None) -> str:
+        """Until it ends or its time is over; what went wrong, in one line, empty if nothing did.
+
+        Args:
+            until: of :func:`time.monotonic`, in place of the end of its seconds.
+        """
+        until = self.begun + self.seconds if until is None else until
         try:
-            code = self.process.wait(max(0.0, self.begun + self.seconds - time.monotonic()))
+            code = self.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.end()
-            return f"stopped after {self.seconds:.0f} s; what it had measured is kept"
+            return f"stopped after {until - self.begun:.0f} s; what it had measured is kept"
         self._files.close()
         if code == 0:
             return ""
@@ -186,8 +200,11 @@ class Process:
 
 def run(options: Options) -> int:
     """All parts; the exit code: 0 if every one that could run did, else 1."""
+    begun = time.monotonic()
+    bring([str(options.data.resolve() / SITE)])
     missing = machine.left_out(options.parts)
-    print(_first_line(missing), flush=True)
+    files = machine.left_out_tests() if "checks" in options.parts else {}
+    print(_first_line(missing | files), flush=True)
     found = machine.gpu()
     if not options.rehearse and "name" not in found:
         print(f"error: PyTorch {machine.installed('torch')} finds no GPU", file=sys.stderr)
@@ -200,9 +217,14 @@ def run(options: Options) -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     failed = False
+    until = begun + options.limit
     with tempfile.TemporaryDirectory() as folder, _prepared(options, missing, Path(folder)) as preparing:
         for part in options.parts:
-            result = {"failed": missing[part]} if part in missing else _part(options, part, Path(folder), preparing)
+            result = (
+                {"failed": missing[part]}
+                if part in missing
+                else _part(options, part, min(options.budget(part), until - time.monotonic()), Path(folder), preparing)
+            )
             failed = failed or "failed" in result
             content["parts"][part] = about | result
             if options.json:
@@ -236,9 +258,8 @@ def _stored(path: Path | None) -> dict[str, Any]:
 def _prepared(options: Options, missing: dict[str, str], work: Path) -> Iterator[dict[str, Process]]:
     """What parts make ready, in the background; ended at the end of the run."""
     wanted = [part for part in PREPARED if part in options.parts and part not in missing]
-    total = sum(map(options.budget, options.parts))
     paths = _paths(options, wait=0.0)[0]
-    made = {part: Process(options, part, "prepare", seconds=total, work=work, paths=paths) for part in wanted}
+    made = {part: Process(options, part, "prepare", seconds=options.limit, work=work, paths=paths) for part in wanted}
     try:
         yield made
     finally:
@@ -246,30 +267,28 @@ def _prepared(options: Options, missing: dict[str, str], work: Path) -> Iterator
             process.end()
 
 
-def _part(options: Options, part: str, work: Path, preparing: dict[str, Process]) -> dict[str, Any]:
-    """Run a part to the end of its budget, in which it waits for what it makes ready."""
-    print(f"== {part} (at most {options.budget(part):.0f} s)", flush=True)
+def _part(options: Options, part: str, budget: float, work: Path, preparing: dict[str, Process]) -> dict[str, Any]:
+    """Run a part to the end of its ``budget`` in seconds, in which it waits for what it makes ready."""
+    print(f"== {part} (at most {budget:.0f} s)", flush=True)
     begun = time.monotonic()
     result: dict[str, Any] = {}
-    paths, why = _paths(options, wait=options.budget(part) / 3 if part == "runtime" else 0.0)
+    paths, why = _paths(options, wait=budget / 3 if part == "runtime" else 0.0)
     if why:
         print(f"  {why}", flush=True)
         result["onnxruntime"] = why
     if part in preparing:
         ready = preparing[part]
-        ready.seconds = time.monotonic() - ready.begun + options.budget(part) / 2 - (time.monotonic() - begun)
-        not_ready = ready.wait()
+        not_ready = ready.wait(until=begun + budget / 2)
         result["prepared in"] = round(time.monotonic() - ready.begun, 1)
         if not_ready:
             result["not prepared"] = not_ready
             print(f"  making it ready: {not_ready}", flush=True)
-    left = options.budget(part) - (time.monotonic() - begun)
-    process = Process(options, part, "measure", seconds=left, work=work, paths=paths)
+    process = Process(options, part, "measure", seconds=begun + budget - time.monotonic(), work=work, paths=paths)
     try:
         failure = process.wait()
     finally:
         process.end()
-    result |= {"seconds": round(time.monotonic() - begun, 1), "budget": options.budget(part)}
+    result |= {"seconds": round(time.monotonic() - begun, 1), "budget": round(budget)}
     result["measured"] = process.results()
     if failure:
         print(process.log.read_text(errors="replace")[-3000:], file=sys.stderr)
@@ -285,7 +304,7 @@ def _paths(options: Options, wait: float) -> tuple[list[str], str]:
         wait: seconds for the last pieces of a wheel to arrive.
     """
     until = time.monotonic() + wait
-    extra = [str(options.data.resolve() / "site"), str(ROOT)]
+    extra = [str(options.data.resolve() / SITE), str(ROOT)]
     while True:
         try:
             found = machine.onnxruntime_folder(options.onnxruntime)

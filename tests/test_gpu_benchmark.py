@@ -122,12 +122,13 @@ def test_wrong_usage(arguments: list[str], message: str, capsys) -> None:
 
 def test_parts_run_in_order_of_value() -> None:
     assert gpu.parse(["--parts", "runtime,checks"]).parts == ["checks", "runtime"]
-    assert sum(real for real, _ in gpu.BUDGETS.values()) <= 8 * 60
-    assert sum(rehearsal for _, rehearsal in gpu.BUDGETS.values()) <= 3 * 60
+    for rehearse, minutes in ((False, 8), (True, 3)):
+        assert gpu.LIMITS[rehearse] == 60 * minutes
+        assert sum(budget[rehearse] for budget in gpu.BUDGETS.values()) <= 60 * minutes
 
 
 def test_an_old_package_leaves_out_what_needs_it_alone(tmp_path: Path, monkeypatch, capsys) -> None:
-    versions = {"onnxscript": "0.1", "tensorboard": None}
+    versions = {"onnxscript": "0.1", "tensorboard": None, "expecttest": None}
     installed = machine.installed
     monkeypatch.setattr(machine, "installed", lambda name: versions.get(name, installed(name)))
     monkeypatch.setattr(gpu, "_part", lambda *_: {})
@@ -137,6 +138,7 @@ def test_an_old_package_leaves_out_what_needs_it_alone(tmp_path: Path, monkeypat
     assert first.split("; ") == [
         "tensorboard is not installed: without checks",
         "onnxscript 0.1 is too old: pathconvert needs >=0.5: without runtime",
+        "expecttest is not installed: without test_gsgd_torch.py",
     ]
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [part for part, found in parts.items() if "failed" in found] == ["checks", "runtime"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gpu_parts import machine
 from gpu_parts.context import Context
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,9 @@ def _last_line(text: str) -> str:
 def measure(context: Context) -> None:
     """Run them; raises AssertionError where one failed."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if MARKS.search(path.read_text())]
+    without = machine.left_out_tests()
+    context.keep("left out", without)
+    files = [path for path in files if path.name not in without]
     files.sort(key=lambda path: path.name != "test_devices.py")  # the most telling first
     processes: list[str] = []
     if not context.rehearse and importlib.util.find_spec("xdist"):

@@ -37,6 +37,9 @@ NEEDED_BY = {
     "typer": ("checks",),
 }
 
+#: Packages that one file of tests needs.
+NEEDED_BY_TESTS = {"expecttest": "test_gsgd_torch.py"}
+
 
 # ---- versions ----------------------------------------------------------------------------------------------------
 
@@ -78,6 +81,12 @@ def left_out(parts: list[str]) -> dict[str, str]:
             if part in parts:
                 found.setdefault(part, why)
     return found
+
+
+def left_out_tests() -> dict[str, str]:
+    """File of tests → the package that it lacks."""
+    absent = {package: file for package, file in NEEDED_BY_TESTS.items() if installed(package) is None}
+    return {file: f"{package} is not installed" for package, file in absent.items()}
 
 
 def versions() -> dict[str, str]:
