@@ -1,1 +1,5 @@
-pathconvert/cli.py
+"""The command line, from a checkout: ``python cli.py``."""
+
+from pathconvert.cli import main
+
+main()

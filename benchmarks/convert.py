@@ -40,12 +40,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from pathconvert import architectures
-from pathconvert.conversions import convert_network, save_checked
-from pathconvert.convert import Conversion, convert_traced, verify_conversion
-from pathconvert.equivalence import verify
-from pathconvert.files import open_network
-from pathconvert.parts import trace_network
+from pathconvert.conversion.equivalence import verify, verify_conversion
+from pathconvert.conversion.parts import trace_network
+from pathconvert.conversion.reparameterize import Conversion, convert_traced
+from pathconvert.networks import architectures
+from pathconvert.networks.checked import convert_network, save_checked
+from pathconvert.networks.loading import open_network
 
 #: Without names and without ``--all``.
 SELECTION = (

@@ -36,13 +36,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import pathconvert
-from pathconvert.architectures import Architecture
 from pathconvert.export import export_onnx
-from pathconvert.export.bench import Timing, time_contenders, torch_threads
-from pathconvert.export.contenders import session_contender, torch_contender
-from pathconvert.export.runtime import open_session
-from pathconvert.export.session import ort
-from pathconvert.files import LoadedNetwork
+from pathconvert.export.runtime.bench import Timing, time_contenders, torch_threads
+from pathconvert.export.runtime.contenders import session_contender, torch_contender
+from pathconvert.export.runtime.providers import open_session
+from pathconvert.export.runtime.session import ort
+from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.loading import LoadedNetwork
 
 NETWORKS = (
     "resnet50", "vgg16_bn", "densenet121", "googlenet", "shufflenet_v2_x1_0", "regnet_y_800mf", "squeezenet1_1",

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pathconvert.errors import PathconvertError
-from pathconvert.files import open_network
-from pathconvert.training.finetune import begin
+from pathconvert.networks.loading import open_network
+from pathconvert.training.run.begin import begin
 from pathconvert.training.settings import Settings
 
 RATES = (0.003, 0.01, 0.03, 0.1)

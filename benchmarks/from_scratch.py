@@ -43,13 +43,13 @@ from torchvision.models.resnet import BasicBlock
 
 from pathconvert import PathBN, reparameterize, to_path_bn
 from pathconvert.errors import PathconvertError
-from pathconvert.preprocessing import Preprocessing
+from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training import GSGD
-from pathconvert.training.augmentation import Transform
-from pathconvert.training.batches import batches
-from pathconvert.training.data import Data, open_data
-from pathconvert.training.evaluate import evaluate
-from pathconvert.training.optimizers import make_optimizer, make_schedule
+from pathconvert.training.data.augmentation import Transform
+from pathconvert.training.data.batches import batches
+from pathconvert.training.data.labelled import Data, open_data
+from pathconvert.training.optimizer.choice import make_optimizer, make_schedule
+from pathconvert.training.run.metrics import evaluate
 from pathconvert.training.settings import Settings
 
 SIZE = (3, 32, 32)

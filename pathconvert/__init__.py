@@ -12,18 +12,22 @@ from pathconvert.version import __version__
 
 if TYPE_CHECKING:
     from pathconvert import export
-    from pathconvert.convert import Conversion, Pivot, ScaleGroup, reparameterize, restore
-    from pathconvert.entering import to_path_bn
-    from pathconvert.equivalence import EquivalenceReport, verify
-    from pathconvert.files import load, save
-    from pathconvert.path_bn import PathBN, leave_path_bn
+    from pathconvert.conversion.equivalence import EquivalenceReport, verify
+    from pathconvert.conversion.reparameterize import Conversion, Pivot, ScaleGroup, reparameterize
+    from pathconvert.networks.loading import load, save
+    from pathconvert.path_bn.entering import to_path_bn
+    from pathconvert.path_bn.form import leave_path_bn
+    from pathconvert.path_bn.layer import PathBN
+    from pathconvert.path_bn.restoring import restore
 
 _HOMES = {
-    "convert": ("Conversion", "Pivot", "ScaleGroup", "reparameterize", "restore"),
-    "files": ("load", "save"),
-    "equivalence": ("EquivalenceReport", "verify"),
-    "entering": ("to_path_bn",),
-    "path_bn": ("PathBN", "leave_path_bn"),
+    "conversion.equivalence": ("EquivalenceReport", "verify"),
+    "conversion.reparameterize": ("Conversion", "Pivot", "ScaleGroup", "reparameterize"),
+    "networks.loading": ("load", "save"),
+    "path_bn.entering": ("to_path_bn",),
+    "path_bn.form": ("leave_path_bn",),
+    "path_bn.layer": ("PathBN",),
+    "path_bn.restoring": ("restore",),
 }
 _SUBPACKAGES = ("export",)
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from pathconvert.checkpoint import read_checkpoint
+from pathconvert.files.checkpoint import read_checkpoint
 
 SMALL = ("--input-size", "3x64x64")
 STOCK = {
@@ -22,3 +23,11 @@ def tensors(path: Path) -> dict:
 def header(path: Path) -> dict:
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["pathconvert"])
+
+
+def change_metadata(path, change) -> None:
+    """Let ``change`` alter what pathconvert recorded in a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["pathconvert"])
+    change(metadata)
+    save_file(load_file(path), path, {"pathconvert": json.dumps(metadata)})

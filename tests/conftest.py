@@ -12,7 +12,7 @@ import pytest
 import terminal  # noqa: F401 - sets what typer reads when it is imported, below
 import torch
 from command_line import STOCK
-from networks import network
+from sample_networks import network
 
 from pathconvert.cli import run
 

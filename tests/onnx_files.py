@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pathconvert.export.metadata import ModelCard, write_card
-from pathconvert.export.session import ort
+from pathconvert.export.card import ModelCard, write_card
+from pathconvert.export.runtime.session import ort
 
 CLASSES = 5
 

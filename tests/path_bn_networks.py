@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from networks import network
+from sample_networks import network
 from torch import Tensor, nn
 
-from pathconvert.equivalence import forward_outputs
-from pathconvert.path_bn import PathBN
+from pathconvert.conversion.equivalence import forward_outputs
+from pathconvert.path_bn.layer import PathBN
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from networks import network
 from path_bn_networks import draw, error, geometry, layers, resnet_and_images
-from test_finetune import StopAfter
-from test_gsgd import converted, loss
+from path_networks import converted, loss
+from sample_networks import network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trainable import Still, save_images, save_network
+from trainable import Still, StopAfter, save_images, save_network
 
 import pathconvert
 from pathconvert.cli import run
-from pathconvert.files import open_network
-from pathconvert.training import GSGD, finetune, path_parameter_groups
-from pathconvert.training.layout import Layout
+from pathconvert.networks.loading import open_network
+from pathconvert.training import GSGD, path_parameter_groups
+from pathconvert.training.optimizer.layout import Layout
+from pathconvert.training.run import begin as finetune
+from pathconvert.training.run.sync_batch_norm import synchronise_batch_norms
 from pathconvert.training.settings import Settings
-from pathconvert.training.synchronised import synchronise_batch_norms
 
 pytestmark = pytest.mark.device
 

@@ -13,19 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from pathconvert import conversions
-from pathconvert.convert import Conversion, convert_traced, restore
-from pathconvert.entering import to_path_bn
-from pathconvert.equivalence import forward_outputs, verify
-from pathconvert.export.folding import fold
-from pathconvert.export.gauge import _largest_results, balanced
-from pathconvert.export.networks import export_network
-from pathconvert.export.predict import predict
-from pathconvert.export.runtime import open_session
-from pathconvert.files import LoadedNetwork, load, open_network, save
-from pathconvert.inputs import folder_images, load_images, random_input
-from pathconvert.parts import Traced, trace_network
-from pathconvert.training.finetune import begin
+from pathconvert.conversion.equivalence import forward_outputs, verify
+from pathconvert.conversion.parts import Traced, trace_network
+from pathconvert.conversion.reparameterize import Conversion, convert_traced
+from pathconvert.export.graph.balancing import _largest_results, balanced
+from pathconvert.export.graph.folding import fold
+from pathconvert.export.graph.loaded import export_network
+from pathconvert.export.runtime.predict import predict
+from pathconvert.export.runtime.providers import open_session
+from pathconvert.networks import checked
+from pathconvert.networks.images import folder_images
+from pathconvert.networks.inputs import load_images, random_input
+from pathconvert.networks.loading import LoadedNetwork, load, open_network, save
+from pathconvert.path_bn.entering import to_path_bn
+from pathconvert.path_bn.restoring import restore
+from pathconvert.training.run.begin import begin
 from pathconvert.training.settings import Settings
 
 DATA = os.environ.get("PATHCONVERT_DATA")
@@ -138,7 +140,7 @@ def test_all_twelve_combinations(real: Real) -> None:
 @pytest.mark.parametrize(
     ("real", "pivot", "smallest", "median"),
     [
-        ("squeezenet", "diagonal", 2.7e-6, 0.044),  # design.md says 0.043: without the channels held back it is
+        ("squeezenet", "diagonal", 2.7e-6, 0.044),  # docs/design.md says 0.043: without the channels held back it is
         ("squeezenet", "max", 1.3e-4, 0.22),
         ("squeezenet", "matching", 1.3e-4, 0.21),
         ("resnet56", "diagonal", 2.3e-4, 0.048),
@@ -148,7 +150,7 @@ def test_all_twelve_combinations(real: Real) -> None:
     indirect=["real"],
 )
 def test_pivot_magnitudes_are_the_measured_ones(real: Real, pivot: str, smallest: float, median: float) -> None:
-    """design.md's table, scope block: all pivots, those of channels that float32 held back included."""
+    """docs/design.md's table, scope block: all pivots, those of channels that float32 held back included."""
     value = np.abs(real.convert("block", pivot, "unit").pivots.value)
     value = value[value > 0]
     assert f"{value.min():.1e}" == f"{smallest:.1e}"
@@ -178,7 +180,7 @@ def test_other_dtypes(real: Real, dtype: torch.dtype, gauge: str, tmp_path: Path
         source.model, trace_network(source.model, random_input(own)), "block", "matching", gauge
     )
     assert conversion.counts()["channels_rescaled"] > 0
-    conversions.save_checked(conversion, source, tmp_path / "net.path.safetensors", force=False)
+    checked.save_checked(conversion, source, tmp_path / "net.path.safetensors", force=False)
     written = open_network(tmp_path / "net.path.safetensors")
     assert {name: tensor.dtype for name, tensor in written.model.state_dict().items()} == {
         name: tensor.dtype for name, tensor in source.model.state_dict().items()
@@ -210,7 +212,7 @@ def test_checkpoint_to_onnx_runtime(real: Real, tmp_path: Path) -> None:
     """Checkpoint → path → Path-BN → ONNX → ONNX Runtime: top-1 stays on every image, in fp32 and fp16."""
     expected = forward_outputs(real.network.model, real.images)[0].argmax(1)
     m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
-    equality = conversions.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
+    equality = checked.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
     assert equality.passed, equality
     own = real.network.architecture
     arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
@@ -249,7 +251,7 @@ def test_every_form_predicts_the_same(real: Real, tmp_path: Path) -> None:
     own = real.network.architecture
     arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
     m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
-    conversions.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
+    checked.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
     export_network(open_network(tmp_path / "net.path-bn.safetensors", **arch), tmp_path / "net.onnx")
     assert real.network.checkpoint is not None
     folder = Path(DATA or "") / "images" / ("cifar10_20" if arch else "imagenet20")

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 CLASSES = ("blue", "green", "red")
+TESTS = Path(__file__).parent
 
 
 class Small(nn.Module):
@@ -74,3 +75,18 @@ def save_images(folder: Path, train: int = 16, val: int = 6, classes: tuple[str,
                 pixels[..., label % 3] += 60
                 Image.fromarray(pixels.byte().numpy()).save(folder / part / name / f"{i}.png")
     return folder
+
+
+class StopAfter:
+    """Progress that ends the run after so many batches, as a crash would."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def step(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def epoch(self, _: object) -> None:
+        pass

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 import pathconvert
 from export import CALIBRATION_IMAGES, export_theirs
 from gpu_parts.context import Context, write_json
-from pathconvert.architectures import Architecture
 from pathconvert.errors import PathconvertError
 from pathconvert.export import export_onnx
-from pathconvert.export.bench import time_contenders
-from pathconvert.export.contenders import Contender, session_contender, torch_contender
-from pathconvert.export.runtime import open_session
-from pathconvert.export.session import Session, ort
-from pathconvert.export.verification import Differs, prove
-from pathconvert.files import LoadedNetwork, open_network
+from pathconvert.export.graph.verification import Differs, prove
+from pathconvert.export.runtime.bench import time_contenders
+from pathconvert.export.runtime.contenders import Contender, session_contender, torch_contender
+from pathconvert.export.runtime.providers import open_session
+from pathconvert.export.runtime.session import Session, ort
+from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.loading import LoadedNetwork, open_network
 
 WEIGHTS = "squeezenet1_1.pth"
 MADE = "runtime.json"

@@ -53,7 +53,7 @@ def reparam(
     steps = Steps(3 + bool(report) + (form == Form.path_bn))
     if form == Form.path and (calibrate or skip_scale != 1):
         raise PathconvertError("--calibrate and --skip-scale belong to Path-BN", "Add --form path-bn.")
-    from pathconvert import reports
+    from pathconvert.commands import reports
 
     path = checked_output(source, output, form.value, force)
     if report:
@@ -61,8 +61,8 @@ def reparam(
     with steps.shown():
         with steps.step("load"):
             network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
-        from pathconvert.conversions import convert_network, enter_path_bn, resume_conversion, save_checked
-        from pathconvert.record import record_of
+        from pathconvert.conversion.record import record_of
+        from pathconvert.networks.checked import convert_network, enter_path_bn, resume_conversion, save_checked
 
         if network.form == form or network.form == "path-bn":
             form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
@@ -114,11 +114,11 @@ def restore(
                 f"{source} was never converted by pathconvert: it holds no conversion record",
                 "Give the .path.safetensors file that pathconvert reparam wrote.",
             )
-        from pathconvert.conversions import restore_checked
+        from pathconvert.networks.checked import restore_checked
 
         with steps.step("restore, verify and write"):
             equality, identical = restore_checked(network, path, force=force)
-    from pathconvert import reports
+    from pathconvert.commands import reports
 
     result = {
         "source": source,
@@ -150,8 +150,8 @@ def verify(
     with steps.shown():
         with steps.step("load"):
             network_a, network_b = Loader(arch, input_size, trust_pickle=trust_pickle).open_pair(a, b)
-        from pathconvert import reports
-        from pathconvert.conversions import compare
+        from pathconvert.commands import reports
+        from pathconvert.networks.checked import compare
 
         with steps.step("verify"):
             comparison = compare(network_a, network_b, images)
@@ -177,7 +177,7 @@ def inspect(
     with steps.shown():
         with steps.step("load"):
             network = Loader(arch, input_size, None, key, trust_pickle).open(source)
-        from pathconvert import reports
+        from pathconvert.commands import reports
 
         with steps.step("inspect"):
             result = {"file": source} | reports.inspect_network(network)
@@ -186,7 +186,7 @@ def inspect(
 
 def archs(as_json: Json = False) -> None:
     """List the networks that are supported, and why the rest is not."""
-    from pathconvert.architectures import catalogue
+    from pathconvert.networks.architectures import catalogue
 
     entries = catalogue()
     rows = ((e.name, e.task, "yes" if e.supported else f"no: {e.reason}") for e in entries)

@@ -16,8 +16,8 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
 ) -> None:
     """Train a small ResNet on scikit-learn's digits; convert, verify, restore; Path-BN, fine-tune; ONNX, its speed."""
-    from pathconvert.checkpoint import prepare_output
-    from pathconvert.demo import save_digits, save_turned_digits, train_digits
+    from pathconvert.commands.digits import save_digits, save_turned_digits, train_digits
+    from pathconvert.files.writing import prepare_output
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pathconvert.commands.console import Titled
-    from pathconvert.export.bench import BenchReport, Timing
-    from pathconvert.export.predict import PredictReport
+    from pathconvert.export.runtime.bench import BenchReport, Timing
+    from pathconvert.export.runtime.predict import PredictReport
 
 
 def export(
@@ -62,7 +62,7 @@ def export(
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            from pathconvert.export.networks import check_export, export_network, parse_batch, report_rows
+            from pathconvert.export.graph.loaded import check_export, export_network, parse_batch, report_rows
 
             path = output or default_output(source, ".onnx")
             check_export(path, opset, precision, io_dtype, force=force, source=source_file(source))
@@ -112,7 +112,7 @@ def bench(
         raise PathconvertError(f"{option} is of ONNX Runtime, and none of these is an .onnx file", "Leave it out.")
     steps = Steps(1)
     with steps.shown(), steps.step("load and measure"):
-        from pathconvert.export.bench import measure
+        from pathconvert.export.runtime.bench import measure
 
         loader = Loader(arch, input_size, num_classes, key, trust_pickle)
         loader.refuse_for_onnx(sources)
@@ -183,7 +183,7 @@ def predict(
     """Classify images, with the preprocessing and labels that are recorded for the network."""
     steps = Steps(1)
     with steps.shown(), steps.step("load and classify"):
-        from pathconvert.export.predict import predict as classify
+        from pathconvert.export.runtime.predict import predict as classify
 
         loader = Loader(arch, input_size, num_classes, key, trust_pickle)
         loader.refuse_for_onnx([model])

@@ -17,9 +17,9 @@ from pathconvert.errors import PathconvertError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pathconvert.export.classifiers import Classifier
-    from pathconvert.preprocessing import Preprocessing
-    from pathconvert.training.data import Data
+    from pathconvert.export.runtime.classifiers import Classifier
+    from pathconvert.networks.preprocessing import Preprocessing
+    from pathconvert.training.data.labelled import Data
 
 DataSpec = Annotated[
     str, typer.Option("--data", help="A folder with train/ and val/, one of class folders, or NAME:ROOT (cifar10:.).")
@@ -55,11 +55,11 @@ def evaluate(
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            from pathconvert.preprocessing import parse_sides, parse_values
-            from pathconvert.training.augmentation import Transform, choose_preprocessing
-            from pathconvert.training.batches import batches
-            from pathconvert.training.data import open_data
-            from pathconvert.training.evaluate import evaluate as measure
+            from pathconvert.networks.preprocessing import parse_sides, parse_values
+            from pathconvert.training.data.augmentation import Transform, choose_preprocessing
+            from pathconvert.training.data.batches import batches
+            from pathconvert.training.data.labelled import open_data
+            from pathconvert.training.run.metrics import evaluate as measure
 
             sides, means, stds = parse_sides(size), parse_values(mean, "--mean"), parse_values(std, "--std")
             loader = Loader(arch, input_size, num_classes, key, trust_pickle)
@@ -110,8 +110,8 @@ def evaluate(
 
 def _open(source: str, loader: Loader, device: str, sides: tuple[int, int] | None) -> tuple[Classifier, dict[str, Any]]:
     """The source as a classifier, for inputs of ``sides`` where given; settings of the run that fine-tuned it."""
-    from pathconvert.export.classifiers import session_classifier, torch_classifier
-    from pathconvert.export.runtime import open_session
+    from pathconvert.export.runtime.classifiers import session_classifier, torch_classifier
+    from pathconvert.export.runtime.providers import open_session
 
     loader.refuse_for_onnx([source])
     if Path(source).suffix.lower() == ".onnx":

@@ -21,7 +21,7 @@ from pathconvert.errors import PathconvertError
 from pathconvert.training.settings import Settings
 
 if TYPE_CHECKING:
-    from pathconvert.training.loop import Run
+    from pathconvert.training.run.loop import Run
 
 
 class TrainingDevice(StrEnum):
@@ -60,7 +60,7 @@ def _finetune(
         else:
             if source is None:
                 raise PathconvertError("nothing to train", "Give a SOURCE, or --resume RUN.")
-            from pathconvert.training.folder import default_folder
+            from pathconvert.training.run.folder import default_folder
 
             folder = output_dir or default_folder(source)
             resolved = Settings.from_file(config, given) if config else Settings(**given)
@@ -77,7 +77,7 @@ def _finetune(
     result = _trained(run)
     if not run.fabric.is_global_zero:
         return
-    from pathconvert.files import trained_file
+    from pathconvert.networks.loading import trained_file
 
     best, last = result.best, result.history[-1]
     rows = {
@@ -105,7 +105,7 @@ def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: P
             f"{extra} cannot be given with --resume: the run's own config.yaml holds",
             "Begin a new run to change it; --data alone may say where the images are now.",
         )
-    from pathconvert.training.finetune import resume
+    from pathconvert.training.run.begin import resume
 
     return resume(path, device=device, data=given.get("data"))
 
@@ -113,13 +113,13 @@ def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: P
 def _begun(
     source: str, loader: Loader, settings: Settings, folder: Path, device: str, force: bool, dry_run: bool
 ) -> Run:
-    from pathconvert.training.finetune import begin
+    from pathconvert.training.run.begin import begin
 
     return begin(loader.open(source), settings, folder, device=device, force=force, dry_run=dry_run)
 
 
 def _show_plan(run: Run, source: str, as_json: bool) -> None:
-    from pathconvert.training.plan import plan
+    from pathconvert.training.run.plan import plan
 
     found = plan(run)
     chains, memory = found["chains"], found["memory_bytes"]

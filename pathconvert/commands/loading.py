@@ -11,7 +11,7 @@ from pathconvert.commands.console import note
 from pathconvert.errors import ArchitectureError, PathconvertError
 
 if TYPE_CHECKING:
-    from pathconvert.files import LoadedNetwork
+    from pathconvert.networks.loading import LoadedNetwork
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Loader:
     @property
     def size(self) -> tuple[int, ...] | None:
         """The input size, read."""
-        from pathconvert.architectures import parse_input_size
+        from pathconvert.networks.architectures import parse_input_size
 
         return parse_input_size(self.input_size) if self.input_size else None
 
@@ -48,7 +48,7 @@ class Loader:
 
     def open(self, source: str) -> LoadedNetwork:
         """Load a network and say what was chosen on the way."""
-        from pathconvert.files import open_network
+        from pathconvert.networks.loading import open_network
 
         network = open_network(
             source,
@@ -112,7 +112,7 @@ def source_file(source: str) -> Path | None:
 
 def checked_output(source: str, output: Path | None, kind: str, force: bool) -> Path:
     """Where the result goes, checked before any work."""
-    from pathconvert.checkpoint import prepare_output
+    from pathconvert.files.writing import prepare_output
 
     path = output or default_output(source, f".{kind}.safetensors")
     return prepare_output(path, force=force, source=source_file(source))

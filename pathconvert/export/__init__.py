@@ -8,19 +8,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "pathconvert.export":  # by the link at the root: its classes would be others than the package's
+    raise ImportError(f"import it as pathconvert.export, not as {__name__}")
+
 if TYPE_CHECKING:
-    from pathconvert.export.folding import fold, unfolded
-    from pathconvert.export.gauge import balanced
-    from pathconvert.export.metadata import ModelCard, read_card, write_card
-    from pathconvert.export.onnx_export import ExportReport, export_onnx
-    from pathconvert.preprocessing import Preprocessing
+    from pathconvert.export.card import ModelCard, read_card, write_card
+    from pathconvert.export.graph.balancing import balanced
+    from pathconvert.export.graph.export import ExportReport, export_onnx
+    from pathconvert.export.graph.folding import fold, unfolded
+    from pathconvert.networks.preprocessing import Preprocessing
 
 _HOMES = {
-    "export.folding": ("fold", "unfolded"),
-    "export.gauge": ("balanced",),
-    "export.metadata": ("ModelCard", "read_card", "write_card"),
-    "export.onnx_export": ("ExportReport", "export_onnx"),
-    "preprocessing": ("Preprocessing",),
+    "export.graph.folding": ("fold", "unfolded"),
+    "export.graph.balancing": ("balanced",),
+    "export.card": ("ModelCard", "read_card", "write_card"),
+    "export.graph.export": ("ExportReport", "export_onnx"),
+    "networks.preprocessing": ("Preprocessing",),
 }
 
 __all__ = [

@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pathconvert.training.gsgd import GSGD, path_parameter_groups
-    from pathconvert.training.path_sgd import PathSGD
+if __name__ != "pathconvert.training":  # by the link at the root: its classes would be others than the package's
+    raise ImportError(f"import it as pathconvert.training, not as {__name__}")
 
-_HOMES = {"gsgd": ("GSGD", "path_parameter_groups"), "path_sgd": ("PathSGD",)}
+if TYPE_CHECKING:
+    from pathconvert.training.optimizer.gsgd import GSGD, path_parameter_groups
+    from pathconvert.training.optimizer.path_sgd import PathSGD
+
+_HOMES = {"optimizer.gsgd": ("GSGD", "path_parameter_groups"), "optimizer.path_sgd": ("PathSGD",)}
 
 __all__ = ["GSGD", "PathSGD", "path_parameter_groups"]
 

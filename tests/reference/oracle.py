@@ -1,4 +1,4 @@
-"""Small networks as explicit lists of nodes, and what a literal reading of design.md says of their channels.
+"""Small networks as explicit lists of nodes, and what a literal reading of docs/design.md says of their channels.
 
 Nothing here traces anything: :class:`Oracle` walks the nodes, keeps for every value a Python list with one entry a
 channel, and joins channels one by one in a dictionary.

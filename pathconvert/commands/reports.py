@@ -1,0 +1,246 @@
+"""What the commands print: results as JSON, and the same as rows of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathconvert.conversion.equivalence import EquivalenceReport
+from pathconvert.conversion.reparameterize import Conversion, reparameterize
+from pathconvert.errors import OutputError, PathconvertError
+from pathconvert.networks.inputs import random_input
+from pathconvert.networks.loading import LoadedNetwork
+
+
+def summarise(
+    conversion: Conversion,
+    path_bn: dict[str, Any] | None,
+    network: LoadedNetwork,
+    equality: EquivalenceReport,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The result of ``pathconvert reparam``, JSON-serialisable; ``path_bn`` is that part of the record."""
+    magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
+    has_pivots = bool(magnitudes.size)
+    return {
+        "architecture": network.architecture.name,
+        "arguments": network.architecture.arguments,
+        "form": "path-bn" if path_bn else "path",
+        "scope": conversion.scope,
+        "pivot": conversion.pivot,
+        "gauge": conversion.gauge,
+        **conversion.counts(),
+        "pivot_magnitude": {
+            "min": float(magnitudes.min()) if has_pivots else None,
+            "median": float(np.median(magnitudes)) if has_pivots else None,
+            "max": float(magnitudes.max()) if has_pivots else None,
+        },
+        "path_bn": path_bn and path_bn | {"layers": [layer["name"] for layer in path_bn["layers"]]},
+        "equality": equality.to_json(),
+        "parts": list(conversion.parts),
+        "left_alone": conversion.left_alone,
+        "notes": _notes(conversion) + _path_bn_notes(path_bn),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def _notes(conversion: Conversion) -> list[str]:
+    counts = conversion.counts()
+    notes = [f"{name} is too wide for matching: max was taken there" for name in conversion.pivot_fallbacks]
+    if counts["channels_held_back"]:
+        notes.append(f"{counts['channels_held_back']} channels held back: they would leave the dtype's normal range")
+    if counts["channels_circular"]:
+        notes.append(f"{counts['channels_circular']} channels left alone: their pivots run in a circle")
+    if conversion.parts != ("",):
+        notes.append(f"converted part by part: {', '.join(conversion.parts)}")
+    notes += [f"left alone: {name} ({why})" for name, why in conversion.left_alone.items()]
+    return notes
+
+
+def _path_bn_notes(path_bn: dict[str, Any] | None) -> list[str]:
+    """One for every reason that a layer was left for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in path_bn["left"].items() if path_bn else ():
+        by_reason.setdefault(why, []).append(name)
+    return [f"no Path-BN: {_listing(names)} ({why})" for why, names in by_reason.items()]
+
+
+def _listing(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def _path_bn_row(path_bn: dict[str, Any]) -> str:
+    calibration = path_bn["calibration"]
+    images = calibration.get("images")
+    source = (
+        f"calibrated on {images} images" if images else "statistics estimated from BatchNorms (Gaussian), no images"
+    )
+    return f"{len(path_bn['layers'])} layers, {len(path_bn['left'])} left; λ {path_bn['skip_scale']:g}; {source}"
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The rows of reparam's table."""
+    arguments = ", ".join(f"{name}={value}" for name, value in summary["arguments"].items())
+    magnitude = summary["pivot_magnitude"]
+    seconds = summary["seconds"]
+    rows = {
+        "network": f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"],
+        "form": f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge {summary['gauge']}",
+        "groups": f"{summary['groups']} ({summary['groups_pinned']} pinned)",
+        "channels": f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
+        f"{summary['channels_dead']} dead",
+    }
+    if magnitude["min"] is not None:
+        rows["pivots before"] = (
+            f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max {magnitude['max']:.2e}"
+        )
+    if summary["path_bn"]:
+        rows["Path-BN"] = _path_bn_row(summary["path_bn"])
+    rows["equality"] = _equality_row(summary["equality"])
+    rows["time"] = f"{seconds['total']:.1f} s (conversion {seconds['convert']:.2f} s)"
+    return rows
+
+
+def equality_text(equality: EquivalenceReport) -> str:
+    """One line on an equality."""
+    return _equality_row(equality.to_json())
+
+
+def _equality_row(equality: dict[str, Any]) -> str:
+    verdict = "passed" if equality["passed"] else "FAILED"
+    if equality["bit_identical"]:
+        return f"{verdict}: outputs bit-identical"
+    return (
+        f"{verdict}: error {equality['noise_ratio']:.2f} × the dtype's own noise (4 passes), "
+        f"largest difference {equality['max_abs']:.1e} ({equality['max_rel']:.1e} relative)"
+    )
+
+
+def prepare_report(path: Path, *, force: bool, taken: tuple[Path, ...]) -> None:
+    """Check, before any work, that a report may be written at ``path``.
+
+    Args:
+        path: the report.
+        force: replace a file that exists.
+        taken: the source and the output.
+
+    Raises:
+        OutputError: it may not.
+    """
+    tip = "Give another file to --report."
+    if any(path.resolve() == other.resolve() for other in taken):
+        raise OutputError(f"{path} is the source or the output, and no place for the report.", tip)
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; expected the name of a file for the report.", tip)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {path.parent} of the report {path} does not exist or is not writable.", tip)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another file to --report.")
+
+
+def write_report(conversion: Conversion, path: Path) -> None:
+    """Every group and pivot as JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    groups = [
+        {
+            "name": group.name,
+            "size": group.size,
+            "producers": list(group.producers),
+            "pinned_by": group.pinned_by,
+            "scales": group.scales.tolist(),
+            "held_back": np.flatnonzero(group.held_back).tolist(),
+            "pivots": [pivot._asdict() if pivot else None for pivot in group.pivots],
+        }
+        for group in conversion.groups
+    ]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"groups": groups, "left_alone": conversion.left_alone}, indent=1))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} was not written: {error.strerror}", "Give another file to --report.") from error
+
+
+def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
+    """What a file holds; for a plain checkpoint, how uneven its channels' scales are."""
+    parameters = list(network.model.parameters())
+    file = network.checkpoint
+    result: dict[str, Any] = {
+        "form": "plain checkpoint" if network.form == "plain" else network.form,
+        "architecture": network.architecture.name,
+        "arguments": network.architecture.arguments,
+        "task": network.architecture.task,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "wrapper_key": file.key if file else None,
+        "sha256": file.sha256 if file else None,
+    }
+    if network.training:
+        result["training"] = network.training
+    if network.record and network.metadata:
+        record = network.record
+        result |= {name: record[name] for name in ("scope", "pivot", "gauge", "tool")}
+        result["groups"] = len(record["groups"])
+        if "path_bn" in record:
+            layers = [layer["name"] for layer in record["path_bn"]["layers"]]
+            result["path_bn"] = record["path_bn"] | {"layers": layers}
+        result["source"] = network.metadata.get("source")
+        return result
+    try:
+        conversion = reparameterize(
+            network.model, random_input(network.architecture), scope="network", pivot="max", partial=True
+        )
+    except PathconvertError as error:
+        return result | {"scales": f"not measured: {error}"}
+    return result | {"groups": len(conversion.groups), "uneven": _unevenness(conversion)}
+
+
+def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
+    """Groups by the ratio of their largest to their smallest factor, the most uneven first."""
+    free = [group for group in conversion.groups if group.pinned_by is None]
+    ratios = [
+        {
+            "group": group.name,
+            "size": group.size,
+            "largest_over_smallest": float(group.scales.max() / group.scales.min()),
+        }
+        for group in free
+    ]
+    return sorted(ratios, key=lambda row: -float(row["largest_over_smallest"]))
+
+
+def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
+    """The rows of inspect's table."""
+    rows = {
+        "form": result["form"],
+        "network": f"{result['architecture']} {result['arguments'] or ''}".strip(),
+        "parameters": f"{result['parameters'] / 1e6:.2f} M, {', '.join(result['dtypes'])}",
+    }
+    for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):
+        if result.get(name) is not None:
+            rows[name.replace("_", " ")] = str(result[name])
+    if result.get("path_bn"):
+        rows["Path-BN"] = _path_bn_row(result["path_bn"])
+    if result.get("source"):
+        rows["converted from"] = ", ".join(f"{k} {v}" for k, v in result["source"].items())
+    if result.get("training"):
+        settings, measured = result["training"]["settings"], result["training"].get("measured")
+        rows["fine-tuned"] = f"{settings['optimizer']}, norm {settings['norm']}, on {settings['data']}"
+        if measured:
+            rows["fine-tuned"] += f"; epoch {measured['epoch']}: top-1 {measured['val_top1']:.2%}"
+    if result.get("uneven"):
+        ratios = [row["largest_over_smallest"] for row in result["uneven"]]
+        rows["channel scales"] = f"largest / smallest of a group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"
+        rows["most uneven"] = ", ".join(
+            f"{row['group']} {row['largest_over_smallest']:.3g}" for row in result["uneven"][:5]
+        )
+    return rows

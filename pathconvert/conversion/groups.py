@@ -1,0 +1,285 @@
+"""Scale groups: the solution of a trace's ties and pins.
+
+A **unit** is a set of ids that share one factor (a feature map, usually). Units that the same layers produce make a
+**scale group**; a unit's number is its place in the list of all groups, so that one vector [units] holds all factors.
+``-1`` stands wherever the factor is 1 by construction (network inputs, what a BatchNorm reads).
+
+====================  ==========================================================================================
+pinned                the factor must be 1, for a reason that names an operation
+residual              an ``add`` of two activations ties it (scope ``block`` leaves those alone)
+absorbed              read by BatchNorms alone: the factor would have no effect, so these are no units at all
+====================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pathconvert.conversion.trace import PINNED, BatchNormCall, IdVector, Slot, Trace
+
+FIXED = -1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer as a consumer and producer of units.
+
+    Attributes:
+        parameter: the weight's name.
+        rows: unit of every output row, [rows]; ``FIXED`` where its factor is 1.
+        columns: unit of every input column, [columns].
+        groups, transposed: as in :class:`~pathconvert.conversion.trace.Slot`.
+        next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that absorbs it.
+        batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows], -1 without.
+        channels: the row's channel in it, [rows].
+        follower: the BatchNorm that alone reads the layer, and nothing else (:meth:`Trace.followers`); None without.
+        readers: without a follower, the BatchNorms that read rows of it (through a concat): name, rows, channels.
+    """
+
+    parameter: str
+    rows: IdVector
+    columns: IdVector
+    groups: int
+    transposed: bool
+    next_units: IdVector
+    batch_norms: IdVector
+    channels: IdVector
+    follower: str | None = None
+    readers: tuple[tuple[str, IdVector, IdVector], ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units ``start`` to ``start + size`` that the same layers produce."""
+
+    name: str
+    start: int
+    size: int
+    producers: tuple[str, ...]
+    pinned_by: str | None
+    residual: bool
+
+
+@dataclass(frozen=True)
+class Units:
+    """A network's scale groups and how every parameter is indexed by units.
+
+    Attributes:
+        groups: in the order in which the forward produces them.
+        slots: every rescalable parameter once; rows and columns are units here.
+        layers: the consumers among them.
+        batch_norms: the BatchNorms that ``layers`` refer to.
+    """
+
+    groups: tuple[Group, ...]
+    slots: tuple[Slot, ...]
+    layers: tuple[Layer, ...]
+    batch_norms: tuple[BatchNormCall, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(group.size for group in self.groups)
+
+    def group_of(self) -> IdVector:
+        """The group's index for every unit, [units]."""
+        return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
+
+
+def find_units(trace: Trace) -> Units:
+    """Solve ``trace``: connected components of its ties, pinned where one of their ids is."""
+    slots = _one_slot_a_parameter(trace)
+    label_of = _components(trace)
+    label_count = int(label_of.max()) + 1
+    absorbed, reasons, names = _status(trace, slots, label_of, label_count)
+    residual = np.zeros(label_count, dtype=bool)
+    residual[label_of[_concatenate(trace.residual)]] = True
+    groups, unit_of_label = _bundle(slots, label_of, absorbed, reasons, names, residual)
+
+    unit_of = unit_of_label[label_of]
+    unit_of[: PINNED + 1] = FIXED
+    unit_slots = tuple(
+        Slot(s.parameter, unit_of[s.rows], None if s.columns is None else unit_of[s.columns], s.groups, s.transposed)
+        for s in slots
+    )
+    batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
+    reader, position = _single_readers(trace, batch_norms, label_of, absorbed)
+    bn_units = [unit_of[call.rows] for call in batch_norms]
+    followers = trace.followers()
+    reads = _Reads(trace, label_of)
+    layers = []
+    for raw, slot in zip(slots, unit_slots, strict=True):
+        if slot.columns is None:
+            continue
+        rows = label_of[raw.rows]
+        layer = _layer(slot, reader[rows], position[rows], bn_units)
+        follower = followers.get(slot.parameter)
+        readers = () if follower or not absorbed[rows].any() else reads.of(rows)
+        layers.append(dataclasses.replace(layer, follower=follower, readers=readers))
+    return Units(groups, unit_slots, tuple(layers), batch_norms)
+
+
+def _concatenate(vectors: Iterable[IdVector]) -> IdVector:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *vectors])
+
+
+def _one_slot_a_parameter(trace: Trace) -> list[Slot]:
+    """The first slot of every parameter; another use of it (a second call, tied weights) is tied to the first."""
+    first: dict[str, Slot] = {}
+    for slot in trace.slots:
+        known = first.setdefault(slot.parameter, slot)
+        if known is slot:
+            continue
+        where = f"a second use of {slot.parameter}"
+        same_kind = (known.groups, known.transposed) == (slot.groups, slot.transposed) and len(known.rows) == len(
+            slot.rows
+        )
+        if known.columns is None and slot.columns is None and same_kind:
+            trace.tie(known.rows, slot.rows, where)
+        elif known.columns is not None and slot.columns is not None and same_kind:
+            trace.tie(known.rows, slot.rows, where)
+            trace.tie(known.columns, slot.columns, where)
+        else:
+            for use in (known, slot):
+                ids = _concatenate(v for v in (use.rows, use.columns) if v is not None)
+                trace.pin(ids, f"meets {where} in another role")
+    return [slot for slot in first.values() if (slot.rows > PINNED).any()]
+
+
+def _components(trace: Trace) -> IdVector:
+    """Id → label of its connected component."""
+    left = _concatenate(a for a, _ in trace.ties)
+    right = _concatenate(b for _, b in trace.ties)
+    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(trace.id_count,) * 2)
+    labels: IdVector = connected_components(graph, directed=False)[1].astype(np.int64)
+    return labels
+
+
+def _status(
+    trace: Trace, slots: list[Slot], label_of: IdVector, count: int
+) -> tuple[NDArray[np.bool_], IdVector, list[str]]:
+    """Per label: absorbed or not, and the index of its reason (-1 free); then the reasons."""
+    names: dict[str, int] = {}
+    reasons = np.full(count, np.iinfo(np.int64).max)
+
+    def pin(ids: IdVector, reason: str) -> None:
+        np.minimum.at(reasons, label_of[ids[ids > PINNED]], names.setdefault(reason, len(names)))
+
+    for ids, reason in trace.pins:
+        pin(ids, reason)
+    pinned_otherwise = reasons < np.iinfo(np.int64).max
+    for call in trace.batch_norms:
+        pin(call.columns, f"enters the BatchNorm {call.name}, which normalises any factor away")
+
+    def holds(vectors: Iterable[IdVector]) -> NDArray[np.bool_]:
+        mask = np.zeros(count, dtype=bool)
+        mask[label_of[_concatenate(vectors)]] = True
+        return mask
+
+    read_by_norm = holds(call.columns for call in trace.batch_norms)
+    made_by_norm = holds(call.rows for call in trace.batch_norms)
+    read_by_layer = holds(slot.columns for slot in slots if slot.columns is not None)
+    absorbed = read_by_norm & ~made_by_norm & ~read_by_layer & ~pinned_otherwise
+    reasons[reasons == np.iinfo(np.int64).max] = -1
+    return absorbed, reasons, list(names)
+
+
+def _bundle(
+    slots: list[Slot],
+    label_of: IdVector,
+    absorbed: NDArray[np.bool_],
+    reasons: IdVector,
+    names: list[str],
+    residual: NDArray[np.bool_],
+) -> tuple[tuple[Group, ...], IdVector]:
+    """Units with the same producing layers, reason and residual flag make a group; label → unit, absorbed: -1."""
+    titles = {slot.parameter: slot.parameter.rpartition(".")[0] or slot.parameter for slot in slots}
+    layer_names = list(dict.fromkeys(titles.values()))
+    index = {name: i for i, name in enumerate(layer_names)}
+    rows = label_of[_concatenate(slot.rows for slot in slots)]
+    made_by = np.repeat([index[titles[slot.parameter]] for slot in slots] or [0], [len(s.rows) for s in slots] or [0])
+
+    labels, first_row = np.unique(rows, return_index=True)
+    keep = ~absorbed[labels]
+    labels, first_row = labels[keep], first_row[keep]
+    pairs = np.stack(np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names))))
+    hashes = np.random.default_rng(0).integers(1, 2**62, (3, max(len(layer_names), len(names)) + 1))
+    signature = np.zeros(len(reasons), dtype=np.int64)
+    np.add.at(signature, pairs[0], hashes[0][pairs[1]])  # a set of layers, as the wrapping sum of their hashes
+    signature += hashes[1][reasons] + hashes[2][residual.astype(np.int64)]
+    _, bundle = np.unique(signature[labels], return_inverse=True)
+    first_of_bundle = np.full(bundle.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_of_bundle, bundle, first_row)
+    order = np.lexsort([first_row, first_of_bundle[bundle]])
+    labels, bundle = labels[order], bundle[order]
+
+    unit_of_label = np.full(len(reasons), FIXED)
+    unit_of_label[labels] = np.arange(len(labels))
+    starts = np.flatnonzero(np.r_[True, bundle[1:] != bundle[:-1]]) if len(bundle) else np.zeros(0, dtype=int)
+    sizes = np.diff(np.r_[starts, len(bundle)])
+    groups: list[Group] = []
+    taken: dict[str, int] = {}
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        label = labels[start]
+        lo, hi = np.searchsorted(pairs[0], [label, label + 1])
+        producers = tuple(layer_names[i] for i in pairs[1, lo:hi])
+        taken[producers[0]] = taken.get(producers[0], 0) + 1
+        name = producers[0] if taken[producers[0]] == 1 else f"{producers[0]}#{taken[producers[0]]}"
+        reason = names[reasons[label]] if reasons[label] >= 0 else None
+        groups.append(Group(name, start, size, producers, reason, bool(residual[label])))
+    return tuple(groups), unit_of_label
+
+
+def _single_readers(
+    trace: Trace, batch_norms: tuple[BatchNormCall, ...], label_of: IdVector, absorbed: NDArray[np.bool_]
+) -> tuple[IdVector, IdVector]:
+    """Per label: the one BatchNorm (index) and channel that reads it; -1 where none or several do."""
+    index = {call.name: i for i, call in enumerate(batch_norms)}
+    read = [(label_of[call.columns], index[call.name]) for call in trace.batch_norms]
+    label = _concatenate(labels for labels, _ in read)
+    which = _concatenate(np.full(len(labels), i) for labels, i in read)
+    channel = _concatenate(np.arange(len(labels)) for labels, _ in read)
+    reader = np.full(len(absorbed), -1)
+    position = np.zeros(len(absorbed), dtype=np.int64)
+    reader[label], position[label] = which, channel  # the last call that reads it
+    several = (reader[label] != which) | (position[label] != channel)
+    reader[label[several]] = -1
+    reader[~absorbed] = -1
+    return reader, position
+
+
+class _Reads:
+    """Which channels of which BatchNorms read a label."""
+
+    def __init__(self, trace: Trace, label_of: IdVector) -> None:
+        self.names = list(dict.fromkeys(call.name for call in trace.batch_norms))
+        index = {name: i for i, name in enumerate(self.names)}
+        labels = _concatenate(label_of[call.columns] for call in trace.batch_norms)
+        order = np.argsort(labels, kind="stable")
+        self.labels = labels[order]
+        self.norm = _concatenate(np.full(len(call.columns), index[call.name]) for call in trace.batch_norms)[order]
+        self.channel = _concatenate(np.arange(len(call.columns)) for call in trace.batch_norms)[order]
+
+    def of(self, labels: IdVector) -> tuple[tuple[str, IdVector, IdVector], ...]:
+        """BatchNorm's name, places in ``labels``, channels."""
+        low, high = (np.searchsorted(self.labels, labels, side) for side in ("left", "right"))
+        counts = high - low
+        row = np.repeat(np.arange(len(labels)), counts)
+        place = np.arange(len(row)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        pairs = np.unique(np.stack([self.norm[place], row, self.channel[place]]), axis=1)
+        return tuple((self.names[i], *pairs[1:, pairs[0] == i]) for i in np.unique(pairs[0]))
+
+
+def _layer(slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVector]) -> Layer:
+    assert slot.columns is not None
+    next_units = slot.rows.copy()
+    for index in np.unique(reader[reader >= 0]):
+        mask = reader == index
+        next_units[mask] = bn_units[index][channel[mask]]
+    return Layer(slot.parameter, slot.rows, slot.columns, slot.groups, slot.transposed, next_units, reader, channel)

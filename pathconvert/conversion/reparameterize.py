@@ -1,0 +1,306 @@
+"""The conversion as a whole: trace → groups → pivots → scales → rewrite, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pathconvert.conversion.groups import Group, Units, find_units
+from pathconvert.conversion.parts import Traced, trace_network
+from pathconvert.conversion.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
+from pathconvert.conversion.record import (
+    FORMAT_VERSION,
+    attach_record,
+    encode_runs,
+    encode_slot,
+    form_of,
+    read_record,
+    unwrapped,
+)
+from pathconvert.conversion.rescale import rescale
+from pathconvert.conversion.scales import Gauge, choose_scales
+from pathconvert.errors import PathconvertError, RecordError, RefusedNetwork
+from pathconvert.version import __version__
+
+Scope = Literal["block", "network"]
+
+
+class Pivot(NamedTuple):
+    """A unit's skeleton weight: ``parameter[row, column]`` at the kernel's centre.
+
+    ``magnitude`` is its effective weight's |a| before the conversion (docs/design.md, "Effective weight").
+    """
+
+    parameter: str
+    row: int
+    sign: int
+    column: int
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """The channels that the same layers produce; each has a factor of its own.
+
+    Attributes:
+        name: the first layer that produces it.
+        size: number of channels.
+        scales: factor of every channel, float64 [size]; 1 where left alone.
+        pinned_by: why all channels are left alone; None where they are free.
+        producers: all layers that produce it.
+        held_back: channels whose factor would leave the dtype's normal range, [size].
+    """
+
+    name: str
+    size: int
+    scales: FloatVector
+    pinned_by: str | None
+    producers: tuple[str, ...]
+    held_back: NDArray[np.bool_]
+    _pivots: Callable[[], tuple[Pivot | None, ...]] = field(repr=False)
+
+    @functools.cached_property
+    def pivots(self) -> tuple[Pivot | None, ...]:
+        """Per channel its pivot; None where the channel was left alone."""
+        return self._pivots()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted network and all that is known of it.
+
+    Attributes:
+        model: a rescaled copy, same class and tensor names; ``path_record`` on it is the record.
+        groups: every scale group of the network, in forward order.
+        parts: the modules that were converted; ``("",)`` for the whole network.
+        left_alone: module or parameter → why it was not looked at.
+        pivot_fallbacks: layers too wide for ``matching``, which took ``max``.
+        scope, pivot, gauge: as asked for.
+    """
+
+    model: nn.Module
+    groups: tuple[ScaleGroup, ...]
+    parts: tuple[str, ...]
+    left_alone: dict[str, str]
+    pivot_fallbacks: tuple[str, ...]
+    scope: str
+    pivot: str
+    gauge: str
+    units: Units
+    pivots: Pivots
+
+    @functools.cached_property
+    def scales(self) -> FloatVector:
+        """All factors, [units]."""
+        return np.concatenate([np.zeros(0), *(group.scales for group in self.groups)])
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """Everything that :func:`restore` needs, JSON-serialisable (``record.py``)."""
+        return make_record(self)
+
+    def counts(self) -> dict[str, int]:
+        """Groups, and channels by what became of them."""
+        free = [group for group in self.groups if group.pinned_by is None]
+        held = sum(int(group.held_back.sum()) for group in free)
+        with_pivot = sum(int((self.pivots.layer[_span(g)] >= 0).sum()) for g in self._free_groups())
+        return {
+            "groups": len(self.groups),
+            "groups_pinned": len(self.groups) - len(free),
+            "channels_rescaled": with_pivot - held - int(self.circular().sum()),
+            "channels_pinned": sum(group.size for group in self.groups if group.pinned_by is not None),
+            "channels_dead": sum(group.size for group in free) - with_pivot,
+            "channels_held_back": held,
+            "channels_circular": int(self.circular().sum()),
+        }
+
+    def held_back(self) -> NDArray[np.bool_]:
+        """Which units were held back, [units]."""
+        return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in self.groups)])
+
+    def circular(self) -> NDArray[np.bool_]:
+        """Whose pivots run in a circle, [units]."""
+        circular = self.pivots.circular
+        return circular if circular is not None else np.zeros(self.units.count, dtype=bool)
+
+    def _free_groups(self) -> list[Group]:
+        pairs = zip(self.units.groups, self.groups, strict=True)
+        return [group for group, public in pairs if public.pinned_by is None]
+
+
+def _span(group: Group) -> slice:
+    return slice(group.start, group.start + group.size)
+
+
+def reparameterize(
+    model: nn.Module,
+    example_input: Any,
+    scope: Scope = "block",
+    pivot: PivotRule = "matching",
+    gauge: Gauge = "unit",
+    partial: bool = False,
+) -> Conversion:
+    """Rescale every hidden unit so that its pivot is ±1 (PBN Theorem 1, PBN-A Theorem 3.1 and D.1).
+
+    Args:
+        model: any ``nn.Module``; not changed.
+        example_input: a tensor, or a tuple of the forward's positional arguments. Shapes alone matter, unless the
+            network has to be taken apart (detectors), when it is run once.
+        scope: ``block`` leaves channels alone that a residual ``add`` ties; ``network`` takes them too.
+        pivot: ``matching``, ``max`` or ``diagonal`` (``pivots.py``).
+        gauge: ``unit`` (pivots ±1) or ``pow2`` (bit-identical outputs; ``scales.py``).
+        partial: pin what is not homogeneous instead of refusing the network.
+
+    Raises:
+        RefusedNetwork: an activation that is not positively homogeneous (ReLU6, GELU, …), without ``partial``.
+        TraceError: the forward cannot be followed.
+    """
+    model = unwrapped(model)
+    if form_of(model) == "path-bn":
+        raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
+    for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
+        if value not in get_args(kind):
+            raise PathconvertError(f"{value!r} is none of {', '.join(get_args(kind))}")
+    return convert_traced(model, trace_network(model, example_input), scope, pivot, gauge, partial)
+
+
+def convert_traced(
+    model: nn.Module, traced: Traced, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool = False
+) -> Conversion:
+    """:func:`reparameterize` from a trace on: one trace serves all scopes, pivots and gauges."""
+    if traced.trace.offenders and not partial:
+        path, kind = traced.trace.offenders[0]
+        raise RefusedNetwork(
+            f"{path or 'the network'} is {kind}, which is not positively homogeneous: "
+            f"{type(model).__name__} cannot be moved to path space as a whole",
+            "--partial (partial=True) pins what is not homogeneous and converts the rest",
+        )
+    units = find_units(traced.trace)
+    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    reasons = [_pinned_by(group, scope) for group in units.groups]
+    free = np.repeat([reason is None for reason in reasons], [group.size for group in units.groups]).astype(bool)
+    pivots = choose_pivots(units, tensors, free, pivot)
+    scales, held, circular = choose_scales(units, pivots, tensors, gauge)
+    pivots = dataclasses.replace(pivots, circular=circular)
+    left = held | circular | (pivots.layer < 0)
+    groups = tuple(
+        ScaleGroup(
+            group.name, group.size, scales[_span(group)], reason, group.producers, held[_span(group)],
+            functools.partial(_named_pivots, units, pivots, left, group),
+        )
+        for group, reason in zip(units.groups, reasons, strict=True)
+    )  # fmt: skip
+    rescaled = rescale(model, units.slots, scales)
+    conversion = Conversion(
+        rescaled, groups, traced.parts, traced.left_alone, pivots.fallbacks, scope, pivot, gauge, units, pivots
+    )
+    attach_record(rescaled, conversion.record)
+    return conversion
+
+
+def _pinned_by(group: Group, scope: Scope) -> str | None:
+    if group.pinned_by is None and group.residual and scope == "block":
+        return "is tied by a residual add (scope block leaves those alone; scope network takes them)"
+    return group.pinned_by
+
+
+def _named_pivots(units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group) -> tuple[Pivot | None, ...]:
+    return tuple(
+        None
+        if left[i]
+        else Pivot(
+            units.layers[pivots.layer[i]].parameter,
+            int(pivots.row[i]),
+            1 if pivots.value[i] > 0 else -1,
+            int(pivots.column[i]),
+            abs(float(pivots.value[i])),
+        )
+        for i in range(group.start, group.start + group.size)
+    )
+
+
+def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conversion:
+    """The conversion that a network in path form and its record describe, traced again.
+
+    Args:
+        model: the converted network, fine-tuned or not; not changed, and not copied.
+        example_input: as for :func:`reparameterize`.
+        record: its record.
+
+    Raises:
+        RecordError: the record is of a newer format, or not of this network.
+    """
+    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    _, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    traced = trace_network(model, example_input)
+    units = find_units(traced.trace)
+    stored = record["pivots"]
+    layer, row, column = (np.asarray(stored[key], dtype=np.int64) for key in ("layer", "row", "column"))
+    if [lay.parameter for lay in units.layers] != stored["parameters"] or not units.count == len(scales) == len(layer):
+        raise RecordError("the conversion record is not of this network: its layers are others")
+    pivots = pivots_at(units, tensors, layer, row, column)
+    pivots = dataclasses.replace(pivots, value=pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit])
+    held = np.zeros(units.count, dtype=bool)
+    held[record.get("held_back", [])] = True
+    left = held | (pivots.layer < 0)
+    groups = tuple(
+        ScaleGroup(
+            group.name, group.size, scales[_span(group)], stored_group["pinned_by"], group.producers,
+            held[_span(group)], functools.partial(_named_pivots, units, pivots, left, group),
+        )
+        for group, stored_group in zip(units.groups, record["groups"], strict=True)
+    )  # fmt: skip
+    asked = (record["scope"], record["pivot"], record["gauge"])
+    return Conversion(model, groups, traced.parts, traced.left_alone, (), *asked, units, pivots)
+
+
+# ---- the record ------------------------------------------------------------------------------------------------
+
+
+def make_record(conversion: Conversion) -> dict[str, Any]:
+    """The record of ``conversion``."""
+    pivots, layers = conversion.pivots, conversion.units.layers
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": f"pathconvert {__version__}",
+        "form": "path",
+        "scope": conversion.scope,
+        "pivot": conversion.pivot,
+        "gauge": conversion.gauge,
+        "parts": list(conversion.parts),
+        "groups": [
+            {"name": g.name, "size": g.size, "pinned_by": g.pinned_by, "producers": list(g.producers)}
+            for g in conversion.groups
+        ],
+        "scales": conversion.scales.tolist(),
+        "pivots": {
+            "parameters": [layer.parameter for layer in layers],
+            "layer": np.where(conversion.circular(), -1, pivots.layer).tolist(),
+            "row": pivots.row.tolist(),
+            "column": pivots.column.tolist(),
+            "negative": (pivots.value < 0).astype(int).tolist(),
+            "next_unit": pivots.next_unit.tolist(),
+        }
+        | ({"magnitude": _magnitudes(conversion).tolist()} if conversion.gauge == "pow2" else {}),
+        "held_back": np.flatnonzero(conversion.held_back()).tolist(),
+        "tensors": {slot.parameter: encode_slot(slot) for slot in conversion.units.slots},
+        "row_ends": {
+            layer.parameter: encode_runs(layer.next_units)
+            for layer in layers
+            if not np.array_equal(layer.next_units, layer.rows)
+        },
+    }
+
+
+def _magnitudes(conversion: Conversion) -> FloatVector:
+    """The pivots' effective |a| after the conversion, [units]; 0 without a pivot."""
+    pivots, scales = conversion.pivots, conversion.scales
+    magnitudes: FloatVector = np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
+    return magnitudes

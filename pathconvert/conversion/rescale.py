@@ -1,0 +1,78 @@
+"""Apply factors to a copy of the weights: ``parameter[row, column] · s[row] / s[column]``, in float64.
+
+The same call with ``inverse=True`` divides by that very factor, so restoring undoes a conversion to within the
+rounding of the weights' dtype, and exactly when factors are powers of two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Size, Tensor, nn
+
+from pathconvert.conversion.pivots import FloatVector
+from pathconvert.conversion.trace import Slot, computed_tensors
+
+#: Elements that are rescaled at a time.
+BLOCK = 1 << 16
+
+
+def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iterator[Tensor]:
+    """The float64 factors of a parameter, part by part: all at once they are as large as the parameter and larger.
+
+    Args:
+        slot: its rows and columns, as units.
+        padded_scales: [units + 1], the last entry 1 (for ``FIXED``).
+        shape: the parameter's shape.
+        length: of a part, along the first dimension. Factors are broadcastable to their part.
+    """
+    rows = padded_scales[torch.from_numpy(slot.rows)]
+    if slot.columns is None:
+        yield from rows.view(shape).split(length)
+        return
+    columns = padded_scales[torch.from_numpy(slot.columns)]
+    first, second = (columns, rows) if slot.transposed else (rows, columns)  # as stored
+    kernel = (1,) * (len(shape) - 2)
+    blocks = torch.arange(len(first)).div(len(first) // slot.groups, rounding_mode="floor")
+    second = second.view(slot.groups, -1)  # [groups, second / groups]
+    for part, block in zip(first.split(length), blocks.split(length), strict=True):
+        other = second if slot.groups == 1 else second[block]
+        factor = other / part[:, None] if slot.transposed else part[:, None] / other
+        yield factor.view(*factor.shape, *kernel)
+
+
+def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inverse: bool = False) -> nn.Module:
+    """A copy of ``model`` with every slot's parameter rescaled; all else is copied as it is.
+
+    Args:
+        model: not changed.
+        slots: rows and columns as units.
+        scales: a factor for every unit, float64 [units].
+        inverse: divide by the factors instead.
+    """
+    tensors = dict(model.named_buffers()) | dict(model.named_parameters())
+    padded = torch.from_numpy(np.append(scales, 1.0))
+    changed = np.append(scales != 1, False)
+    memo: dict[int, Tensor] = {}
+    for slot in slots:
+        if not (changed[slot.rows].any() or (slot.columns is not None and changed[slot.columns].any())):
+            continue
+        old = tensors[slot.parameter]
+        memo[id(old)] = _scaled(old, slot, padded, inverse)
+    return copy.deepcopy(model, memo | computed_tensors(model))
+
+
+def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:
+    """``old · factor`` or ``old / factor``, computed in float64 block by block, so that the cache holds the block."""
+    new = torch.empty_like(old, memory_format=torch.contiguous_format)
+    length = max(1, BLOCK * len(old) // max(1, old.numel()))
+    parts = factors(slot, padded_scales, old.shape, length)
+    for target, block, factor in zip(new.split(length), old.detach().split(length), parts, strict=True):
+        wide, scale = block.to(torch.float64, copy=True), factor.to(old.device)
+        target.copy_(wide.div_(scale) if inverse else wide.mul_(scale))
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new

@@ -1,0 +1,142 @@
+"""Gauges: one factor for every unit, from its pivot.
+
+Going from the output to the input, unit i gets s_i = |a_i| · s_next(i), with a_i its pivot's effective weight and
+next(i) the unit that the pivot's row ends in (PBN Theorem 1, PBN-A D.1). Incoming weights are multiplied by s_i and
+outgoing ones divided, so that the pivot becomes a_i · s_next / s_i = ±1.
+
+=======  ===========================================================================================
+``unit``  as above: pivots are ±1
+``pow2``  s_i rounded to a power of two: pivots land in [2^-½, 2^½] and every product is exact
+=======  ===========================================================================================
+
+**Held back** is a unit whose factor would carry a weight out of its dtype's normal range, or that leaves too little of
+the exponents for its activations; its factor is 1. Activations keep half of the exponents. With ``unit`` a factor may
+go further, up to 2²⁴ from the ends of the range: activations that then become subnormal are below one rounding of the
+channel's usual ones, so nothing but rounding changes. With ``pow2`` they would no longer be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pathconvert.conversion.groups import FIXED, Units
+from pathconvert.conversion.pivots import FloatVector, Pivots
+from pathconvert.conversion.rescale import BLOCK, factors
+from pathconvert.conversion.trace import Slot
+
+Gauge = Literal["unit", "pow2"]
+
+
+def choose_scales(
+    units: Units, pivots: Pivots, tensors: Mapping[str, Tensor], gauge: Gauge, target: float = 1.0
+) -> tuple[FloatVector, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Factors [units], which units were held back [units], and which lie on a circle of pivots [units].
+
+    The factor of a unit without pivot, held back or on a circle is 1. Pivots become ±``target``.
+    """
+    held = np.zeros(units.count, dtype=bool)
+    ranges = _Ranges(units, tensors, gauge)
+    while True:
+        scales, circular = _propagate(pivots, gauge, held, target)
+        leaving = ranges.leaving(scales) & ~held
+        if not leaving.any():
+            return scales, held, circular
+        held |= leaving
+
+
+def _propagate(
+    pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_], target: float
+) -> tuple[FloatVector, NDArray[np.bool_]]:
+    """s_i = |a_i| · s_next(i) / target, where next(i) is done; what never gets done is circular."""
+    count = len(pivots.layer)
+    scales = np.ones(count + 1)  # the last entry stands for FIXED = -1
+    done = np.append((pivots.layer < 0) | held, True)
+    while True:
+        ready = np.flatnonzero(~done[:-1] & done[pivots.next_unit])
+        if not ready.size:
+            break
+        raw = np.abs(pivots.value[ready]) * scales[pivots.next_unit[ready]] / target
+        scales[ready] = np.exp2(np.round(np.log2(raw))) if gauge == "pow2" else raw
+        done[ready] = True
+    return scales[:-1], ~done[:-1]
+
+
+class _Ranges:
+    """Finds units whose factors carry a weight out of its dtype's normal range."""
+
+    def __init__(self, units: Units, tensors: Mapping[str, Tensor], gauge: Gauge) -> None:
+        self.slots = [slot for slot in units.slots if (slot.rows >= 0).any() or _reads(slot)]
+        self.tensors = tensors
+        self._spans: dict[str, tuple[float, float]] = {}
+        infos = [torch.finfo(tensors[slot.parameter].dtype) for slot in self.slots]
+        tiny = max((info.tiny for info in infos), default=0.0)
+        largest = min((info.max for info in infos), default=np.inf)
+        self.lowest, self.highest = tiny**0.5, largest**0.5
+        if gauge == "unit":
+            self.lowest, self.highest = min(self.lowest, tiny * 2**24), max(self.highest, largest / 2**24)
+
+    def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
+        """Units to hold back, [units]."""
+        leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
+        padded = np.append(scales, 1.0)
+        for slot in self.slots:
+            rows, columns = padded[slot.rows], padded[slot.columns] if slot.columns is not None else np.ones(1)
+            info = torch.finfo(self.tensors[slot.parameter].dtype)
+            smallest, largest = self._span(slot.parameter)
+            low, high = rows.min() / columns.max(), rows.max() / columns.min()
+            if not (smallest * low >= info.tiny and largest * high <= info.max):
+                self._mark(slot, padded, leaving)
+        return leaving
+
+    def _span(self, name: str) -> tuple[float, float]:
+        """Smallest nonzero and largest magnitude of a parameter."""
+        if name not in self._spans:
+            blocks = self.tensors[name].detach().reshape(-1).split(BLOCK)
+            self._spans[name] = min(map(_smallest, blocks)), max(float(block.abs().max()) for block in blocks)
+        return self._spans[name]
+
+    def _mark(self, slot: Slot, padded: FloatVector, leaving: NDArray[np.bool_]) -> None:
+        """Marks the units of every element that leaves the normal range; one that is subnormal already may grow."""
+        weight = self.tensors[slot.parameter].detach()
+        info = torch.finfo(weight.dtype)
+        factor = next(factors(slot, torch.from_numpy(padded), weight.shape, max(1, len(weight))))
+        scaled = weight.abs().double() * factor
+        bad = ((scaled < info.tiny) & (scaled > 0) & (factor < 1)) | (scaled > info.max)
+        if not bool(bad.any()):
+            return
+        count = len(padded) - 1
+        for vector, hit in zip((slot.rows, slot.columns), _hits(slot, bad), strict=True):
+            if vector is not None:
+                marked = vector[hit]
+                leaving[marked[(marked != FIXED) & (padded[marked] != 1)] % count] = True
+
+
+def _smallest(block: Tensor) -> float:
+    """The smallest nonzero magnitude; infinity where there is none."""
+    magnitude = block.abs()
+    smallest = float(magnitude.min())
+    if smallest > 0:
+        return smallest
+    nonzero = magnitude[magnitude > 0]
+    return float(nonzero.min()) if nonzero.numel() else np.inf
+
+
+def _reads(slot: Slot) -> bool:
+    return slot.columns is not None and bool((slot.columns >= 0).any())
+
+
+def _hits(slot: Slot, bad: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows and which columns hold a bad element."""
+    if slot.columns is None:
+        return bad.flatten().numpy(), np.zeros(0, dtype=bool)
+    out, into = len(slot.rows) // slot.groups, len(slot.columns) // slot.groups
+    blocks = bad.reshape(slot.groups, *((into, out) if slot.transposed else (out, into)), -1).any(3)
+    if slot.transposed:
+        blocks = blocks.transpose(1, 2)
+    return blocks.any(2).flatten().numpy(), blocks.any(1).flatten().numpy()

@@ -1,0 +1,122 @@
+"""Export a network that was loaded from a file: its card, an example input, images to compare on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pathconvert.errors import PathconvertError
+from pathconvert.export.card import ModelCard
+from pathconvert.export.graph.export import SUFFIXES, ExportReport, check_options, export_onnx
+from pathconvert.files.writing import prepare_output
+from pathconvert.networks.images import folder_images
+from pathconvert.networks.inputs import load_images, random_input
+from pathconvert.networks.loading import LoadedNetwork
+
+
+def card_of(network: LoadedNetwork) -> ModelCard:
+    """What a file exported from ``network`` says about itself."""
+    file = network.checkpoint
+    return ModelCard(
+        network.architecture,
+        network.form,
+        file.path.name if file else None,
+        file.sha256 if file else None,
+        network.preprocessing,
+        network.labels,
+    )
+
+
+def parse_batch(text: str) -> int | None:
+    """``dynamic`` → None, ``4`` → 4.
+
+    Raises:
+        PathconvertError: it is neither.
+    """
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise PathconvertError(f"{text!r} is no batch size", "Write --batch dynamic, or a number: --batch 1")
+    return int(text)
+
+
+def check_export(path: Path, opset: int, precision: str, io_dtype: str, *, force: bool, source: Path | None) -> None:
+    """Check, before any work, that this is offered and that ``path`` may be written.
+
+    Raises:
+        PathconvertError, OutputError: as their messages say.
+    """
+    check_options(opset, precision, io_dtype)
+    prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
+
+
+def export_network(
+    network: LoadedNetwork,
+    path: Path,
+    *,
+    batch: int | None = None,
+    with_preprocessing: bool = False,
+    images: Path | None = None,
+    **options: Any,
+) -> tuple[ExportReport, ModelCard]:
+    """:func:`~pathconvert.export.graph.export.export_onnx` of a loaded network.
+
+    Args:
+        network: in any form.
+        path: the file to write.
+        batch: the fixed batch size; None for a dynamic one.
+        with_preprocessing: put the recorded normalisation into the graph.
+        images: a folder to compare on too.
+        **options: as of ``export_onnx``.
+
+    Raises:
+        PathconvertError: a detector, or a network whose preprocessing is not known; and as ``export_onnx``.
+    """
+    architecture, card = network.architecture, card_of(network)
+    if architecture.task == "detection":
+        raise PathconvertError(
+            f"{architecture.name} is a detector and is not exported: how many boxes it finds depends on numbers, which "
+            "a graph of standard operators cannot follow",
+            "Export its backbone from Python: pathconvert.export.export_onnx(model.backbone.body, …).",
+        )
+    if with_preprocessing and card.preprocessing is None:
+        raise PathconvertError(
+            f"the preprocessing of {architecture.name} is not known, so it cannot go into the graph",
+            "Leave --with-preprocessing out, or pass a Preprocessing to pathconvert.export.export_onnx.",
+        )
+    report = export_onnx(
+        network.model,
+        path,
+        random_input(architecture, batch or 2),
+        dynamic_batch=batch is None,
+        with_preprocessing=card.preprocessing if with_preprocessing else None,
+        card=card,
+        images=load_images(folder_images(images), architecture, card.preprocessing) if images else None,
+        source=network.checkpoint.path if network.checkpoint else None,
+        **options,
+    )
+    softmax = bool(options.get("with_softmax"))
+    return report, dataclasses.replace(
+        card, precision=report.precision, softmax=softmax, preprocessing_in_graph=with_preprocessing
+    )
+
+
+def report_rows(report: ExportReport, card: ModelCard) -> dict[str, str]:
+    """A report as lines of a table."""
+    left = f", {report.batch_norms_left} of them BatchNorms left" if report.batch_norms_left else ", no BatchNorm"
+    size = f"{report.file_bytes / 1e6:.1f} MB, {report.file_bytes / max(1, report.weight_bytes):.3f} × the weights"
+    shapes = ", ".join("×".join(map(str, shape)) for shape in report.checked_shapes)
+    equality = f"error {report.max_error:.1e}"
+    if report.precision == "fp32":
+        equality += f", {report.noise_ratio:.1f} × float32's own noise"
+    rows = {
+        "network": card.architecture.name if card.architecture else "unknown",
+        "form": card.form,
+        "graph": f"opset {report.opset}, {report.precision}, {report.nodes} nodes{left}",
+        "file": size,
+        "equality": f"{equality} (ONNX Runtime against float64, inputs {shapes})",
+    }
+    for i, note in enumerate(report.notes):
+        rows["notes" if i == 0 else " " * i] = note
+    return rows | {"time": ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())}

@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions on a device, timing, and classifying images."""

@@ -1,0 +1,203 @@
+"""The classes that a network sees in images, with the preprocessing and labels that are recorded for it.
+
+What is recorded: in an ``.onnx`` file by pathconvert its model card; for a checkpoint what torchvision's weights of
+that network expect. Where nothing is recorded the pixels are resized to the input's size and scaled to [0, 1], and the
+report says so: normalisation is never guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pathconvert.errors import CheckpointError, PathconvertError
+from pathconvert.export.runtime.classifiers import Array, Classifier, session_classifier, torch_classifier
+from pathconvert.export.runtime.providers import open_session
+from pathconvert.export.runtime.session import shape_text
+from pathconvert.networks.images import Picture, folder_images, read_image
+from pathconvert.networks.loading import LoadedNetwork, open_network
+from pathconvert.networks.preprocessing import Preprocessing, whole_levels
+
+NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], not normalised"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class: its place in the output, its name (None where no labels are recorded), its probability."""
+
+    index: int
+    label: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first, and remarks on how the image was read."""
+
+    image: str
+    classes: tuple[Guess, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An image that could not be read, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What :func:`predict` found.
+
+    Attributes:
+        model: the file or network.
+        engine, device: onnxruntime or torch, and where it ran.
+        fallback: why ``auto`` took the CPU; None if it did not have to.
+        preprocessing: as recorded; None where nothing is.
+        notes: remarks that hold for all images.
+        predictions: one an image that could be read, in the order given.
+        unread: the others.
+    """
+
+    model: str
+    engine: str
+    device: str
+    fallback: str | None
+    preprocessing: Preprocessing | None
+    notes: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+    unread: tuple[Unread, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return asdict(self)
+
+
+def predict(
+    model: str | Path,
+    images: Sequence[str | Path],
+    top: int = 5,
+    device: str = "auto",
+    *,
+    input_size: tuple[int, ...] | None = None,
+    load: Callable[[str], LoadedNetwork] | None = None,
+) -> PredictReport:
+    """Classify images. One that cannot be read is reported and does not stop the others.
+
+    Args:
+        model: an ``.onnx`` file, a checkpoint of any form, or a torchvision name.
+        images: files, or folders of them.
+        top: classes an image; fewer where the network has fewer.
+        device: auto, cuda, tensorrt (``.onnx`` alone) or cpu.
+        input_size: without the batch dimension, where the file does not tell.
+        load: opens a checkpoint; default :func:`pathconvert.networks.loading.open_network`.
+
+    Raises:
+        CheckpointError: the file or every image cannot be read, or the network classifies no images.
+        RuntimeUnavailable: the device that was asked for is not there.
+        PathconvertError: an input size is missing or does not fit, or the network gives no numbers.
+    """
+    if top < 1:
+        raise PathconvertError(f"top {top} classes are none", "Give --top 1 or more.")
+    paths = [path for image in images for path in _paths(Path(image))]
+    if not paths:
+        raise PathconvertError("no images to classify", "Give images or folders of them.")
+    if Path(model).suffix.lower() == ".onnx":
+        classifier = session_classifier(open_session(model, device), input_size)
+    else:
+        load = load or (lambda source: open_network(source, input_size=input_size))
+        classifier = torch_classifier(str(model), load(str(model)), device)
+    notes: dict[str, None] = {}  # an ordered set
+    if classifier.preprocessing is None:
+        notes[NOTHING_RECORDED.format(size=shape_text(classifier.input_size[1:]))] = None
+    unread: list[Unread] = []
+    predictions = tuple(_predictions(classifier, _pictures(paths, classifier.input_size[0], unread), top, notes))
+    return PredictReport(
+        str(model), classifier.engine, classifier.device, classifier.fallback,
+        classifier.preprocessing, tuple(notes), predictions, tuple(unread),
+    )  # fmt: skip
+
+
+def _paths(image: Path) -> list[Path]:
+    return folder_images(image) if image.is_dir() else [image]
+
+
+def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterator[tuple[Path, Picture]]:
+    """One after the other; adds to ``unread`` what is no picture.
+
+    Raises:
+        CheckpointError: of the first file, where none is one.
+    """
+    first: CheckpointError | None = None
+    for path in paths:
+        try:
+            picture = read_image(path, channels)
+        except CheckpointError as error:
+            first = first or error
+            unread.append(Unread(str(path), str(error)))
+        else:
+            yield path, picture
+    if first and len(unread) == len(paths):
+        raise first
+
+
+def _predictions(
+    classifier: Classifier, pictures: Iterator[tuple[Path, Picture]], top: int, notes: dict[str, None]
+) -> Iterator[Prediction]:
+    """Batch by batch; adds to ``notes``."""
+    while part := list(itertools.islice(pictures, classifier.batch)):
+        batch = [prepare(picture.pixels, classifier) for _, picture in part]
+        if classifier.fixed_batch:
+            batch += [batch[-1]] * (classifier.batch - len(batch))
+        scores = classifier.run(np.stack(batch))[: len(part)]
+        for (path, picture), row in zip(part, _probabilities(classifier, scores, notes), strict=True):
+            order = np.argsort(-row, kind="stable")[:top]
+            labels = _labels(classifier, len(row), notes)
+            classes = tuple(Guess(int(i), labels[i] if labels else None, float(row[i])) for i in order)
+            yield Prediction(str(path), classes, picture.notes)
+
+
+def _labels(classifier: Classifier, count: int, notes: dict[str, None]) -> tuple[str, ...] | None:
+    if classifier.labels and len(classifier.labels) != count:
+        notes[f"{len(classifier.labels)} labels are recorded for {count} outputs: classes are numbered"] = None
+        return None
+    return classifier.labels
+
+
+def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]) -> Array:
+    """[N, classes] → probabilities in float64.
+
+    Raises:
+        PathconvertError: the scores are no numbers, or there are none for a class.
+    """
+    values = scores.astype(np.float64)
+    values = values.reshape(values.shape[:2]) if values.ndim > 2 and set(values.shape[2:]) == {1} else values
+    if values.ndim != 2:
+        raise CheckpointError(f"{classifier.name} gives outputs of size {shape_text(scores.shape)}, no class scores")
+    if not np.isfinite(values).all():
+        raise PathconvertError(f"{classifier.name} gives outputs that are not finite", "fp16 may overflow: try fp32.")
+    are = classifier.gives_probabilities
+    if are is None:
+        are = bool((values >= 0).all() and (abs(values.sum(1) - 1) < 1e-3).all())
+        notes[f"the outputs were taken for {'probabilities' if are else 'logits'}: nothing recorded tells"] = None
+    if are:
+        return values
+    powers = np.exp(values - values.max(1, keepdims=True))
+    normalised: Array = powers / powers.sum(1, keepdims=True)
+    return normalised
+
+
+def prepare(pixels: Tensor, classifier: Classifier) -> Array:
+    """Pixels [C, H, W] in [0, 1] → an input [C, height, width], uint8 where the graph normalises."""
+    recipe = classifier.preprocessing or Preprocessing.plain(classifier.input_size)
+    placed = recipe.place(whole_levels(pixels))
+    array: Array = (placed if classifier.takes_pixels else recipe.normalise(placed)).numpy()
+    return array

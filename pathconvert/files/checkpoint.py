@@ -1,0 +1,381 @@
+"""Checkpoints: read ``.pt``, ``.pth`` and ``.safetensors`` files safely; write them atomically, with provenance.
+
+Terms:
+    state dict: tensor name → tensor, as ``model.state_dict()`` gives it.
+    wrapper key: the entry of a training script's dictionary under which the state dict lies (``model_ema``).
+    prefix: what data-parallel and compiled modules put before every name (``module.``, ``_orig_mod.``).
+    metadata: this package's own JSON object. A safetensors file carries it in its header under ``pathconvert``. A
+        ``.pt`` file carries it in the state dict's ``_metadata``, where torch keeps its version numbers and
+        ``load_state_dict(strict=True)`` overlooks an entry more.
+
+Reading executes nothing: ``torch.load(weights_only=True)`` unless the caller trusts the file. Writing goes to a hidden
+temporary file in the same folder, is checked there, and is renamed: after a crash there is the old file or none.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pathconvert.errors import CheckpointError
+from pathconvert.files.filetypes import (
+    AGAIN,
+    EXPECTED,
+    Kind,
+    describe_code,
+    listing,
+    pickle_contents,
+    quote,
+    reading,
+    recognise,
+    safetensors_header,
+)
+
+WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema")
+"""Wrapper keys, the preferred first."""
+
+PREFIXES = ("module.", "_orig_mod.")
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_STATE_DICT_TIP = "Give a file with the network's weights: torch.save(model.state_dict(), 'weights.pt')."
+_FLOAT_TIP = "Give the checkpoint in float32, float16, bfloat16 or float64, from before quantization or conversion."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The weights in a file.
+
+    Attributes:
+        path: the file.
+        tensors: on the CPU, in file order, their names without ``prefix``.
+        key: the wrapper key chosen (``"model_ema"``, ``"ema.state_dict"``); None if the file is the state dict itself.
+        prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing.
+        metadata: this package's own, None if the file carries none.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor] = field(repr=False)
+    key: str | None
+    prefix: str
+    metadata: dict[str, Any] | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal; computed when first asked for."""
+        with reading(self.path), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
+    """Read the weights in a ``.pt``, ``.pth`` or ``.safetensors`` file, recognised by its content.
+
+    Args:
+        path: the file.
+        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that holds tensors.
+        trust_pickle: also load pickled modules, which executes whatever code the file holds.
+
+    Raises:
+        CheckpointError: the file is something else, damaged or unsafe, or its tensors are no usable weights.
+    """
+    path = Path(path)
+    kind = recognise(path)
+    loaded: object
+    if kind is Kind.SAFETENSORS:
+        loaded, text = _load_safetensors(path)
+    else:
+        loaded, text = _load_torch(path, kind, trust_pickle), None
+    state, chosen = _choose_state(path, _unwrap_module(loaded), key)
+    tensors, prefix = _strip_prefix(_only_tensors(path, state))
+    check_weights(path, tensors)
+    if kind is not Kind.SAFETENSORS:
+        text = _metadata_text(state)
+    return Checkpoint(path, tensors, chosen, prefix, _parse_metadata(path, text))
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+    """The tensors, and the text under ``pathconvert`` in the header."""
+    names, metadata = safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in names}, metadata.get("pathconvert")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no intact safetensors file: {_first_line(error)}", AGAIN) from error
+
+
+def _load_torch(path: Path, kind: Kind, trust_pickle: bool) -> object:
+    try:
+        return _torch_load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        refusal = _refuse_pickle(path, kind, error)
+        if not trust_pickle:
+            raise refusal from error
+    except Exception as error:  # torch raises whatever damaged bytes lead to: KeyError, struct.error, MemoryError, …
+        raise _damaged(path, error) from error
+    try:
+        return _torch_load(path, weights_only=False)
+    except (ImportError, AttributeError) as error:
+        message = f"{path} is a pickled module whose code is missing here: {_first_line(error)}"
+        raise CheckpointError(message, "Run where its class can be imported, or give a state dict.") from error
+    except Exception as error:  # as above, and whatever the trusted code raises
+        raise _damaged(path, error) from error
+
+
+def _torch_load(path: Path, *, weights_only: bool) -> object:
+    # argparse.Namespace: torchvision's training script stores its arguments beside the weights.
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")
+        loaded: object = torch.load(path, map_location="cpu", weights_only=weights_only)
+    return loaded
+
+
+def _refuse_pickle(path: Path, kind: Kind, error: Exception) -> CheckpointError:
+    """Say why ``weights_only=True`` did not load the file."""
+    contents = pickle_contents(path, kind)
+    if contents.code:
+        what, tip = describe_code(contents)
+        return CheckpointError(f"{path} is {what}.", tip)
+    tip = _resave_tip(path, "model", "model.state_dict()")
+    if contents.holds_module:
+        name = listing(contents.foreign[:1])
+        return CheckpointError(f"{path} is a pickled module ({name}), which runs code when loaded; {EXPECTED}.", tip)
+    if contents.foreign:
+        message = f"{path} holds Python objects besides tensors: {listing(contents.foreign)}; {EXPECTED}."
+        return CheckpointError(message, _resave_tip(path, "saved", "saved['state_dict']"))
+    if contents.protocol > 2:
+        message = f"{path} is pickled with protocol {contents.protocol}; expected torch.save's own, 2."
+        return CheckpointError(message, _resave_tip(path, "saved", "saved"))
+    return _damaged(path, error)
+
+
+def _resave_tip(path: Path, name: str, weights: str) -> str:
+    load = f"{name} = torch.load({str(path)!r}, weights_only=False)"
+    save = f"torch.save({weights}, {str(path.with_suffix('.weights.pt'))!r})"
+    return f"If you trust it, save its weights: {load}; {save} -- or pass --trust-pickle."
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is a damaged torch.save file; torch says: {_first_line(error)}", AGAIN)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+    line = "".join(c if c.isprintable() else "?" for c in text.splitlines()[0])
+    return line if len(line) <= 160 else f"{line[:159]}…"
+
+
+# --- finding the state dict -----------------------------------------------------------------------------------------
+
+
+def _unwrap_module(value: object) -> object:
+    return value.state_dict() if isinstance(value, nn.Module) else value
+
+
+def _choose_state(path: Path, loaded: object, key: str | None) -> tuple[Mapping[Any, object], str | None]:
+    """The state dict and its wrapper key."""
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds {_describe(loaded)}; expected a state dict.", _STATE_DICT_TIP)
+    states = _wrapped_states(loaded)
+    for wanted in WRAPPER_KEYS if key is None else (key,):
+        for name, state in states.items():
+            if name == wanted or (name.startswith(f"{wanted}.") and name.removeprefix(f"{wanted}.") in WRAPPER_KEYS):
+                return state, name
+    if key is not None:
+        raise _no_such_key(path, key, states)
+    if not _has_tensors(loaded):
+        raise _no_tensors(path, loaded, states)
+    return loaded, None
+
+
+def _wrapped_states(loaded: Mapping[Any, object]) -> dict[str, Mapping[Any, object]]:
+    """Every state dict under a key of ``loaded``, or under a wrapper key one level deeper."""
+    states: dict[str, Mapping[Any, object]] = {}
+    for name, value in loaded.items():
+        inner = _unwrap_module(value)
+        if not isinstance(name, str) or not isinstance(inner, Mapping) or _is_optimizer(inner):
+            continue
+        nested = {deeper: _unwrap_module(inner[deeper]) for deeper in WRAPPER_KEYS if deeper in inner}
+        for deeper, state in nested.items():
+            if isinstance(state, Mapping) and _has_tensors(state):
+                states[f"{name}.{deeper}"] = state
+                break
+        else:
+            if _has_tensors(inner):
+                states[name] = inner
+    return states
+
+
+def _has_tensors(state: Mapping[Any, object]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Mapping) and "state" in value and "param_groups" in value
+
+
+def _no_such_key(path: Path, key: str, states: Mapping[str, object]) -> CheckpointError:
+    if not states:
+        return CheckpointError(f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave the key out.")
+    return CheckpointError(f"{path} has no weights under {quote(key)}.", f"The keys with weights: {listing(states)}.")
+
+
+def _no_tensors(path: Path, loaded: Mapping[Any, object], states: Mapping[str, object]) -> CheckpointError:
+    keys = f"its keys: {listing(loaded)}"
+    if states:
+        tip = f"Choose one with --key: {listing(states)}."
+        return CheckpointError(f"{path} has weights under none of {', '.join(WRAPPER_KEYS)} ({keys}).", tip)
+    if _is_optimizer(loaded) or any(_is_optimizer(value) for value in loaded.values()):
+        message = f"{path} is a checkpoint of an optimizer only, without the network's weights ({keys})."
+        return CheckpointError(message, _STATE_DICT_TIP)
+    return CheckpointError(f"{path} holds a dictionary without tensors ({keys}).", _STATE_DICT_TIP)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a single tensor of shape {list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} ({listing(dict.fromkeys(type(v).__name__ for v in value))})"
+    return f"an object of type {type(value).__name__}"
+
+
+def _only_tensors(path: Path, state: Mapping[Any, object]) -> dict[str, Tensor]:
+    """The state dict, refused at the first entry that is no plain tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if _is_quantized(name, value):
+            raise _integer_weights(path, name, "quantized")
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{quote(name)}, {_describe(value)}"
+            raise CheckpointError(f"{path} has an entry that is no named tensor: {what}.", _STATE_DICT_TIP)
+        plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+        if not plain or value.layout is not torch.strided or value.device.type != "cpu":
+            kind = f"{type(value).__name__}, {value.layout}, on {value.device.type}"
+            raise CheckpointError(f"{path} holds {quote(name)}, which is no plain dense tensor ({kind}).", _FLOAT_TIP)
+        tensors[name] = value.detach()
+    return tensors
+
+
+def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Strip the prefixes that every name carries; AveragedModel's counter ``n_averaged`` stands beside its own."""
+    stripped = ""
+    while True:
+        counted = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        if counted and all(name.startswith("module.") for name in counted):
+            tensors = counted
+        prefix = next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
+        if not prefix:
+            return tensors, stripped
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        stripped += prefix
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not finite floating-point weights.
+
+    Counters pass: ``num_batches_tracked``, and int64 or boolean scalars.
+
+    Raises:
+        CheckpointError: a quantized, integer, complex or 8-bit tensor; more elements than the file can hold; or NaN
+            and infinite values, with the first tensor's name, their count there, and the number of tensors affected.
+    """
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors.", _STATE_DICT_TIP)
+    for name, tensor in tensors.items():
+        _check_dtype(path, name, tensor)
+        # A hostile file repeats one number a trillion times through a stride of 0.
+        if tensor.numel() > max(2**24, tensor.untyped_storage().nbytes() // tensor.element_size()):
+            message = f"{path} holds {quote(name)} of shape {list(tensor.shape)}, far larger than its stored data."
+            raise CheckpointError(message, AGAIN)
+    bad = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
+    if bad:
+        count = int((~torch.isfinite(tensors[bad[0]])).sum())
+        message = (
+            f"{path} has NaN or infinite weights: {count} of {tensors[bad[0]].numel()} values in {quote(bad[0])}; "
+            f"{len(bad)} of {len(tensors)} tensors affected."
+        )
+        raise CheckpointError(message, "Its training diverged, or it overflowed float16: give an earlier checkpoint.")
+
+
+def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dtype in WEIGHT_DTYPES:
+        return
+    is_flag = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.bool)
+    is_place = name.endswith((".pivot_row", ".pivot_column"))  # of a layer in Path-BN form
+    counter = name.endswith("num_batches_tracked") or is_flag or is_place
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise CheckpointError(f"{path} holds {quote(name)} in {dtype}, which is not supported.", _FLOAT_TIP)
+    if not counter:
+        raise _integer_weights(path, name, dtype)
+
+
+def _is_quantized(name: object, value: object) -> bool:
+    packed = isinstance(name, str) and "_packed_params" in name
+    return packed or (isinstance(value, Tensor) and value.is_quantized)
+
+
+def _integer_weights(path: Path, name: object, dtype: str) -> CheckpointError:
+    message = (
+        f"{path} is a quantized or integer checkpoint ({quote(name)} is {dtype}); expected floating-point weights."
+    )
+    return CheckpointError(message, _FLOAT_TIP)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """One pass and no copy: the extrema carry NaN and infinities."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return all(bool(extremum.isfinite()) for extremum in torch.aminmax(tensor))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order; a copy only if it does not lie so in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+
+def _metadata_text(state: Mapping[Any, object]) -> object:
+    """The JSON text in a state dict's ``_metadata``, None without one."""
+    versions = getattr(state, "_metadata", None)
+    entry = versions.get("pathconvert") if isinstance(versions, Mapping) else None
+    return entry.get("json") if isinstance(entry, Mapping) else entry
+
+
+def _parse_metadata(path: Path, text: object) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        metadata = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} has damaged pathconvert metadata: it is no JSON object.", AGAIN)
+    return metadata

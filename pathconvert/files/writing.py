@@ -1,0 +1,203 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pathconvert.errors import OutputError
+from pathconvert.files.filetypes import quote
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+Checked = TypeVar("Checked")
+
+
+def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """Check, before any work, that ``path`` may be written.
+
+    Raises:
+        OutputError: a suffix that names no format, the source itself, a directory, a folder that is missing or not
+            writable, or a file that exists without ``force``.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(suffixes)}."
+        raise OutputError(message, f"The suffix of the output decides its format: {suffixes[0]} is recommended.")
+    if source is not None and _same_file(path, source):
+        raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
+    _check_existing(path, force)
+    return path
+
+
+def _check_existing(path: Path, force: bool) -> None:
+    """Refuse an output that exists, or with ``force`` one that is no regular file."""
+    if not os.path.lexists(path):
+        return
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no regular file and will not be replaced.", "Give another output with -o.")
+    if not force:
+        raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another output with -o.")
+
+
+def _same_file(path: Path, source: Path) -> bool:
+    """Whether two paths lead to one file, there or to be."""
+    with contextlib.suppress(OSError):
+        return path.samefile(source)
+    return path.absolute() == Path(source).absolute()
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, Any] | None,
+    *,
+    force: bool = False,
+    source: Path | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint so that at ``path`` there is the whole new file, or what was there before.
+
+    Args:
+        path: the suffix decides the format.
+        tensors: name → tensor.
+        metadata: a JSON object to store beside them, or None.
+        force: replace a file that exists.
+        source: the file that the tensors came from, which is not overwritten.
+        check: called with the temporary file before it is renamed; what it raises removes that file and propagates.
+
+    Raises:
+        OutputError: the path may not be written, the disk is full, or the system refuses; nothing is left.
+    """
+    path = prepare_output(path, force=force, source=source)
+    write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
+    text = None if metadata is None else json.dumps(metadata)
+    write_atomically(path, tensors, lambda file: write(file, tensors, text), check or (lambda _: None), force=force)
+    return path
+
+
+def write_atomically(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    write: Callable[[Path], object],
+    check: Callable[[Path], Checked],
+    *,
+    force: bool,
+) -> Checked:
+    """Write so that at ``path`` there is the whole new file, or what was there before.
+
+    Args:
+        path: as :func:`prepare_output` returned it.
+        tensors: what is written; its size tells a full disk from other failures.
+        write: writes the temporary file that it is given.
+        check: called with the temporary file before it is renamed; what it raises removes that file and propagates.
+        force: replace a file that exists.
+
+    Returns:
+        What ``check`` returns.
+
+    Raises:
+        OutputError: the disk is full, or the system refuses; nothing is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _writing(path, tensors):
+            write(temporary)
+            _sync(temporary)
+        checked = check(temporary)
+        _check_existing(path, force)  # another process may have been faster
+        with _writing(path, tensors):
+            os.replace(temporary, path)
+    except BaseException:  # an interrupt leaves nothing behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+    return checked
+
+
+def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
+    metadata = {"format": "pt"} | ({} if text is None else {"pathconvert": text})
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in tensors.items():
+        plain[name] = _compact(tensor) if tensor.data_ptr() not in seen else tensor.detach().clone()
+        seen.add(tensor.data_ptr())  # the format has no shared tensors
+    save_file(plain, temporary, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+
+
+def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
+    """A state dict that ``load_state_dict(torch.load(file, weights_only=True), strict=True)`` takes."""
+    state = OrderedDict((name, _compact(tensor)) for name, tensor in tensors.items())
+    if text is not None:
+        vars(state)["_metadata"] = OrderedDict(pathconvert={"json": text})
+    with temporary.open("wb") as file:  # a file of Python's keeps the system's error
+        torch.save(state, file)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of a larger storage that it is a view of, which torch.save would write too."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+@contextlib.contextmanager
+def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Turn an operating system's error, bare or inside one of torch's, into one that names the output."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise _output_error(path, tensors, cause) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has it in the text alone
+        if number:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
+        reason = "the file would be too large" if error.errno == errno.EFBIG else "disk full"
+        how_much = f": {needed:.1f} MB needed" if tensors else ""
+        return OutputError(f"{path} was not written: {reason}{how_much}.", "Free space, or write elsewhere.")
+    reason = error.strerror or type(error).__name__
+    return OutputError(f"{path} was not written: {reason}.", "Give another output with -o.")
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the rename in a folder, last through a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Networks in files: architectures, preprocessing, images, loading, and checked conversion of files."""

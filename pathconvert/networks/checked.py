@@ -1,0 +1,172 @@
+"""Converting, restoring and comparing networks that were loaded from files: each ends with its check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pathconvert.conversion.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify, verify_conversion
+from pathconvert.conversion.pivots import PivotRule
+from pathconvert.conversion.reparameterize import Conversion, Scope, reparameterize, resume
+from pathconvert.conversion.scales import Gauge
+from pathconvert.errors import EquivalenceError, PathconvertError
+from pathconvert.files.checkpoint import tensors_digest
+from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.images import folder_images
+from pathconvert.networks.inputs import load_images, random_input
+from pathconvert.networks.loading import LoadedNetwork, save_converted, save_plain
+from pathconvert.path_bn.entering import to_path_bn, with_skip_scale
+from pathconvert.path_bn.restoring import restore
+from pathconvert.path_bn.statistics import CHUNK
+
+
+def convert_network(network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool) -> Conversion:
+    """:func:`~pathconvert.conversion.reparameterize.reparameterize` on a random input of the architecture's size."""
+    return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
+
+
+def enter_path_bn(
+    network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float
+) -> tuple[Conversion, nn.Module]:
+    """:func:`to_path_bn`, calibrated on a folder of images, and the conversion with that λ."""
+    calibration = None if images is None else _batches(folder_images(images), network)
+    conversion = with_skip_scale(conversion, skip_scale)
+    return conversion, to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
+
+
+def _batches(paths: list[Path], network: LoadedNetwork) -> Iterator[torch.Tensor]:
+    for start in range(0, len(paths), CHUNK):
+        yield load_images(paths[start : start + CHUNK], network.architecture, network.preprocessing)
+
+
+def resume_conversion(network: LoadedNetwork) -> Conversion:
+    """The conversion that a file in path form holds."""
+    assert network.record is not None
+    return resume(network.model, random_input(network.architecture), network.record)
+
+
+def _equality(
+    original: nn.Module, other: nn.Module, parts: tuple[str, ...], architecture: Architecture
+) -> EquivalenceReport:
+    """Compare on two random inputs; what fails there is judged on 16.
+
+    Ten outputs are too few to measure the noise: by chance 1 of 30 good conversions of a network with few classes
+    fails on two inputs. What really differs fails on all.
+    """
+    equality = verify_conversion(original, other, parts, random_input(architecture))
+    if equality.passed:
+        return equality
+    return verify_conversion(original, other, parts, random_input(architecture, batch=16, seed=1))
+
+
+def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
+    if not equality.passed:
+        raise EquivalenceError(
+            f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the noise of the dtype "
+            f"({PASSING_NOISE_RATIO:g} passes), largest difference {equality.max_abs:.3g}; no file was written",
+            "Try --gauge pow2, and report it: a conversion should never change the function.",
+        )
+    return equality
+
+
+def save_checked(
+    converted: Conversion | nn.Module, network: LoadedNetwork, path: Path, *, force: bool
+) -> EquivalenceReport:
+    """Write a conversion, or a network in Path-BN form; the file takes its name only if it equals the original.
+
+    Raises:
+        EquivalenceError: it does not; no file is left.
+    """
+    reports: list[EquivalenceReport] = []
+
+    def check(written: LoadedNetwork) -> None:
+        assert written.record is not None
+        equality = _equality(network.model, written.model, tuple(written.record["parts"]), network.architecture)
+        reports.append(_require(equality, "the converted network"))
+
+    save_converted(converted, network, path, force=force, check=check)
+    return reports[0]
+
+
+def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple[EquivalenceReport, bool]:
+    """Undo a conversion and write the result, checked as in :func:`save_checked`.
+
+    Returns:
+        The comparison of the converted with the restored network, and whether the restored tensors are the original
+        ones to the bit (never, once they were fine-tuned).
+    """
+    record = network.record
+    assert record is not None
+    assert network.metadata is not None
+    restored = restore(network.model, record)
+    reports: list[EquivalenceReport] = []
+
+    def check(written: LoadedNetwork) -> None:
+        parts = tuple(record["parts"])
+        # the restored network is the original again: its noise is the measure, as it was when it was converted
+        equality = _equality(written.model, network.model, parts, network.architecture)
+        reports.append(_require(equality, "the restored network"))
+
+    save_plain(restored, network, path, force=force, check=check)
+    digest = network.metadata["source"].get("tensors_sha256")
+    return reports[0], digest == tensors_digest(network.tensors_of(restored))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on random inputs and on images.
+
+    Attributes:
+        equality: over all inputs.
+        images: number of images; 0 without.
+        same_top1: images on which both have the same largest output.
+    """
+
+    equality: EquivalenceReport
+    images: int
+    same_top1: int
+
+    @property
+    def passed(self) -> bool:
+        return self.equality.passed
+
+    def to_json(self) -> dict[str, Any]:
+        return {"equality": self.equality.to_json(), "images": self.images, "same_top1": self.same_top1}
+
+
+def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparison:
+    """Compare two loaded networks of one architecture.
+
+    Raises:
+        PathconvertError: they are of different architectures.
+    """
+    if (a.architecture.name, a.architecture.arguments) != (b.architecture.name, b.architecture.arguments):
+        raise PathconvertError(
+            f"the networks are of different architectures: {a.architecture.name} {a.architecture.arguments} and "
+            f"{b.architecture.name} {b.architecture.arguments}",
+            "verify compares two forms of one network.",
+        )
+    if a.record and not b.record:
+        a, b = b, a  # the original's noise is the measure
+    parts = tuple((a.record or b.record or {}).get("parts", ("",)))
+    reports = [_equality(a.model, b.model, parts, a.architecture)]
+    same = count = 0
+    if images is not None:
+        batch = load_images(folder_images(images), a.architecture, (b if b.was_trained_here else a).preprocessing)
+        for chunk in batch.split(8):
+            reports.append(verify(a.model, b.model, chunk))
+            first, second = (_top1(network, chunk) for network in (a, b))
+            same += int((first == second).sum())
+            count += len(chunk)
+    return Comparison(EquivalenceReport.worst(reports), count, same)
+
+
+def _top1(network: LoadedNetwork, images: torch.Tensor) -> torch.Tensor:
+    from pathconvert.conversion.equivalence import forward_outputs
+
+    return forward_outputs(network.model, images)[0].flatten(1).argmax(1)

@@ -1,0 +1,65 @@
+"""Inputs to run a network on: seeded random ones of its size, or images from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathconvert.errors import PathconvertError
+from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.images import read_image
+from pathconvert.networks.preprocessing import Preprocessing, whole_levels
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def size_of(architecture: Architecture) -> tuple[int, ...]:
+    """The input's size without the batch dimension.
+
+    Raises:
+        PathconvertError: the architecture does not tell.
+    """
+    if architecture.input_size is None:
+        raise PathconvertError(
+            f"{architecture.name} does not tell the size of its input", "Give it: --input-size 3x224x224"
+        )
+    return architecture.input_size
+
+
+def random_input(architecture: Architecture, batch: int = 2, seed: int = 0) -> Any:
+    """Standard normal noise; for a detector, which takes a list of images, uniform noise in a list."""
+    generator = torch.Generator().manual_seed(seed)
+    size = size_of(architecture)
+    if architecture.task == "detection":
+        return [torch.rand(size, generator=generator)]
+    return torch.randn(batch, *size, generator=generator)
+
+
+def load_images(paths: list[Path], architecture: Architecture, preprocessing: Preprocessing | None) -> Tensor:
+    """Images as a batch [N, C, H, W], prepared as the network expects.
+
+    Args:
+        paths: the files.
+        architecture: tells the input's size.
+        preprocessing: as recorded for the network; None where nothing is, then values in [0, 1], normalised as
+            ImageNet's unless the network is of its owner's own class.
+
+    Raises:
+        CheckpointError: a file is no intact image.
+        PathconvertError: the network takes no images.
+    """
+    size = size_of(architecture)
+    if len(size) != 3 or size[0] not in (1, 3):
+        shown = "x".join(map(str, size))
+        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave the images out.")
+    recipe = preprocessing or Preprocessing.plain(size)
+    if preprocessing is None and size[0] == 3 and architecture.task not in ("other", "detection"):
+        recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # detectors normalise by themselves
+    if recipe.crop is None:  # segmentation: a batch has one size
+        recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
+    placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]
+    return recipe.normalise(torch.stack(placed))

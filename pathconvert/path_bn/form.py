@@ -1,0 +1,118 @@
+"""Whole networks in Path-BN form: leaving it, and building it from a record."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathconvert.conversion.record import attach_record, decode_runs, record_of, unwrapped
+from pathconvert.errors import RecordError
+from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
+from pathconvert.version import __version__
+
+#: Of the record's entry ``path_bn``.
+FORMAT_VERSION = 1
+
+
+def has_path_bn(model: nn.Module) -> bool:
+    """Whether any layer is in Path-BN form."""
+    return any(isinstance(module, PathBN) for module in model.modules())
+
+
+def leave_path_bn(model: nn.Module) -> nn.Module:
+    """The stock architecture again, its tensors under their own names; the same function in evaluation mode.
+
+    A layer that had a BatchNorm keeps it; where there was none it is folded into weight and bias, or, where there is
+    no bias, into the means of the BatchNorms that read the layer. The result is in path form.
+
+    Args:
+        model: as :func:`~pathconvert.path_bn.entering.to_path_bn` returned it, trained or not; not changed.
+
+    Raises:
+        RecordError: ``model`` is not in Path-BN form.
+    """
+    model = unwrapped(model)
+    record = record_of(model)
+    if "path_bn" not in record:
+        raise RecordError(f"this {type(model).__name__} is in path form, not in Path-BN form")
+    model = copy.deepcopy(model)
+    attach_record(model, {key: value for key, value in record.items() if key != "path_bn"} | {"form": "path"})
+    left_over = []
+    for entry in record["path_bn"]["layers"]:
+        module = model.get_submodule(entry["name"])
+        assert isinstance(module, PathBN)
+        layer, bn, bias = module.to_layer(keep_batch_norm=entry["bn"] is not None)
+        replace(model, module, layer)
+        if bn is not None:
+            replace(model, model.get_submodule(entry["bn"]), bn)
+        left_over.append((entry, bias))
+    for entry, bias in left_over:
+        for reader in entry["readers"]:
+            mean = model.get_submodule(reader["bn"]).running_mean
+            assert isinstance(mean, Tensor)
+            rows, channels = (torch.from_numpy(decode_runs(reader[key])) for key in ("rows", "channels"))
+            mean[channels.to(mean.device)] -= bias[rows.to(bias.device)].to(mean)
+    return model
+
+
+def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """``model`` with the layers of ``record`` in Path-BN form, their tensors yet to be loaded; changed in place.
+
+    Raises:
+        RecordError: the record is of a newer format, or not of this network.
+    """
+    version = record["path_bn"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise RecordError(
+            f"the Path-BN record has format version {version}; this is pathconvert {__version__}, which reads version "
+            f"{FORMAT_VERSION}",
+            f"Install the pathconvert that wrote it: {record.get('tool', 'unknown')}.",
+        )
+    try:
+        for entry in record["path_bn"]["layers"]:
+            none = torch.zeros(entry["pivots"], dtype=torch.int64)
+            replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
+    except (AttributeError, AssertionError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise RecordError(f"the Path-BN record is not of this network: {error}") from error
+    attach_record(model, dict(record))
+    return model
+
+
+def replace_layer(
+    model: nn.Module, entry: Mapping[str, Any], rows: Tensor, columns: Tensor, values: Tensor, skip_scale: float
+) -> PathBN:
+    """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one; changes ``model``."""
+    layer = model.get_submodule(entry["name"])
+    if entry["bn"] is not None:
+        bn = model.get_submodule(entry["bn"])
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{entry['bn']} is no BatchNorm")
+        replace(model, bn, nn.Identity().train(bn.training))
+    else:
+        kind = kind_of(layer)
+        assert kind is not None
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        bn = BATCH_NORM_OF[kind](len(weight), device=weight.device, dtype=weight.dtype)
+        bn.train(layer.training).requires_grad_(weight.requires_grad)
+    module = PathBN(layer, bn, rows, columns, values, skip_scale)
+    replace(model, layer, module)
+    return module
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """``new`` at every place where ``old`` is registered."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def pivots_of(vector: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """An index vector as a tensor of its own."""
+    return torch.from_numpy(np.ascontiguousarray(vector, dtype=np.int64).copy())

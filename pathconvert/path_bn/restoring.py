@@ -1,0 +1,31 @@
+"""From path or Path-BN form back to the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pathconvert.conversion.record import read_record, unwrapped
+from pathconvert.conversion.rescale import rescale
+from pathconvert.path_bn.form import has_path_bn, leave_path_bn
+
+
+def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Undo a conversion: a copy of ``model`` with every factor of ``record`` taken back.
+
+    Args:
+        model: the converted network, in path or Path-BN form, fine-tuned or not; not changed.
+        record: :attr:`Conversion.record`, or the ``path_record`` of a network in Path-BN form.
+
+    Raises:
+        RecordError: the record is of a newer format, or does not fit the network's tensors.
+    """
+    model = unwrapped(model)
+    if has_path_bn(model):
+        model = leave_path_bn(model)
+    tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
+    slots, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    restored = rescale(model, slots, scales, inverse=True)
+    vars(restored).pop("path_record", None)  # nor does the original have one
+    return restored

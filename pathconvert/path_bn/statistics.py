@@ -1,0 +1,267 @@
+"""Mean μ' and variance var' of a layer's off-pivot sum: measured on images, or estimated from BatchNorms.
+
+**Images** are streamed in one pass through the network in evaluation mode. Entering Path-BN changes no layer's
+evaluation output, so all layers are measured together; in float64, batches weighted by their size. With the statistics
+of these images training mode computes on them what evaluation mode does. The network before normalised the full sum s
+by its mean m and variance v over the images, where evaluation takes running statistics μ and σ², which may be those of
+many more images or of another data set. For training mode to begin as it was, the measured statistics are *referred*
+to the running ones (nothing changes where m = μ and v = σ²)::
+
+    var' + eps ← (var' + eps) (σ² + eps) / (v + eps)      μ' ← μ' + μ − m
+
+**Without images** units are taken for independent Gaussians through ReLU, z_k = max(0, β_k + |γ_k| n) with n ~ N(0, 1)
+and γ, β of the BatchNorms that make the unit::
+
+    μ'   = E[full sum] − Σ w_jk E[z_k]          sums over the pivots of row j; the full sum's mean and variance are
+    var' = Var[full sum] − Σ w_jk² Var[z_k]     those that the layer's own BatchNorm has
+
+and for a layer without BatchNorm of its own, Σ u E[z] and Σ u² Var[z] over all that it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathconvert.conversion.groups import Layer, Units
+from pathconvert.conversion.pivots import FloatVector
+from pathconvert.conversion.trace import IdVector, as_arguments, mode_of
+from pathconvert.errors import PathconvertError, first_line
+from pathconvert.path_bn.form import pivots_of
+from pathconvert.path_bn.layer import PathBN
+
+#: Images of a calibration tensor that go through the network together.
+CHUNK = 32
+EXPECTED = (
+    "Give images [N, …], or an iterable of batches; of a loader of (image, label) pairs (x for x, _ in loader); a "
+    "folder is for the command line: --calibrate DIR."
+)
+#: The estimate of var' is at least this share of the full sum's: pivots and the rest are not quite independent.
+LEAST_VARIANCE = 0.25
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and variance, float64 [out]."""
+
+
+class Places(NamedTuple):
+    """A layer's pivots: units, rows and columns, [pivots]."""
+
+    units: IdVector
+    rows: IdVector
+    columns: IdVector
+
+
+class _Moments:
+    """Mean and variance of every channel over batches, float64 (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def add(self, batch: Tensor) -> None:
+        """``batch``: [N, C, …]."""
+        if not batch.numel():
+            return
+        dims = [d for d in range(batch.dim()) if d != 1]
+        count = batch.numel() // batch.shape[1]
+        var, mean = (t.cpu() for t in torch.var_mean(batch.double(), dims, correction=0))
+        total = self.count + count
+        delta = mean - self.mean
+        self.squares = self.squares + var * count + delta**2 * self.count * count / total
+        self.mean = self.mean + delta * count / total
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        return self.squares / self.count
+
+
+class Measured(NamedTuple):
+    """Over the calibration images: statistics of a layer's off-pivot sum, and of its output y."""
+
+    off_pivot: Statistics
+    output: Statistics
+
+
+def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -> tuple[dict[str, Measured], int]:
+    """Statistics of every layer over the calibration images, and how many images there were.
+
+    Args:
+        model: in Path-BN form, evaluation outputs as they were.
+        modules: its layers, by name.
+        calibration: images [N, …], or an iterable of batches (a tensor or a tuple of the forward's arguments each).
+
+    Raises:
+        PathconvertError: no image; a layer that they do not reach; sums that are not finite.
+    """
+    moments = {name: (_Moments(), _Moments()) for name in modules}
+    handles = [
+        handle
+        for name, module in modules.items()
+        for handle in (
+            module.bn.register_forward_pre_hook(lambda _, args, name=name: moments[name][0].add(args[0])),
+            module.register_forward_hook(lambda _, __, result, name=name: moments[name][1].add(result)),
+        )
+    ]
+    count = 0
+    tensor = next(model.parameters())
+    try:
+        with mode_of(model, False), torch.no_grad():
+            for batch in _batches(calibration):
+                arguments = _arguments(batch, tensor)
+                _run(model, arguments)
+                count += len(arguments[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise PathconvertError("the calibration gave no image", "Give at least one batch.")
+    for name, (off_pivot, _) in moments.items():
+        if not off_pivot.count:
+            raise PathconvertError(
+                f"the calibration images do not reach {name}", "Give images on which it runs, or none."
+            )
+        if not bool(torch.isfinite(off_pivot.var).all()):
+            raise PathconvertError(f"the off-pivot sum of {name} is not finite on the calibration images")
+    return {name: Measured(*((one.mean, one.var) for one in both)) for name, both in moments.items()}, count
+
+
+def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) -> Statistics:
+    """The off-pivot sum's statistics, referred to the running ones (see the module's docstring).
+
+    Args:
+        measured: of a layer, y = γ (s − μ) / √(σ² + eps) + β with the full sum s.
+        bn: the BatchNorm that follows it in path form.
+    """
+    tensors: list[Any] = [bn.running_mean, bn.running_var, bn.weight, bn.bias]
+    _, running_var, gamma, beta = (t.detach().double().cpu() for t in tensors)
+    (mean, var), (output_mean, output_var) = measured
+    gain = gamma / (running_var + bn.eps).sqrt()
+    kept = gain == 0  # y tells nothing of the sum
+    gain = gain.masked_fill(kept, 1.0)
+    ratio = (running_var + bn.eps) / (output_var / gain**2 + bn.eps)
+    referred = ((var + bn.eps) * ratio - bn.eps).clamp(min=0.0)
+    return (torch.where(kept, mean, mean - (output_mean - beta) / gain), torch.where(kept, var, referred))
+
+
+def _batches(calibration: Any) -> Iterator[Any]:
+    if isinstance(calibration, Tensor):
+        yield from calibration.split(CHUNK)
+    elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping):
+        yield from calibration
+    else:
+        raise PathconvertError(f"the calibration is a {type(calibration).__name__}, not images", EXPECTED)
+
+
+def _arguments(batch: Any, tensor: Tensor) -> tuple[Any, ...]:
+    """A batch as the forward's arguments, on the network's device and in its dtype."""
+    arguments = tuple(_like(argument, tensor) for argument in as_arguments(batch))
+    if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].dim():
+        raise PathconvertError(f"a calibration batch is a {type(batch).__name__}, not images", EXPECTED)
+    return arguments
+
+
+def _run(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    try:
+        model(*arguments)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        size = "×".join(map(str, arguments[0].shape))
+        raise PathconvertError(
+            f"the network cannot run on a calibration batch of {size}: {first_line(error)}", EXPECTED
+        ) from error
+
+
+def _like(value: Any, tensor: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(tensor) if value.is_floating_point() else value.to(tensor.device)
+
+
+def estimate_sum(
+    layer: Layer,
+    bn: str | None,
+    pivots: Places,
+    tensors: Mapping[str, Tensor],
+    moments: tuple[FloatVector, FloatVector],
+) -> Statistics:
+    """The Gaussian estimate of one layer (see the module's docstring); NaN where a unit's moments are not known.
+
+    Args:
+        layer: a layer in path form.
+        bn: the BatchNorm that follows it.
+        pivots: its pivots.
+        tensors: of the network in path form, by name.
+        moments: E[z] and Var[z], :func:`unit_moments`.
+    """
+    weight = tensors[layer.parameter].double()
+    if bn is None:
+        return _sum_of_inputs(layer, pivots, weight, *moments)
+    bias = tensors.get(f"{layer.parameter.removesuffix('weight')}bias", torch.zeros(())).double()
+    full = tensors[f"{bn}.running_mean"].double() - bias, tensors[f"{bn}.running_var"].double()
+    return _full_sum_less_pivots(pivots, weight, full, *moments)
+
+
+def unit_moments(units: Units, tensors: Mapping[str, Tensor]) -> tuple[FloatVector, FloatVector]:
+    """E and Var of every unit behind its ReLU, [units]; NaN where something else than BatchNorms makes it."""
+    mean, var = np.zeros(units.count), np.zeros(units.count)
+    known = np.zeros(units.count, dtype=bool)
+    rows_of = {slot.parameter: slot for slot in units.slots}
+    for slot in units.slots:
+        if slot.columns is not None:
+            mean[slot.rows[slot.rows >= 0]] = np.nan
+    for call in units.batch_norms:
+        made = rows_of.get(call.weight or "")
+        if made is None:
+            continue
+        gamma, beta = tensors[made.parameter].double().numpy(), tensors.get(f"{call.name}.bias")
+        there = made.rows >= 0
+        known[made.rows[there]] = True
+        np.add.at(var, made.rows[there], gamma[there] ** 2)
+        if beta is not None:
+            np.add.at(mean, made.rows[there], beta.double().numpy()[there])
+    mean[~known] = np.nan
+    deviation = np.sqrt(var)
+    t = torch.from_numpy(np.divide(mean, deviation, out=np.zeros_like(mean), where=deviation > 0))
+    density = torch.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
+    below = torch.special.ndtr(t)
+    first = (torch.from_numpy(mean) * below + torch.from_numpy(deviation) * density).numpy()
+    second = ((torch.from_numpy(mean**2 + var)) * below + torch.from_numpy(mean * deviation) * density).numpy()
+    return first, np.maximum(second - first**2, 0.0)
+
+
+def _full_sum_less_pivots(
+    pivots: Places, weight: Tensor, full: tuple[Tensor, Tensor], mean_z: FloatVector, var_z: FloatVector
+) -> tuple[Tensor, Tensor]:
+    for size in weight.shape[2:]:
+        weight = weight.select(2, size // 2)
+    rows = pivots_of(pivots.rows)
+    taps = weight[rows, pivots_of(pivots.columns) % weight.shape[1]]
+    mean = full[0].index_add(0, rows, -taps * torch.from_numpy(mean_z[pivots.units]))
+    var = full[1].index_add(0, rows, -(taps**2) * torch.from_numpy(var_z[pivots.units]))
+    return mean, torch.maximum(var, LEAST_VARIANCE * full[1])
+
+
+def _sum_of_inputs(
+    layer: Layer, pivots: Places, weight: Tensor, mean_z: FloatVector, var_z: FloatVector
+) -> tuple[Tensor, Tensor]:
+    centre = tuple(size // 2 for size in weight.shape[2:])
+    columns = pivots_of(pivots.columns) % weight.shape[1]
+    weight = weight.index_put((pivots_of(pivots.rows), columns, *map(torch.tensor, centre)), torch.zeros(()).double())
+    first, second = (
+        weight.flatten(2).sum(2) if centre else weight,
+        (weight**2).flatten(2).sum(2) if centre else weight**2,
+    )
+    moments = [torch.from_numpy(np.append(m, np.nan)[layer.columns]) for m in (mean_z, var_z)]
+    groups = layer.groups
+    out, into = weight.shape[0] // groups, weight.shape[1]
+
+    def product(taps: Tensor, moment: Tensor) -> Tensor:
+        return (taps.view(groups, out, into) @ moment.view(groups, into, 1)).flatten()
+
+    return product(first, moments[0]), product(second, moments[1])

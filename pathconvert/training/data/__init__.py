@@ -1,0 +1,1 @@
+"""Labelled images: found, read, augmented, and given out in batches."""

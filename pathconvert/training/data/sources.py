@@ -1,0 +1,224 @@
+"""Where labelled images come from: folders of class folders, and torchvision's data sets in a folder.
+
+A *part* is a list of images with their labels; a source has a training part and a held-out one, or one that is still to
+be split. The classes are numbered in the order of their folders' names, or as torchvision does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from pathconvert.errors import DataError
+from pathconvert.networks.images import IMAGE_SUFFIXES
+from pathconvert.training.data.images import Array, Files, Images
+
+#: Names of the folder of held-out images, the preferred first.
+HELD_OUT = ("val", "valid", "validation", "test")
+_LAYOUT = "Put the images of each class into a folder of its own: flowers/train/rose/1.jpg, flowers/val/rose/2.jpg"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        train: the training part.
+        val: the held-out part; None where ``train`` holds all.
+    """
+
+    classes: tuple[str, ...]
+    train: Images
+    val: Images | None
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def from_folder(folder: Path, channels: int) -> Source:
+    """Class folders below ``train/`` and one of ``HELD_OUT``, or in the folder itself.
+
+    Raises:
+        DataError: there are none, one alone, one without images, or not the same in both parts.
+        CheckpointError: the first image cannot be read.
+    """
+    train = folder / "train"
+    parted = train.is_dir() and bool(_folders(train))  # a class may be called "train"
+    val = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None) if parted else None
+    parts = {"train", *HELD_OUT}
+    if train.is_dir() and not parted and {path.name for path in _folders(folder)} <= parts:
+        raise DataError(f"{train} holds no folders of images, one a class", _LAYOUT)
+    first = _class_files(train if parted else folder)
+    if len(first) == 1:
+        where = train if parted else folder
+        raise DataError(f"{where} holds one class alone: {next(iter(first))}", f"Two are needed. {_LAYOUT}")
+    if val is None:
+        return Source(tuple(first), _images(folder, first, channels), None)
+    second = _class_files(val)
+    _require_same(train, first, val, second)
+    return Source(tuple(first), _images(folder, first, channels), _images(folder, second, channels))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """Class → its images, all in the order of their names."""
+    files = {path.name: _image_files(path) for path in _folders(folder)}
+    if not files:
+        loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        raise DataError(f"{folder} holds {'images, but ' if loose else ''}no folders of images, one a class", _LAYOUT)
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        raise DataError(
+            f"{folder / empty[0]} holds no image{_and_more(empty)}",
+            f"Add some, or remove the folder. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
+        )
+    return files
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, each folder once: links may lead back."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+        found += (Path(place) / name for name in images)
+    return sorted(found)
+
+
+def _require_same(train: Path, first: Iterable[str], val: Path, second: Iterable[str]) -> None:
+    for there, here, names in (
+        (train, val, sorted(set(first) - set(second))),
+        (val, train, sorted(set(second) - set(first))),
+    ):
+        if names:
+            raise DataError(
+                f"the class {names[0]!r} of {there} is missing in {here}{_and_more(names)}",
+                f"Both need the same class folders: add {here / names[0]}, or remove {there / names[0]}.",
+            )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more such)" if len(names) > 1 else ""
+
+
+def _images(root: Path, files: dict[str, list[Path]], channels: int) -> Images:
+    pairs = [(path, label) for label, paths in enumerate(files.values()) for path in paths]
+    return _from_files(root, [path for path, _ in pairs], [label for _, label in pairs], channels)
+
+
+def _from_files(root: Path, paths: list[Path], labels: list[int], channels: int) -> Images:
+    reader = Files(paths, channels)
+    reader.keep()
+    return Images.of([path.relative_to(root).as_posix() for path in paths], labels, reader)
+
+
+# ---- torchvision's data sets -----------------------------------------------------------------------------------------
+
+
+def from_torchvision(name: str, root: Path, channels: int) -> Source:
+    """One of ``NAMED`` below ``root``; nothing is ever downloaded.
+
+    Raises:
+        DataError: there is none of that name, or its files are not there.
+    """
+    if name not in NAMED:
+        close = difflib.get_close_matches(name, NAMED, 2, 0.5)
+        guess = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise DataError(f"there is no data set {name!r}", f"{guess}There are {', '.join(NAMED)}.")
+    dataset, opener = NAMED[name]
+    try:
+        return opener(dataset, root, channels)
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, zlib.error) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name} is not whole in {root}: {said}",
+            f"Let torchvision put it there, torchvision.datasets.{dataset.__name__}, or name the folder that it is in.",
+        ) from error
+
+
+def _fashion_mnist(dataset: Any, root: Path, channels: int) -> Source:
+    """Its four files, unpacked (what torchvision reads) or not (what it downloads, and what distributions have)."""
+    raw = root / "FashionMNIST" / "raw"
+    train, val = (
+        _from_array(_idx(raw / f"{part}-images-idx3-ubyte"), _idx(raw / f"{part}-labels-idx1-ubyte"), channels)
+        for part in ("train", "t10k")
+    )
+    return Source(tuple(dataset.classes), train, val)
+
+
+def _idx(path: Path) -> Tensor:
+    """An array in MNIST's format: two zeros, 8 for uint8, the number of dimensions, each as 4 bytes, the values."""
+    packed = path.with_name(f"{path.name}.gz")
+    content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    shape = np.frombuffer(content, ">u4", content[3], offset=4)
+    return torch.tensor(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape.astype(int)))
+
+
+def _cifar(dataset: Any, root: Path, channels: int) -> Source:
+    parts = [dataset(root, train=train) for train in (True, False)]
+    train, val = (_from_array(torch.from_numpy(part.data), part.targets, channels) for part in parts)
+    return Source(tuple(parts[0].classes), train, val)
+
+
+def _from_array(pixels: Tensor, labels: Tensor | list[int], channels: int) -> Images:
+    return Images.of([str(number) for number in range(len(pixels))], labels, Array(pixels, channels))
+
+
+def _flowers(dataset: Any, root: Path, channels: int) -> Source:
+    """102 flowers: its train and val parts (1020 images each)."""
+    parts = [dataset(root, split=split, loader=Path) for split in ("train", "val")]  # a path in place of its image
+    train, val = (
+        _from_files(root, [path for path, _ in pairs], [label for _, label in pairs], channels)
+        for pairs in ([part[i] for i in range(len(part))] for part in parts)
+    )
+    return Source(tuple(parts[0].classes), train, val)
+
+
+def _pets(dataset: Any, root: Path, channels: int) -> Source:
+    """37 pets: its trainval and test parts."""
+    parts = [dataset(root, split=split) for split in ("trainval", "test")]
+    # the data set has no public list of its files and reads them by itself, without read_image's care
+    train, val = (_from_files(root, list(part._images), list(part._labels), channels) for part in parts)
+    return Source(tuple(parts[0].classes), train, val)
+
+
+def _imagenet(dataset: Any, root: Path, channels: int) -> Source:
+    missing = [name for name in ("meta.bin", "train", "val") if not (root / name).exists()]
+    if missing:  # torchvision would unpack archives of 150 GB here
+        raise FileNotFoundError(f"{missing[0]} is missing")
+    parts = [dataset(root, split=split) for split in ("train", "val")]
+    train, val = (
+        _from_files(root, [Path(path) for path, _ in part.samples], list(part.targets), channels) for part in parts
+    )
+    return Source(tuple(names[0] for names in parts[0].classes), train, val)
+
+
+#: Data sets by the name that ``NAME:ROOT`` gives.
+NAMED: dict[str, tuple[Any, Callable[[Any, Path, int], Source]]] = {
+    "fashion-mnist": (datasets.FashionMNIST, _fashion_mnist),
+    "cifar10": (datasets.CIFAR10, _cifar),
+    "cifar100": (datasets.CIFAR100, _cifar),
+    "flowers102": (datasets.Flowers102, _flowers),
+    "oxford-iiit-pet": (datasets.OxfordIIITPet, _pets),
+    "imagenet": (datasets.ImageNet, _imagenet),
+}

@@ -1,0 +1,1 @@
+"""Optimizers of path space: chains of units, G-SGD and Path-SGD."""

@@ -1,0 +1,123 @@
+"""Path-SGD (Neyshabur, Salakhutdinov and Srebro, NIPS 2015): approximate steepest descent in the path norm.
+
+π(w) = Σ Π w² over all paths from an input, or a bias, to an output. A weight's step is divided by κ, the sum over all
+paths through it of the product of the other squared weights (their eq. 9, section 4)::
+
+    w ← w − η · ∂loss/∂w / κ(w)        κ(w) = ∂π / ∂(w²)
+
+π is what the network makes of an input of ones when all weights are squared (all activations are positive then, so
+that ReLU lets them through) and BatchNorm is left out; so κ takes one forward and one backward pass of a single input.
+Max pooling takes the largest of its paths. What no path goes through (γ, β) takes plain steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
+
+from pathconvert.conversion.trace import mode_of
+from pathconvert.errors import PathconvertError
+from pathconvert.path_bn.layer import PathBN
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class PathSGD(Optimizer):
+    """SGD whose gradients are divided by κ (see the module's docstring); for multilayer perceptrons and small CNNs.
+
+    Args:
+        model: ReLU network of convolutions and linear layers, with or without BatchNorm or Path-BN.
+        input_size: of one input, such as (3, 32, 32).
+        lr, momentum, weight_decay: as of ``torch.optim.SGD``, after the division.
+
+    Raises:
+        ValueError: a setting out of its range.
+        PathconvertError: at a step, where path norms leave the range of float64: the network is too deep or wide.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, ...],
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f"Invalid {name}: {value}")
+        self._model, self._input_size = model, input_size
+        super().__init__(model.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_model": self._model, "_input_size": self._input_size}
+
+    def path_sums(self) -> dict[str, Tensor]:
+        """κ of every weight and bias that a path goes through, float64, by the parameter's name."""
+        model = self._model
+        norms = {name for name, module in model.named_modules() if isinstance(module, _BATCH_NORM)}
+        squared = {
+            name: p.detach().double().square().requires_grad_()
+            for name, p in model.named_parameters()
+            if name.rpartition(".")[0] not in norms
+        }
+        device = next(model.parameters()).device
+        ones = torch.ones(1, *self._input_size, dtype=torch.float64, device=device)
+        with mode_of(model, False), torch.enable_grad():
+            output = functional_call(model, squared | self._neutral(norms), (ones,))
+            found = torch.autograd.grad(output.sum(), list(squared.values()), allow_unused=True)
+        return {name: kappa for name, kappa in zip(squared, found, strict=True) if kappa is not None}
+
+    def _neutral(self, norms: set[str]) -> dict[str, Tensor]:
+        """Parameters and buffers with which BatchNorms do nothing, and Path-BN's skips squared."""
+        found: dict[str, Tensor] = {}
+        for name in norms:
+            bn: Any = self._model.get_submodule(name)
+            one, zero = torch.ones_like(bn.running_var, dtype=torch.float64), torch.zeros_like(bn.running_var).double()
+            found |= {f"{name}.running_mean": zero, f"{name}.running_var": one - bn.eps}
+            found |= {f"{name}.weight": one, f"{name}.bias": zero} if bn.affine else {}
+        for name, module in self._model.named_modules():
+            if isinstance(module, PathBN):
+                found[f"{name}._gain" if name else "_gain"] = module._gain.double().square()
+        return found
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; ``closure`` computes the loss again, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kappa = self.path_sums()
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            gradients = [self._divided(p, kappa.get(names[id(p)])) for p in params]
+            buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
+            sgd(
+                params, gradients, buffers,
+                has_sparse_grad=False, foreach=False, fused=False, weight_decay=group["weight_decay"],
+                momentum=group["momentum"], lr=group["lr"], dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+            for p, buffer in zip(params, buffers, strict=True):
+                if buffer is not None:
+                    self.state[p]["momentum_buffer"] = buffer
+        return loss
+
+    def _divided(self, p: Tensor, kappa: Tensor | None) -> Tensor:
+        """∂loss/∂w / κ; 0 where no path goes through w."""
+        grad = cast(Tensor, p.grad)
+        if kappa is None:
+            return grad
+        if not bool(torch.isfinite(kappa).all()):
+            raise PathconvertError(
+                f"the path norm of this {type(self._model).__name__} leaves the range of float64",
+                "Path-SGD is for multilayer perceptrons and small CNNs; take --optimizer gsgd.",
+            )
+        return torch.where(kappa > 0, grad / kappa, 0.0).to(grad.dtype)

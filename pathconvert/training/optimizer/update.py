@@ -1,0 +1,190 @@
+"""One step of SGD on path-values, written as an update of weights (PBN-A eq. 20-21; docs/design.md, "G-SGD").
+
+A chain k has the coordinate d_k, and a weight w that leaves one of its units the coordinate v::
+
+    v   = w · D              with D = d_k · S_r / S_c  (d_k = 1 for what leaves no chain)
+    w_s = d_k / (d_p · S)    for the start weight of chain k, which leaves chain p
+
+so that, with g = ∂loss/∂w and the sum over all trained weights that leave units of chain k::
+
+    ∂loss/∂v   = g / D
+    ∂loss/∂d_k = (w_s · g_s − Σ w · g) / d_k
+
+Coordinates may be divided by a constant ρ_k for every chain: then d_k stands for d_k / ρ_k, and nothing else changes.
+S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A momentum buffer is that of the coordinate, divided by S_r:
+then S_r is needed in the *step gradient* alone, g / S_r², and what leaves no chain takes plain steps along that. Values
+of chains are float64; weights keep their own dtype.
+
+What chains say is constant along most dimensions of a weight; its *columns* are the elements of the shape that is left.
+The columns of all weights follow one another in one list, so that the arithmetic on them is done once for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: A step divides a chain's value by this at most: near zero, and through it, all weights that it carries explode.
+LARGEST_SHRINK = 10.0
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """What is known of a weight that leaves chains before its gradient is.
+
+    Attributes:
+        name: of the parameter.
+        columns: shape of what its columns have, broadcastable to the weight.
+        summed: dimensions along which that is constant.
+        skeleton: index of the pivots, which do not move; None where there is none.
+    """
+
+    name: str
+    columns: tuple[int, ...]
+    summed: tuple[int, ...]
+    skeleton: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class PathWeight:
+    """A weight that leaves chains, and its gradient.
+
+    Attributes:
+        place: in the network.
+        value: changed in place by :func:`step_weights`.
+        grad: ∂loss/∂value; not changed.
+        step_grad: ∂loss/∂value / S_r², the step gradient; not changed.
+        momentum: buffer, changed in place; None without momentum.
+    """
+
+    place: WeightPlace
+    value: Tensor
+    grad: Tensor
+    step_grad: Tensor
+    momentum: Tensor | None = None
+
+
+def chain_values(starts: Tensor, ancestors: Sequence[Tensor]) -> Tensor:
+    """Of every chain, the product of the start weights from it up, [chains].
+
+    Args:
+        starts: of every chain, float64 [chains].
+        ancestors: the 1st, 2nd, 4th, … ancestor of every chain, [chains + 1] each.
+    """
+    product = with_one(starts)
+    for above in ancestors:
+        product = product * product[above]
+    return product[:-1]
+
+
+def with_one(per_chain: Tensor) -> Tensor:
+    """[chains] → [chains + 1]: 1 for what leaves no chain."""
+    return torch.cat([per_chain, per_chain.new_ones(1)])
+
+
+def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, foreach: bool) -> Tensor:
+    """Σ w · g over the trained weights that leave units of each chain, float64 [chains + 1], the last for no chain.
+
+    Args:
+        weights: all that are trained.
+        chain: the chain that every column leaves, int64 [columns of all weights]; ``count`` for none.
+        count: of chains.
+        foreach: multiply all weights at once.
+    """
+    total = torch.zeros(count + 1, dtype=torch.float64, device=chain.device)
+    if not weights:
+        return total
+    products = (
+        torch._foreach_mul([w.value for w in weights], [w.grad for w in weights])
+        if foreach
+        else (w.value * w.grad for w in weights)
+    )
+    sums = [_sum_by_column(product, w.place) for product, w in zip(products, weights, strict=True)]
+    return total.index_add_(0, chain, torch.cat(sums).double())
+
+
+def _sum_by_column(product: Tensor, place: WeightPlace) -> Tensor:
+    """Sums of ``product``, which is changed, over all that is no pivot, flat."""
+    if place.skeleton is not None:
+        product[place.skeleton] = 0
+    if not place.summed:
+        return product.flatten()
+    dtype = torch.float32 if product.dtype.itemsize < 4 else product.dtype
+    return product.sum(place.summed, dtype=dtype).flatten()
+
+
+def step_chains(d: Tensor, gradient: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    """d after a step, divided by d before, and which chains' steps were shortened to keep d's sign, [chains] each."""
+    ratio = 1 - lr * gradient / d
+    shortened = ratio < 1 / LARGEST_SHRINK
+    return ratio.masked_fill(shortened, 1 / LARGEST_SHRINK), shortened
+
+
+def step_weights(
+    weights: Sequence[PathWeight],
+    d: Tensor,
+    ratio: Tensor,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    foreach: bool,
+) -> None:
+    """One step of SGD on the coordinates v of ``weights``.
+
+    With momentum μ and decay λ, as ``torch.optim.SGD`` has them: buffer ← μ · buffer + ∂loss/∂v + λ v.
+
+    Args:
+        weights: changed in place, and so are their buffers.
+        d: d / S_c of every column before the step, float64 [columns of all weights].
+        ratio: d after the step, divided by d before, likewise.
+        lr, momentum, weight_decay, foreach: of the optimizer.
+    """
+    if not weights:
+        return
+    values = [w.value for w in weights]
+    pivots = [None if w.place.skeleton is None else w.value[w.place.skeleton] for w in weights]
+    gradients = [w.step_grad for w in weights]
+    if momentum == 0:  # v − lr (g / D + λ v), divided by the new D
+        steps, keep, take = gradients, (1 - lr * weight_decay) / ratio, lr / (d * d * ratio)
+    else:
+        steps, keep, take = [w.momentum for w in weights if w.momentum is not None], 1 / ratio, lr / (d * ratio)
+        _multiply_and_add(steps, momentum, gradients, _split(1 / d, weights), 1.0, foreach)
+        if weight_decay:
+            _multiply_and_add(steps, None, values, _split(weight_decay * d, weights), 1.0, foreach)
+    _multiply_and_add(values, _split(keep, weights), steps, _split(take, weights), -1.0, foreach)
+    for w, pivot in zip(weights, pivots, strict=True):
+        if pivot is not None and w.place.skeleton is not None:
+            w.value[w.place.skeleton] = pivot
+
+
+def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
+    """What all columns have, for each weight, broadcastable to it and in its dtype."""
+    dtypes = {w.value.dtype for w in weights}
+    if len(dtypes) == 1:
+        columns = columns.to(dtypes.pop())
+    parts = columns.split([math.prod(w.place.columns) for w in weights])
+    return [part.view(w.place.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)]
+
+
+def _multiply_and_add(
+    targets: list[Tensor],
+    keep: list[Tensor] | float | None,
+    steps: list[Tensor],
+    take: list[Tensor],
+    sign: float,
+    foreach: bool,
+) -> None:
+    """targets ← keep · targets + sign · take · steps; ``keep`` and ``take`` are broadcast, no ``keep`` is 1."""
+    if foreach:
+        if keep is not None:
+            torch._foreach_mul_(targets, keep)
+        torch._foreach_addcmul_(targets, steps, take, value=sign)
+        return
+    for i, (target, step, t) in enumerate(zip(targets, steps, take, strict=True)):
+        if keep is not None:
+            target.mul_(keep[i] if isinstance(keep, list) else keep)
+        target.addcmul_(step, t, value=sign)

@@ -1,0 +1,445 @@
+"""The loop: epochs of steps, validated and written down so that it can go on after any end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import MeanMetric
+from torchvision.transforms import v2
+
+from pathconvert.errors import CheckpointError, DataError, PathconvertError, TrainingError
+from pathconvert.networks.loading import save_trained
+from pathconvert.training.data.augmentation import Transform
+from pathconvert.training.data.batches import Batches, batches
+from pathconvert.training.data.labelled import Data
+from pathconvert.training.optimizer.choice import make_optimizer, make_schedule
+from pathconvert.training.optimizer.gsgd import GSGD
+from pathconvert.training.run.folder import RunFolder
+from pathconvert.training.run.metrics import EvaluationReport, evaluate
+from pathconvert.training.run.preparation import Prepared
+from pathconvert.training.run.sync_batch_norm import synchronise_batch_norms
+from pathconvert.training.settings import Settings
+
+#: Weight of an auxiliary classifier's loss (GoogLeNet, section 5).
+AUXILIARY = 0.3
+
+
+class Progress(Protocol):
+    """What is told while the loop runs."""
+
+    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int) -> None:
+        """After a batch: its place in the epoch, the epoch's averages so far, images of this batch."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """After an epoch, what was measured."""
+
+
+@dataclass
+class Position:
+    """Where a run is: everything beside weights and optimizer that a checkpoint has to know."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    best: tuple[float, float] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        history: what was measured, an epoch a row.
+        best: the row of the best validation.
+        shortened: steps of chains that were shortened; None for other optimizers than G-SGD.
+    """
+
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    shortened: int | None
+
+
+def make_fabric(settings: Settings, device: str, folder: RunFolder | None = None) -> Fabric:
+    """Devices, precision and processes; the latter from the environment that ``torchrun`` sets.
+
+    Raises:
+        TrainingError: the device was asked for and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: torch finds no usable GPU", "Leave --device out to train on the CPU.")
+    accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    precision: Any = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.amp]
+    if accelerator == "cpu" and settings.amp == "fp16":
+        raise TrainingError("--amp fp16 needs a GPU", "On the CPU: --amp bf16, or off.")
+    if settings.batch_size % world:
+        raise TrainingError(f"--batch-size {settings.batch_size} cannot be shared by {world} processes")
+    return Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+        precision=precision,
+        loggers=TensorBoardLogger(folder.path, name="", version="tensorboard") if folder else None,
+    )
+
+
+class Run:
+    """A network that is being trained.
+
+    Args:
+        prepared: the network; it is trained in place.
+        data: labelled images.
+        settings: of the run.
+        folder: where its files go.
+        fabric: from :func:`make_fabric`, launched.
+    """
+
+    def __init__(self, prepared: Prepared, data: Data, settings: Settings, folder: RunFolder, fabric: Fabric) -> None:
+        self.prepared, self.data, self.settings, self.folder, self.fabric = prepared, data, settings, folder, fabric
+        self.position = Position()
+        self.raw = prepared.model
+        if settings.freeze_backbone:
+            for name, parameter in self.raw.named_parameters():
+                parameter.requires_grad_(name in prepared.head)
+        if fabric.world_size > 1:
+            self.raw = synchronise_batch_norms(self.raw, fabric.device)
+        if settings.channels_last:
+            self.raw = self.raw.to(memory_format=torch.channels_last)
+        self.raw.to(fabric.device)
+        input_size = prepared.network.architecture.input_size
+        assert input_size is not None
+        self.raw_optimizer = make_optimizer(self.raw, settings, input_size)
+        compiled = cast(nn.Module, torch.compile(self.raw)) if settings.compile else self.raw
+        self.model, self.optimizer = fabric.setup(compiled, self.raw_optimizer)
+        self.steps_an_epoch = math.ceil(len(self._batches(0)) / settings.accumulate)
+        self.total_steps = settings.steps or settings.epochs * self.steps_an_epoch
+        self.schedule = make_schedule(self.raw_optimizer, settings, self.total_steps)
+        self.average = None
+        if settings.ema is not None:
+            self.average = AveragedModel(self.raw, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self.mixup = v2.MixUp(alpha=settings.mixup, num_classes=len(prepared.labels)) if settings.mixup else None
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """Of fp16's gradients."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    # ---- going on --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What ``last.ckpt`` holds. Chance follows from the position, so that no generator's state is needed."""
+        return {
+            "model": self.raw.state_dict(),
+            "optimizer": self.raw_optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+            "position": dataclasses.asdict(self.position),
+            "data": self.data.digest,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``.
+
+        Raises:
+            DataError: the data set is another than it was.
+        """
+        if state["data"] != self.data.digest:
+            raise DataError(
+                f"{self.data.name} is not the data set that the run began with: classes, images or names changed",
+                "Restore the data set, or begin a new run from best.path.safetensors.",
+            )
+        self.raw.load_state_dict(state["model"])
+        self.raw_optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        if state["scaler"]:
+            assert self._scaler is not None
+            self._scaler.load_state_dict(state["scaler"])
+        stored = dict(state["position"])
+        stored["best"] = None if stored["best"] is None else tuple(stored["best"])
+        self.position = Position(**stored)
+
+    def _save(self) -> None:
+        if self.fabric.is_global_zero:
+            self.folder.save(self.state())
+        self.fabric.barrier()
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def train(self, progress: Progress | None = None) -> Result:
+        """Train to the end, from wherever the run is.
+
+        Raises:
+            TrainingError: the loss is not finite (exit code 1), or memory is short.
+            PathconvertError: data or files fail; the last checkpoint stays.
+        """
+        with _explained(self.settings.batch_size):
+            while self.position.step < self.total_steps or self.position.images:
+                self._epoch(progress)
+        best = max(self.position.history, key=_quality)
+        shortened = self.raw_optimizer.shortened() if isinstance(self.raw_optimizer, GSGD) else None
+        return Result(self.position.history, best, shortened)
+
+    def _batches(self, start: int) -> Batches:
+        s = self.settings
+        return batches(
+            self.data.train,
+            Transform(self.prepared.preprocessing, s.augment),
+            batch_size=s.batch_size // self.fabric.world_size,
+            epoch=self.position.epoch,
+            start_batch=start,
+            seed=s.seed,
+            shuffle=True,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            workers=self._workers(),
+            drop_last=len(self.data.train) >= s.batch_size,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+
+    def _workers(self) -> int:
+        if self.settings.workers is not None:
+            return self.settings.workers
+        return 4 if self.fabric.device.type == "cuda" else 0
+
+    def _epoch(self, progress: Progress | None) -> None:
+        s, p = self.settings, self.position
+        self.model.train()
+        if s.freeze_backbone:
+            _freeze_statistics(self.raw)
+        loader = self._batches(p.batch) if p.step < self.total_steps else ()
+        total = p.batch + len(loader)
+        begun = saved = time.perf_counter()
+        before = p.seconds
+        for images, labels in loader:
+            p.batch += 1
+            last = p.batch % s.accumulate == 0 or p.batch == total
+            parts = min(s.accumulate, total - (p.batch - 1) // s.accumulate * s.accumulate)
+            loss, correct = self._batch(images, labels, parts, last)
+            p.loss_sum += loss * len(labels)
+            p.correct += correct
+            p.images += len(labels)
+            p.seconds = before + time.perf_counter() - begun
+            if progress:
+                progress.step(p.epoch, p.batch, total, p.loss_sum / p.images, p.correct / p.images, len(labels))
+            if last and p.step >= self.total_steps:
+                break
+            if last and time.perf_counter() - saved > 60 * s.checkpoint_minutes and p.batch < total:
+                self._require_finite(images)
+                self._save()
+                saved = time.perf_counter()
+        self._end_of_epoch(progress)
+
+    def _batch(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> tuple[float, int]:
+        """Forward and backward of one of the ``parts`` of a step; the step itself after the ``last``."""
+        s, p = self.settings, self.position
+        # chance within the network and mixup follows from the position alone
+        torch.manual_seed(hash((s.seed, p.epoch, p.batch, self.fabric.global_rank)) % 2**63)
+        images, labels = self.fabric.to_device((images, labels))
+        if s.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        mixed, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            output = self.model(mixed)
+            logits, *auxiliary = _all_logits(output)
+            loss = F.cross_entropy(logits, targets, label_smoothing=s.label_smoothing)
+            for other in auxiliary:
+                loss = loss + AUXILIARY * F.cross_entropy(other, targets, label_smoothing=s.label_smoothing)
+            self.fabric.backward(loss / parts)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value} in epoch {p.epoch + 1}, batch {p.batch}")
+        if last:
+            self._step(value)
+        return value, int((logits.argmax(1) == labels).sum())
+
+    def _diverged(self, what: str) -> TrainingError:
+        tip = f"Try a smaller rate: --lr {self.settings.lr / 3:.1g}, --warmup-steps, or --clip 1."
+        kept = "the last checkpoint is as it was" if self.folder.has_checkpoint else "there is no checkpoint yet"
+        return TrainingError(f"{what}; {kept}", tip, exit_code=1)
+
+    def _step(self, loss: float) -> None:
+        s, p = self.settings, self.position
+        if s.clip is not None:
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=s.clip, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        p.step += 1
+        if self.average:
+            self.average.update_parameters(self.raw)
+        self.fabric.log_dict({"step/loss": loss, "step/lr": self.schedule.get_last_lr()[0]}, step=p.step)
+        self.schedule.step()
+
+    # ---- epochs ----------------------------------------------------------------------------------------------------
+
+    def _end_of_epoch(self, progress: Progress | None) -> None:
+        p = self.position
+        try:
+            report = self.validate()
+        except CheckpointError:  # an image that cannot be read does not cost the epoch
+            if self.fabric.is_global_zero:
+                self.folder.save(self.state())
+            raise
+        loss, accuracy = self._over_processes(p.loss_sum / p.images, p.correct / p.images)
+        row: dict[str, Any] = {
+            "epoch": p.epoch + 1,
+            "step": p.step,
+            "lr": self.schedule.get_last_lr()[0],
+            "train_loss": loss,
+            "train_top1": accuracy,
+            "val_loss": report.loss,
+            "val_top1": report.top1,
+            "val_top5": report.top5,
+            "images_per_second": p.images * self.fabric.world_size / p.seconds,
+        }
+        if isinstance(self.raw_optimizer, GSGD):
+            row["shortened"] = self.raw_optimizer.shortened()
+        p.history.append(row)
+        self.fabric.log_dict({f"epoch/{name}": value for name, value in row.items()}, step=p.step)
+        is_best = p.best is None or _quality(row) > p.best
+        if is_best:
+            p.best = _quality(row)
+        p.epoch, p.batch, p.loss_sum, p.correct, p.images, p.seconds = p.epoch + 1, 0, 0.0, 0, 0, 0.0
+        if self.fabric.is_global_zero:
+            if is_best:
+                self._write_network("best", row)
+            self.folder.write_history(p.history)
+        self._save()
+        if progress:
+            progress.epoch(row)
+
+    def _over_processes(self, *values: float) -> list[float]:
+        found = []
+        for value in values:
+            metric = MeanMetric().to(self.fabric.device)
+            metric.update(value)
+            found.append(float(metric.compute()))
+        return found
+
+    def validate(self) -> EvaluationReport:
+        """The network, or its average where one is kept, on the held-out images."""
+        model = self.average.module if self.average else self.raw
+        s = self.settings
+        loader = batches(
+            self.data.val,
+            Transform(self.prepared.preprocessing),
+            batch_size=max(1, s.batch_size // self.fabric.world_size),
+            epoch=0,
+            seed=s.seed,
+            shuffle=False,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            workers=self._workers(),
+            drop_last=False,
+        )
+        model.eval()
+        epoch = self.position.epoch + 1
+
+        def classify(images: Tensor) -> Tensor:
+            return self._logits(model, images, f"outputs on held-out images are no longer finite after epoch {epoch}")
+
+        return evaluate(classify, loader, num_classes=len(self.prepared.labels))
+
+    def _logits(self, model: nn.Module, images: Tensor, otherwise: str) -> Tensor:
+        """Class scores, float32; a run that diverged, in the words of ``otherwise``, where they are not finite."""
+        with self.fabric.autocast():
+            logits: Tensor = _all_logits(model(images.to(self.fabric.device)))[0]
+        if not bool(logits.isfinite().all()):
+            raise self._diverged(otherwise)
+        return logits.float()
+
+    @torch.no_grad()
+    def _require_finite(self, images: Tensor) -> None:
+        """A checkpoint is to be one that training can go on from."""
+        p = self.position
+        self.raw.eval()
+        self._logits(self.raw, images, f"outputs are no longer finite after epoch {p.epoch + 1}, batch {p.batch}")
+        self.model.train()
+        if self.settings.freeze_backbone:
+            _freeze_statistics(self.raw)
+
+    def write_initial(self) -> None:
+        """``initial``, from which a resumed run builds its network."""
+        if self.fabric.is_global_zero:
+            self._write_network("initial", None)
+        self.fabric.barrier()
+
+    def _write_network(self, name: str, row: Mapping[str, Any] | None) -> None:
+        model = self.average.module if self.average and row else self.raw
+        save_trained(
+            model,
+            self.prepared.network,
+            self.folder.network(name, self.prepared.form),
+            preprocessing=self.prepared.preprocessing,
+            labels=self.prepared.labels,
+            training={
+                "settings": dataclasses.asdict(self.settings),
+                "data_sha256": self.data.digest,
+                "head": list(self.prepared.head),
+                "measured": dict(row) if row else None,
+            },
+        )
+
+
+def _quality(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What is better is larger."""
+    return row["val_top1"], -row["val_loss"]
+
+
+def _all_logits(output: Any) -> list[Tensor]:
+    """The class scores, then those of auxiliary classifiers (GoogLeNet, Inception)."""
+    return [output] if isinstance(output, Tensor) else [t for t in output if t is not None]
+
+
+def _freeze_statistics(model: nn.Module) -> None:
+    """BatchNorms whose parameters are frozen use and keep the statistics that they have."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
+            module.eval()
+
+
+@contextmanager
+def _explained(batch_size: int) -> Iterator[None]:
+    """Out of memory, and batches that BatchNorm cannot take, as errors that say what to do."""
+    try:
+        yield
+    except PathconvertError:
+        raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            "a batch gives BatchNorm one value a channel, which has no variance",
+            f"Give --batch-size {batch_size + 1} or more, or larger images: --size.",
+        ) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not short:
+            raise
+        raise TrainingError(
+            f"out of memory with batches of {batch_size}; the last checkpoint is as it was",
+            f"Give --batch-size {max(1, batch_size // 2)} --accumulate 2, or --amp bf16.",
+        ) from error
