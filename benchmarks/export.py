@@ -30,7 +30,6 @@ from typing import Any
 import onnx
 import torch
 import torchvision
-from convert import build, example_for
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,6 +42,8 @@ from pathconvert.export.runtime.providers import open_session
 from pathconvert.export.runtime.session import ort
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.loading import LoadedNetwork
+
+from convert import build, example_for
 
 NETWORKS = (
     "resnet50", "vgg16_bn", "densenet121", "googlenet", "shufflenet_v2_x1_0", "regnet_y_800mf", "squeezenet1_1",

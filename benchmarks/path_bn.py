@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from convert import build, example_for
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import pathconvert
+
+from convert import build, example_for
 
 #: Channels and side of the feature maps: ResNet-50's four stages.
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))

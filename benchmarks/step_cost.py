@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar_resnet import CifarResNet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,6 +31,8 @@ from torchvision.models import resnet50
 
 import pathconvert
 from pathconvert.training import GSGD, path_parameter_groups
+
+from cifar_resnet import CifarResNet
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (resnet50, 224), "resnet56": (CifarResNet, 32)}
 FORMS = ("sgd+bn", "gsgd+path-bn")

@@ -9,13 +9,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gpu
 import pytest
 import torch
-from gpu_parts import accuracy, machine
-from gpu_parts.accuracy import METHODS, PADDING, Course, Run, crop_and_flip
 from packaging.tags import sys_tags
 from torchvision.transforms.v2 import functional as VF
+
+import gpu
+from gpu_parts import accuracy, machine
+from gpu_parts.accuracy import METHODS, PADDING, Course, Run, crop_and_flip
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar_resnet import CifarResNet
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as VF
 
 import pathconvert
-from gpu_parts.context import Context
 from pathconvert.training import GSGD, path_parameter_groups
+
+from cifar_resnet import CifarResNet
+from gpu_parts.context import Context
 
 SIDE, PADDING = 32, 4
 WEIGHTS = "resnet56_cifar10.pth"

@@ -17,12 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from convert import build, example_for
 from torch import Tensor, nn
 
 import pathconvert
-from export import CALIBRATION_IMAGES, export_theirs
-from gpu_parts.context import Context, write_json
 from pathconvert.errors import PathconvertError
 from pathconvert.export import export_onnx
 from pathconvert.export.graph.verification import Differs, prove
@@ -32,6 +29,10 @@ from pathconvert.export.runtime.providers import open_session
 from pathconvert.export.runtime.session import Session, ort
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.loading import LoadedNetwork, open_network
+
+from convert import build, example_for
+from export import CALIBRATION_IMAGES, export_theirs
+from gpu_parts.context import Context, write_json
 
 WEIGHTS = "squeezenet1_1.pth"
 MADE = "runtime.json"

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cifar_resnet import CifarResNet
-from step_cost import FORMS, Contender, Workload, compare
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet50
 
+from cifar_resnet import CifarResNet
 from gpu_parts.context import Context
+from step_cost import FORMS, Contender, Workload, compare
 
 #: Seconds that a compiled workload needs at least where its graphs are in the compiler's cache.
 COMPILED_SECONDS = 15
