@@ -320,4 +320,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]))
     else:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the parts end too
         sys.exit(run(parse()))
