@@ -200,10 +200,17 @@ def test_a_damaged_piece(tmp_path: Path) -> None:
         machine.onnxruntime_folder(tmp_path)
 
 
-def test_a_wheel_for_another_python(tmp_path: Path) -> None:
-    write_wheel(tmp_path / "onnxruntime_gpu-9.9-cp27.whl", tag="cp27-cp27m-win32")
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_wheel_for_another_python(tmp_path: Path, unpacked: bool) -> None:
+    wheel = write_wheel(tmp_path / "onnxruntime_gpu-9.9-cp27.whl", tag="cp27-cp27m-win32")
+    if unpacked:
+        zipfile.ZipFile(wheel).extractall(tmp_path / "onnxruntime-gpu")
+        wheel.unlink()
     with pytest.raises(machine.NotWhole, match="the wheel is for cp27-cp27m-win32, which Python 3"):
         machine.onnxruntime_folder(tmp_path)
+    paths, why = gpu._paths(options(tmp_path, "runtime"), wait=0)
+    assert not any("onnxruntime" in path for path in paths)
+    assert why.startswith("the wheel is for cp27")
 
 
 def test_what_was_brought_goes_before_what_is_installed(tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def onnxruntime_folder(folder: Path) -> Path | None:
     """
     for found in (folder, folder / UNPACKED):
         if (found / "onnxruntime" / "__init__.py").is_file():
+            for tags in found.glob("onnxruntime_gpu-*.dist-info/WHEEL"):
+                _require_this_python(tags.read_text())
             return found
     wheels = sorted(folder.glob("onnxruntime_gpu-*.whl"))
     pieces = sorted(folder.glob(PIECES))
@@ -168,9 +170,21 @@ def _unpack(wheel: Path, into: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             (tags,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
-            kinds = re.findall(r"^Tag: (\S+)", archive.read(tags).decode(), re.MULTILINE)
-            if not {str(tag) for tag in sys_tags()} & set(kinds):
-                raise NotWhole(f"the wheel is for {', '.join(kinds)}, which Python {platform.python_version()} is not")
+            _require_this_python(archive.read(tags).decode())
             archive.extractall(into)  # checks every file's CRC
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise NotWhole(f"the pieces in {wheel.parent.parent} do not make a whole wheel (yet?): {error}") from error
+
+
+def _require_this_python(wheel: str) -> None:
+    """Refuse a wheel for another Python or system.
+
+    Args:
+        wheel: the text of its file WHEEL.
+
+    Raises:
+        NotWhole: none of its tags is this Python's.
+    """
+    kinds = re.findall(r"^Tag: (\S+)", wheel, re.MULTILINE)
+    if not {str(tag) for tag in sys_tags()} & set(kinds):
+        raise NotWhole(f"the wheel is for {', '.join(kinds)}, which Python {platform.python_version()} is not")
