@@ -377,7 +377,7 @@ def _total(name: str, model: nn.Module) -> dict[str, float]:
         with steps.step("load"):
             network = open_network(source)
         with steps.step("convert"):
-            conversion = convert_network(network, "block", "matching", "unit", False)
+            conversion = convert_network(network, "block", "matching", "unit", partial=False)
         with steps.step("verify and write"):
             save_checked(conversion, network, Path(folder, f"{name}.path.safetensors"), force=False)
     return {**steps.seconds, "sum": sum(steps.seconds.values())}

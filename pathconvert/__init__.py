@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pathconvert import export
     from pathconvert.conversion.equivalence import EquivalenceReport, verify
     from pathconvert.conversion.reparameterize import Conversion, Pivot, ScaleGroup, reparameterize
-    from pathconvert.networks.loading import load, save
+    from pathconvert.networks.loading import load
+    from pathconvert.networks.saving import save
     from pathconvert.path_bn.entering import to_path_bn
     from pathconvert.path_bn.form import leave_path_bn
     from pathconvert.path_bn.layer import PathBN
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "conversion.equivalence": ("EquivalenceReport", "verify"),
     "conversion.reparameterize": ("Conversion", "Pivot", "ScaleGroup", "reparameterize"),
-    "networks.loading": ("load", "save"),
+    "networks.loading": ("load",),
+    "networks.saving": ("save",),
     "path_bn.entering": ("to_path_bn",),
     "path_bn.form": ("leave_path_bn",),
     "path_bn.layer": ("PathBN",),

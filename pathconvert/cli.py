@@ -1,6 +1,6 @@
-"""The commands put together, and the one place where errors become a line and a tip.
+"""The command line: all commands of ``commands/``, and the one place where errors become a line and a tip.
 
-They are in ``commands/``, which alone imports typer and rich beside this module.
+Only this module and ``commands/`` import typer and rich.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-#: In the order of the help; each with the last line of its own.
+#: The commands in the order of the help, each with the examples that end its own help.
 COMMANDS: dict[Callable[..., None], str] = {
     convert.reparam: "Examples: pathconvert reparam resnet50.pt --pivot max -o resnet50.path.safetensors; "
     "pathconvert reparam resnet50.pt --form path-bn --calibrate photos/",
@@ -64,7 +64,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     del version
@@ -74,26 +74,30 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line; typed errors become a line and a tip, others a line that asks for a report."""
+    """Run the command line. Typed errors become a line and a tip, others a line that asks for a report."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without → or × shows ? there
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show → or × shows ? instead
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
 
 
 def _terminated(number: int, _: object) -> None:
-    """A job manager's end is an exit: temporary files go."""
+    """Exit on SIGTERM so that temporary files are removed."""
     sys.exit(128 + number)
 
 
 def run(arguments: list[str]) -> int:
-    """Run with ``arguments``; the exit code: 0 done, 1 a check failed, 2 wrong input or usage."""
+    """Run the command that ``arguments`` name.
+
+    Returns:
+        The exit code: 0 if the command succeeded, 1 if a check failed, 2 for wrong input or usage, 130 if interrupted.
+    """
     Settings.debug = False
     try:
         app(arguments, prog_name="pathconvert")
     except SystemExit as done:
-        if done.code == INTERRUPTED:  # typer catches the interrupt
+        if done.code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
             note("interrupted")
         return done.code if isinstance(done.code, int) else 0
     except PathconvertError as error:
@@ -109,7 +113,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: object, tip: str, code: int) -> int:
-    """One line and a tip, after the traceback where --debug asks for it."""
+    """Print the error as one line and its tip as another, after the traceback if --debug was given."""
     if Settings.debug:
         traceback.print_exc()
     note(f"error: {' '.join(str(error).splitlines())}")

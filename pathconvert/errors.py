@@ -1,23 +1,34 @@
 """Typed refusals: what is wrong, where, and what to do.
 
-Every error that a user can cause derives from :class:`PathconvertError`. ``str(error)`` is the first line
-that the command line prints; ``error.tip`` (may be empty) is the second one. ``exit_code`` is the process's.
+Every error that a user can cause derives from :class:`PathconvertError`. The command line prints ``str(error)`` as its
+first line and ``error.tip``, which may be empty, as its second; it exits with ``error.exit_code``.
 """
 
 
-def first_line(error: BaseException) -> str:
-    """The innermost cause in one line; its class where it has no words."""
+def first_line(error: BaseException, *, after: str = "") -> str:
+    """The first line of an error's innermost cause; the name of its class if it has no text.
+
+    Args:
+        error: the error.
+        after: the end of a preamble; the text up to its last occurrence is left out.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = str(error).rpartition(after)[2] if after else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def class_and_text(error: BaseException) -> str:
+    """The class and the whole text of an error in one line, for errors of code that is not ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class PathconvertError(Exception):
     """Base of all refusals.
 
     Args:
-        message: what is wrong and where, one line.
-        tip: what to do about it, one line; may be empty.
+        message: what is wrong and where, in one line.
+        tip: what to do about it, in one line; may be empty.
     """
 
     exit_code = 2
@@ -28,7 +39,7 @@ class PathconvertError(Exception):
 
 
 class CheckpointError(PathconvertError):
-    """A file that cannot be read as a checkpoint, or whose tensors are no usable weights."""
+    """A file that cannot be read, or whose content cannot be used as what it was given for."""
 
 
 class OutputError(PathconvertError):
@@ -36,11 +47,11 @@ class OutputError(PathconvertError):
 
 
 class ArchitectureError(PathconvertError):
-    """A network that is not known, not unique, or does not fit its tensors."""
+    """A network that is not known, is ambiguous, or does not fit its tensors."""
 
 
 class TraceError(PathconvertError):
-    """A module whose forward cannot be followed on shapes alone."""
+    """A module whose ``forward`` cannot be traced on shapes alone."""
 
 
 class RefusedNetwork(PathconvertError):
@@ -52,15 +63,15 @@ class RecordError(PathconvertError):
 
 
 class DataError(PathconvertError):
-    """Labelled images that are missing, damaged, or do not go together."""
+    """Labelled images that are missing, damaged, or inconsistent with one another."""
 
 
 class TrainingError(PathconvertError):
-    """A run that cannot begin here, or cannot go on.
+    """A training run that cannot begin, or cannot continue.
 
     Args:
-        message, tip: as of :class:`PathconvertError`.
-        exit_code: 1 where training itself went wrong.
+        message, tip: as for :class:`PathconvertError`.
+        exit_code: 1 if the training itself failed, else 2.
     """
 
     def __init__(self, message: str, tip: str = "", exit_code: int = 2) -> None:
@@ -69,10 +80,10 @@ class TrainingError(PathconvertError):
 
 
 class RuntimeUnavailable(PathconvertError):
-    """A device of ONNX Runtime that was asked for and cannot be used here."""
+    """A device of ONNX Runtime that was requested and cannot be used here."""
 
 
 class EquivalenceError(PathconvertError):
-    """A check of equality that failed."""
+    """A comparison of two networks that should be equal and are not."""
 
     exit_code = 1

@@ -22,7 +22,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def output(model: nn.Module, x: Any, training: bool = False) -> Tensor:
-    return forward_outputs(model, x, training)[0]
+    return forward_outputs(model, x, training=training)[0]
 
 
 def layers(model: nn.Module) -> dict[str, PathBN]:

@@ -24,7 +24,8 @@ from pathconvert.export.runtime.providers import open_session
 from pathconvert.networks import checked
 from pathconvert.networks.images import folder_images
 from pathconvert.networks.inputs import load_images, random_input
-from pathconvert.networks.loading import LoadedNetwork, load, open_network, save
+from pathconvert.networks.loading import LoadedNetwork, load, open_network
+from pathconvert.networks.saving import save
 from pathconvert.path_bn.entering import to_path_bn
 from pathconvert.path_bn.restoring import restore
 from pathconvert.training.run.begin import begin

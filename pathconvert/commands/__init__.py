@@ -1,4 +1,4 @@
 """The commands, one function each; ``cli.py`` puts them together.
 
-torch is imported inside them: ``--help`` has to be quick.
+They import torch only when they run, so that ``--help`` is quick.
 """

@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, remarks and progress on stderr."""
+"""How the commands print: results on stdout, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderResult
     from rich.table import Table
 
-#: Characters that a column which breaks anywhere is left with on the narrowest terminal.
+#: Width in characters of a column that may break anywhere, on the narrowest terminal.
 FOLDED_WIDTH = 12
 
 
 def note(message: str) -> None:
-    """A remark for people: stderr."""
+    """Print a note for people on stderr."""
     typer.echo(message, err=True)
 
 
 @dataclass(frozen=True)
 class Titled:
-    """A table below its title, which stays one line even where the table is narrower (rich wraps a table's own).
+    """A table below its title. The title stays on one line even if the table is narrower (rich would wrap it).
 
     Attributes:
         title: printed in bold.
         table: its columns.
-        foldable: indices of the columns that may break anywhere, as file names have to; the others break at spaces.
+        foldable: indices of the columns that may break anywhere, such as file names; the others break at spaces.
     """
 
     title: str
@@ -46,12 +46,12 @@ class Titled:
         yield self.table
 
     def fits(self) -> bool:
-        """Whether the terminal is wide enough for every cell to stand in one line."""
+        """Whether the terminal is wide enough for every cell to stay on one line."""
         console = _stdout()
         return console.measure(self.table, options=console.options.update(width=10_000)).maximum <= console.width
 
     def least_width(self) -> int:
-        """Characters below which rich would cut words and numbers off."""
+        """The width in characters below which rich would cut off words and numbers."""
         console = _stdout()
         for i in self.foldable:
             self.table.columns[i].max_width = FOLDED_WIDTH
@@ -68,9 +68,9 @@ def _stdout() -> Console:
 
 
 def emit(result: dict[str, Any], table: Titled, as_json: bool) -> None:
-    """The result: a table on stdout, or one JSON object instead.
+    """Print the result on stdout, as a table or as one JSON object.
 
-    A terminal that is too narrow for a table's numbers breaks its lines: all of every number is there.
+    If the terminal is too narrow for the table, lines are wrapped, so that no number is cut off.
     """
     if as_json:
         finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no Infinity
@@ -82,7 +82,7 @@ def emit(result: dict[str, Any], table: Titled, as_json: bool) -> None:
 
 
 def facts(title: str, rows: Mapping[str, str]) -> Titled:
-    """A table of names and what is to be said of each."""
+    """A table of two columns: names and their values."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -99,10 +99,10 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
     """A table with a header.
 
     Args:
-        title: above it.
-        columns: their names, and how each stands: ``right`` (numbers, never broken), ``left``, which breaks at spaces
-            where the terminal is too narrow, or ``wrap``, which breaks anywhere.
-        rows: a text for every column.
+        title: printed above the table.
+        columns: the columns' names, and how each is set: ``right`` (numbers, never broken), ``left`` (broken at spaces
+            if the terminal is too narrow) or ``wrap`` (broken anywhere).
+        rows: for every row, one text per column.
     """
     from rich import box
     from rich.cells import cell_len
@@ -123,7 +123,7 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
 
 
 class Steps:
-    """Progress over named steps, shown on stderr once they have taken two seconds."""
+    """A progress bar over named steps, shown on stderr after two seconds."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -141,7 +141,7 @@ class Steps:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """The bar, while the steps run."""
+        """Show the bar while the steps run, and measure the total time."""
         self._timer.start()
         try:
             yield
@@ -153,7 +153,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """One of them; its seconds add up under its name."""
+        """Run one step. Its time is added to ``seconds`` under its name."""
         begun = time.perf_counter()
         self._progress.update(self._task, description=name)
         yield
@@ -162,10 +162,10 @@ class Steps:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def part(self, done: int, total: int | None) -> None:
-        """How far the step is that runs now."""
+        """Report how much of the current step is done."""
         if total:
             self._progress.update(self._task, completed=self._done + done / total)
 
     def total(self) -> dict[str, str]:
-        """A row with the seconds of all."""
+        """A table row with the total time."""
         return {"time": f"{self.seconds['total']:.1f} s"}

@@ -1,4 +1,4 @@
-"""Into path space and back, and what a file is: reparam, restore, verify, inspect, archs."""
+"""Commands that convert networks and look at files: reparam, restore, verify, inspect, archs."""
 
 from __future__ import annotations
 
@@ -35,24 +35,37 @@ def reparam(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     scope: Annotated[
-        Scope, typer.Option(help="block leaves residual streams alone; network takes them.")
+        Scope, typer.Option(help="block leaves residual streams alone; network rescales them too.")
     ] = Scope.block,
-    pivot: Annotated[PivotChoice, typer.Option(help="Which outgoing weight becomes ±1.")] = PivotChoice.matching,
-    gauge: Annotated[GaugeChoice, typer.Option(help="unit: pivots ±1; pow2: bit-identical.")] = GaugeChoice.unit,
-    form: Annotated[Form, typer.Option(help="path: rescaled weights; path-bn: Path-BN layers, to train.")] = Form.path,
-    calibrate: Annotated[Path | None, typer.Option(help="Folder of images for Path-BN's statistics.")] = None,
-    skip_scale: Annotated[float, typer.Option(help="λ of Path-BN's skip; 0.1 is the papers' for ResNets.")] = 1.0,
-    partial: Annotated[bool, typer.Option("--partial", help="Pin what is not homogeneous, convert the rest.")] = False,
+    pivot: Annotated[
+        PivotChoice, typer.Option(help="Rule that chooses which outgoing weight of a channel becomes ±1.")
+    ] = PivotChoice.matching,
+    gauge: Annotated[
+        GaugeChoice,
+        typer.Option(help="unit makes pivots exactly ±1; pow2 uses powers of two, so outputs stay bit-identical."),
+    ] = GaugeChoice.unit,
+    form: Annotated[
+        Form, typer.Option(help="path rescales the weights; path-bn also inserts Path-BN layers for training.")
+    ] = Form.path,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of images from which Path-BN's statistics are computed.")
+    ] = None,
+    skip_scale: Annotated[
+        float, typer.Option(help="λ, the factor of Path-BN's skip; the papers use 0.1 for ResNets.")
+    ] = 1.0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Convert what can be converted, instead of refusing the whole network.")
+    ] = False,
     key: Key = None,
     force: Force = False,
-    report: Annotated[Path | None, typer.Option(help="Write every group and pivot to this JSON file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write every scale group and pivot to this JSON file.")] = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Move a network into path space: same class, names, shapes and dtypes; proven equal before the file appears."""
+    """Move a network into path space, and check that it computes the same function."""
     steps = Steps(3 + bool(report) + (form == Form.path_bn))
     if form == Form.path and (calibrate or skip_scale != 1):
-        raise PathconvertError("--calibrate and --skip-scale belong to Path-BN", "Add --form path-bn.")
+        raise PathconvertError("--calibrate and --skip-scale apply only to the Path-BN form", "Add --form path-bn.")
     from pathconvert.commands import reports
 
     path = checked_output(source, output, form.value, force)
@@ -64,7 +77,7 @@ def reparam(
         from pathconvert.conversion.record import record_of
         from pathconvert.networks.checked import convert_network, enter_path_bn, resume_conversion, save_checked
 
-        if network.form == form or network.form == "path-bn":
+        if network.form in (form, "path-bn"):
             form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
             raise RecordError(
                 f"{source} is converted already: it is in {form_now}",
@@ -74,7 +87,7 @@ def reparam(
             conversion = (
                 resume_conversion(network)
                 if network.record
-                else convert_network(network, scope.value, pivot.value, gauge.value, partial)
+                else convert_network(network, scope.value, pivot.value, gauge.value, partial=partial)
             )
         path_bn = None
         if form == Form.path_bn:
@@ -103,7 +116,7 @@ def restore(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Take a conversion back: the original network, fine-tuned or not."""
+    """Undo a conversion and write the original network. This works after fine-tuning, too."""
     steps = Steps(2)
     path = checked_output(source, output, "restored", force)
     with steps.shown():
@@ -130,14 +143,14 @@ def restore(
         "seconds": steps.seconds,
     }
     rows = {"network": network.architecture.name, "equality": reports.equality_text(equality)}
-    exactly = "to the bit" if identical else "to rounding (2 units in the last place)"
-    tuned = "other weights: the network was fine-tuned"
+    exactly = "bit for bit" if identical else "up to rounding (2 units in the last place)"
+    tuned = "has other weights, because the network was fine-tuned"
     rows["original file"] = tuned if network.training else f"restored {exactly}"
     emit(result, facts(f"{source} → {path}", rows | steps.total()), as_json)
 
 
 def verify(
-    a: Annotated[str, typer.Argument(help="The original.")],
+    a: Annotated[str, typer.Argument(help="The original network.")],
     b: Annotated[str, typer.Argument(help="The other network, in any form.")],
     images: Images = None,
     arch: Arch = None,
@@ -145,7 +158,7 @@ def verify(
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Compare two networks of one architecture; exit 1 if they are not the same function."""
+    """Check that two networks of one architecture compute the same function. If not, the exit code is 1."""
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
@@ -161,7 +174,7 @@ def verify(
         rows["images"] = f"same top-1 on {comparison.same_top1} of {comparison.images}"
     emit(result, facts(f"{a} and {b}", rows | steps.total()), as_json)
     if not comparison.passed:
-        raise EquivalenceError(f"{a} and {b} are not the same function")
+        raise EquivalenceError(f"{a} and {b} do not compute the same function")
 
 
 def inspect(
@@ -172,7 +185,7 @@ def inspect(
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Tell what a file is; for a plain checkpoint, how uneven its channel scales are."""
+    """Show what a file contains and, for a plain checkpoint, how uneven its channel scales are."""
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
@@ -185,7 +198,7 @@ def inspect(
 
 
 def archs(as_json: Json = False) -> None:
-    """List the networks that are supported, and why the rest is not."""
+    """List torchvision's networks: which are supported, and why the others are not."""
     from pathconvert.networks.architectures import catalogue
 
     entries = catalogue()
@@ -193,4 +206,4 @@ def archs(as_json: Json = False) -> None:
     table = grid("torchvision networks", {"network": "left", "task": "left", "supported": "wrap"}, rows)
     keys = ("name", "task", "supported", "reason")
     emit({"architectures": [{k: getattr(e, k) for k in keys} for e in entries]}, table, as_json)
-    note("Any other module: --arch package.module:builder, or timm/NAME where timm is installed.")
+    note("For any other module give --arch package.module:builder, or --arch timm/NAME if timm is installed.")

@@ -1,4 +1,4 @@
-"""The whole way on a network that is trained in some seconds, one command after the other."""
+"""The demo: every command in turn, on a network that is trained within seconds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from pathconvert.errors import OutputError
 
 def demo(
     context: typer.Context,
-    output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("demo"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path("demo"),
 ) -> None:
-    """Train a small ResNet on scikit-learn's digits; convert, verify, restore; Path-BN, fine-tune; ONNX, its speed."""
+    """Train a small ResNet on scikit-learn's digits, then convert, fine-tune, export and time it."""
     from pathconvert.commands.digits import save_digits, save_turned_digits, train_digits
     from pathconvert.files.writing import prepare_output
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {output_dir} cannot be made: {error.strerror}.", "Give another.") from error
+        raise OutputError(
+            f"The folder {output_dir} cannot be made: {error.strerror}.", "Give another --output-dir."
+        ) from error
     source = prepare_output(output_dir / "digits_resnet18.pt", force=True, source=None)
     accuracy = train_digits(source, note)
     note(f"trained a torchvision resnet18 on digits: {accuracy:.1%} correct on held-out images, saved as {source}")
@@ -34,7 +36,7 @@ def demo(
 
 
 def _lines(folder: Path, source: Path, digits: Path, images: list[Path], turned: Path) -> list[tuple[str, list[str]]]:
-    """What each command is for, and its arguments."""
+    """The title of each command, and its arguments."""
     onnx, run = str(folder / "digits_resnet18.onnx"), str(folder / "run")
     path, restored, path_bn = (
         str(folder / f"digits_resnet18.{kind}.safetensors") for kind in ("path", "restored", "path-bn")

@@ -1,4 +1,4 @@
-"""Out of PyTorch: export, bench, predict."""
+"""Commands that export networks and run them: export, bench, predict."""
 
 from __future__ import annotations
 
@@ -35,30 +35,36 @@ if TYPE_CHECKING:
 
 def export(
     source: Source,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write (.onnx).")] = None,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
-    opset: Annotated[int, typer.Option(help="18 to 24.")] = 20,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
-    io_dtype: Annotated[str, typer.Option(help="Of inputs and outputs; fp16 with --precision fp16.")] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 20,
+    precision: Annotated[str, typer.Option(help="Precision of the graph: fp32 or fp16.")] = "fp32",
+    io_dtype: Annotated[
+        str, typer.Option(help="Type of inputs and outputs: fp32, or fp16 with --precision fp16.")
+    ] = "fp32",
     gauge: Annotated[
-        ExportGauge, typer.Option(help="balanced: even out the channels' ranges, for fp16.")
+        ExportGauge, typer.Option(help="balanced evens out the channels' ranges, which helps fp16.")
     ] = ExportGauge.keep,
-    batch: Annotated[str, typer.Option(help="dynamic, or a fixed number.")] = "dynamic",
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Height and width dynamic too.")] = False,
+    batch: Annotated[str, typer.Option(help="Batch size: dynamic or a fixed number.")] = "dynamic",
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Make height and width dynamic, too.")] = False,
     with_preprocessing: Annotated[
-        bool, typer.Option("--with-preprocessing", help="The graph takes uint8 pixels and normalises them.")
+        bool, typer.Option("--with-preprocessing", help="Include the normalisation: the graph takes uint8 pixels.")
     ] = False,
-    with_softmax: Annotated[bool, typer.Option("--with-softmax", help="Probabilities in place of logits.")] = False,
-    auxiliary: Annotated[bool, typer.Option("--auxiliary", help="A segmentation network's second output too.")] = False,
+    with_softmax: Annotated[
+        bool, typer.Option("--with-softmax", help="Output probabilities instead of logits.")
+    ] = False,
+    auxiliary: Annotated[
+        bool, typer.Option("--auxiliary", help="Include the auxiliary output of a segmentation network.")
+    ] = False,
     images: Images = None,
     key: Key = None,
     force: Force = False,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Fold and write one .onnx file; proven equal in ONNX Runtime before it appears."""
+    """Write a network as one ONNX file, and check it in ONNX Runtime."""
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
@@ -90,14 +96,18 @@ def export(
 
 
 def bench(
-    sources: Annotated[list[str], typer.Argument(help=".onnx files, checkpoints, torchvision names.")],
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.", show_default="1,8")] = None,
-    threads: Annotated[int | None, typer.Option(help="On the CPU, of each.", min=1)] = None,
+    sources: Annotated[
+        list[str], typer.Argument(help="Networks to time: .onnx files, checkpoints or torchvision names.")
+    ],
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, separated by commas.", show_default="1,8")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per contender.", min=1)] = None,
     device: Device = DeviceChoice.auto,
-    repeats: Annotated[int, typer.Option(help="Turns of each at every batch size.", min=1)] = 20,
-    compile: Annotated[bool, typer.Option("--compile", help="Time checkpoints under torch.compile too.")] = False,
-    io_binding: Annotated[bool, typer.Option("--io-binding", help="On a GPU, leave copies out.")] = False,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay captured kernels.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed turns per contender and batch size.", min=1)] = 20,
+    compile: Annotated[bool, typer.Option("--compile", help="Time checkpoints with torch.compile as well.")] = False,
+    io_binding: Annotated[
+        bool, typer.Option("--io-binding", help="On a GPU, do not time copies between host and device.")
+    ] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay a captured CUDA graph.")] = False,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
@@ -105,11 +115,13 @@ def bench(
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Time networks in turns: ONNX files on ONNX Runtime, checkpoints in PyTorch. Ratios are over the first."""
+    """Compare the speed of networks: ONNX files in ONNX Runtime, checkpoints in PyTorch."""
     sizes = _batch_sizes(batch)
     if (io_binding or cuda_graph) and not any(Path(source).suffix.lower() == ".onnx" for source in sources):
         option = "--io-binding" if io_binding else "--cuda-graph"
-        raise PathconvertError(f"{option} is of ONNX Runtime, and none of these is an .onnx file", "Leave it out.")
+        raise PathconvertError(
+            f"{option} needs ONNX Runtime, and none of the networks is an .onnx file", f"Leave {option} out."
+        )
     steps = Steps(1)
     with steps.shown(), steps.step("load and measure"):
         from pathconvert.export.runtime.bench import measure
@@ -134,7 +146,7 @@ def bench(
 
 
 def _timing_table(report: BenchReport) -> Titled:
-    """One row a timing; the device in the title where it is the same for all. Narrow terminals get no quartiles."""
+    """One row per timing. A device that all share stands in the title; a narrow terminal gets no quartiles."""
     devices = list(dict.fromkeys(t.device for t in report.timings))
     size = "x".join(map(str, report.input_size))
     title = f"{size}, {'/'.join(devices)}, {report.threads} threads, {report.rounds} turns: median"
@@ -154,7 +166,7 @@ def _timing_row(t: Timing, device: str) -> tuple[str, ...]:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits, or all digits before the point if there are more."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -164,14 +176,14 @@ def _batch_sizes(text: str | None) -> list[int] | None:
     except ValueError:
         sizes = []
     if sizes is not None and (not sizes or min(sizes) < 1):
-        raise PathconvertError(f"{text!r} is no list of batch sizes", "Such as --batch 1,8")
+        raise PathconvertError(f"{text!r} is not a list of batch sizes", "Give positive numbers, such as --batch 1,8.")
     return sizes
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="An .onnx file, a checkpoint of any form, or a torchvision name.")],
-    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.")],
-    top: Annotated[int, typer.Option(help="Classes an image.", min=1)] = 5,
+    model: Annotated[str, typer.Argument(help="An .onnx file, a checkpoint in any form, or a torchvision name.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
+    top: Annotated[int, typer.Option(help="Classes shown per image.", min=1)] = 5,
     device: Device = DeviceChoice.auto,
     arch: Arch = None,
     input_size: InputSize = None,
@@ -180,7 +192,7 @@ def predict(
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Classify images, with the preprocessing and labels that are recorded for the network."""
+    """Classify images with the preprocessing and labels that are recorded for the network."""
     steps = Steps(1)
     with steps.shown(), steps.step("load and classify"):
         from pathconvert.export.runtime.predict import predict as classify
@@ -205,7 +217,7 @@ def predict(
         raise CheckpointError(
             f"{count} of {count + len(report.predictions)} images could not be read: "
             f"{', '.join(one.image for one in report.unread[:5])}{', …' if count > 5 else ''}",
-            "Mend or remove them; the others are classified.",
+            "Repair or remove them; the other images were classified.",
         )
 
 

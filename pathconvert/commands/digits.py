@@ -1,4 +1,4 @@
-"""The demonstration's network: a stock torchvision ResNet-18, trained on scikit-learn's 8×8 digits for some seconds."""
+"""The demo's network: a stock torchvision ResNet-18, trained on scikit-learn's 8×8 digits within seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def train_digits(path: Path, note: Callable[[str], None]) -> float:
-    """Train, save the state dict at ``path``, return the share of held-out images that are classified right."""
+    """Train, save the state dict at ``path``, and return the accuracy on the held-out images."""
     images, labels = _digits()
     images = normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD))
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +46,7 @@ def train_digits(path: Path, note: Callable[[str], None]) -> float:
 
 
 def save_digits(folder: Path, count: int) -> list[Path]:
-    """The first images of the training set as PNG files, the label last in their names."""
+    """Save the first images of the training set as PNG files, whose names end with the label."""
     images, labels = _digits()
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{i}_{int(labels[i])}.png" for i in range(HELD_OUT, HELD_OUT + count)]
@@ -56,7 +56,10 @@ def save_digits(folder: Path, count: int) -> list[Path]:
 
 
 def save_turned_digits(folder: Path, train: int = 600, val: int = 200) -> Path:
-    """``train/`` and ``val/`` with a folder a class: other digits than the network was trained on, turned by 90°."""
+    """Save digits turned by 90°, in ``train/`` and ``val/`` with one folder per class.
+
+    The network was not trained on turned digits, so that fine-tuning on them has something to do.
+    """
     images, labels = _digits()
     for part, start, count in (("val", 0, val), ("train", HELD_OUT, train)):
         for i in range(len(images))[start : start + count]:

@@ -1,4 +1,4 @@
-"""Training on in path space: finetune."""
+"""The command finetune: continue training in path space."""
 
 from __future__ import annotations
 
@@ -32,24 +32,26 @@ class TrainingDevice(StrEnum):
 
 def _finetune(
     source: Annotated[
-        str | None, typer.Argument(help="A checkpoint of any form, or a torchvision name; none with --resume.")
+        str | None, typer.Argument(help="A checkpoint in any form, or a torchvision name. Omit it with --resume.")
     ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="The run's folder.", show_default="runs/<stem>-<time>")
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default="runs/NAME-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings. Command-line options take precedence.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings in YAML; flags win.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and how, and end.")] = False,
-    device: Annotated[TrainingDevice, typer.Option(help="auto takes a GPU if there is one.")] = TrainingDevice.auto,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the training plan and exit.")] = False,
+    device: Annotated[
+        TrainingDevice, typer.Option(help="Device to train on. auto uses a GPU if there is one.")
+    ] = TrainingDevice.auto,
     arch: Arch = None,
     input_size: InputSize = None,
     key: Key = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds something.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
     **settings: Any,
 ) -> None:
-    """Train a converted network on in path space (a plain one is converted first), on labelled images."""
+    """Continue training in path space, on labelled images. A plain network is converted first."""
     given = {name: _plain(value) for name, value in settings.items() if value is not None}
     steps = Steps(1)
     with steps.shown(), steps.step("load and prepare"):
@@ -67,7 +69,7 @@ def _finetune(
             if not resolved.data:
                 raise PathconvertError("no images to train on", "Give --data FOLDER, or --data NAME:ROOT.")
             loader = Loader(arch, input_size, None, key, trust_pickle)
-            run = _begun(source, loader, resolved, folder, device.value, force, dry_run)
+            run = _begun(source, loader, resolved, folder, device.value, force=force, dry_run=dry_run)
     if run.fabric.is_global_zero:
         for remark in run.prepared.notes:
             note(f"note: {remark}")
@@ -87,23 +89,29 @@ def _finetune(
         "network": str(trained_file(folder)),
     }
     if result.shortened:
-        rows["shortened"] = f"{result.shortened} steps of chains: the rate may be too large"
+        rows["shortened"] = f"{result.shortened} steps of chains were shortened: the learning rate may be too large"
     summary = {"folder": str(folder), "network": str(trained_file(folder)), "best": best, "history": result.history}
     summary |= {"shortened": result.shortened, "seconds": steps.seconds}
     emit(summary, facts(f"{source or resume} → {folder}", rows), as_json)
 
 
 def _plain(value: Any) -> Any:
+    """The text of a choice; any other value unchanged."""
     return value.value if isinstance(value, StrEnum) else value
 
 
 def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: Path | None, device: str) -> Run:
+    """The run in folder ``path``, ready to go on.
+
+    Raises:
+        PathconvertError: a source, or an option other than --data and --device, was given as well.
+    """
     options = [f"--{name.replace('_', '-')}" for name in given if name != "data"]
     extra = source or next(iter(options), None) or (config and "--config")
     if extra:
         raise PathconvertError(
-            f"{extra} cannot be given with --resume: the run's own config.yaml holds",
-            "Begin a new run to change it; --data alone may say where the images are now.",
+            f"{extra} cannot be given with --resume: a resumed run keeps the settings in its config.yaml",
+            "Start a new run to change it. Only --data may be given, if the images have moved.",
         )
     from pathconvert.training.run.begin import resume
 
@@ -111,14 +119,16 @@ def _resumed(path: Path, source: str | None, given: Mapping[str, Any], config: P
 
 
 def _begun(
-    source: str, loader: Loader, settings: Settings, folder: Path, device: str, force: bool, dry_run: bool
+    source: str, loader: Loader, settings: Settings, folder: Path, device: str, *, force: bool, dry_run: bool
 ) -> Run:
+    """A new run in ``folder`` that trains ``source``."""
     from pathconvert.training.run.begin import begin
 
     return begin(loader.open(source), settings, folder, device=device, force=force, dry_run=dry_run)
 
 
 def _show_plan(run: Run, source: str, as_json: bool) -> None:
+    """Print what --dry-run shows: the network's form, chains and memory, the images and the steps."""
     from pathconvert.training.run.plan import plan
 
     found = plan(run)
@@ -132,12 +142,12 @@ def _show_plan(run: Run, source: str, as_json: bool) -> None:
         "memory": f"{memory['weights'] / 2**20:.0f} MiB weights, {memory['activations'] / 2**20:.0f} MiB activations",
     }
     for name, why in chains.get("left", {}).items():
-        rows[f"left: {name}"] = why
-    emit(found | {"source": source}, facts(f"{source}: the plan", rows), as_json)
+        rows[f"on no chain: {name}"] = why
+    emit(found | {"source": source}, facts(f"{source}: training plan", rows), as_json)
 
 
 class _Bar:
-    """Progress of a run: on a terminal a bar, and a line an epoch on stderr."""
+    """Progress of a run on stderr: a bar on a terminal, and one line per epoch."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -150,14 +160,14 @@ class _Bar:
         self._since, self._images = time.perf_counter(), 0
 
     def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int) -> None:
-        """After a batch."""
+        """Show the progress after a batch."""
         self._images += images
         rate = self._images / (time.perf_counter() - self._since)
         text = f"epoch {epoch + 1}: loss {loss:.4f}, top-1 {accuracy:.1%}, {rate:.0f} images/s"
         self._bar.update(self._task, description=text, completed=done, total=total)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """After an epoch."""
+        """Print a line after an epoch."""
         note(
             f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.1%}; held out: loss "
             f"{row['val_loss']:.4f}, top-1 {row['val_top1']:.2%}; {row['images_per_second']:.0f} images/s"
@@ -173,6 +183,7 @@ class _Bar:
 
 
 def _trained(run: Run) -> Any:
+    """Train, with progress on stderr in the first of several processes; the result of the run."""
     if not run.fabric.is_global_zero:
         return run.train()
     with _Bar() as bar:
@@ -183,7 +194,7 @@ def _trained(run: Run) -> Any:
 
 
 def _options() -> list[inspect.Parameter]:
-    """One option for every setting; None where it is not given."""
+    """One option for every setting. Its value is None if it is not given."""
     hints = typing.get_type_hints(Settings)
     return [
         inspect.Parameter(
@@ -197,7 +208,7 @@ def _options() -> list[inspect.Parameter]:
 
 
 def _kind(name: str, hint: Any) -> Any:
-    """What typer reads: a number, a word, or one of several words."""
+    """The type that typer parses: a number, a word, or one of several words."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     kind = next(one for one in kinds if one is not types.NoneType)
     choices = typing.get_args(kind)
@@ -209,6 +220,7 @@ def _kind(name: str, hint: Any) -> Any:
 
 
 def _option(one: dataclasses.Field[Any]) -> Any:
+    """The typer option of a setting: its flag (a pair of flags if it is a bool), help and default."""
     flag = f"--{one.name.replace('_', '-')}"
     if isinstance(one.default, bool):
         flag += f"/--no-{one.name.replace('_', '-')}"
@@ -217,6 +229,7 @@ def _option(one: dataclasses.Field[Any]) -> Any:
 
 
 def finetune(**options: Any) -> None:
+    """Replaced below by the docstring of :func:`_finetune`, which is the command's help."""
     _finetune(**options)
 
 

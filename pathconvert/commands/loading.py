@@ -1,4 +1,4 @@
-"""From the names on a command line to networks, and to the file that will be written."""
+"""From the names on a command line to the networks they mean, and to the file that will be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loader:
-    """How sources are to be read: the options of these names."""
+    """How sources are read. The attributes are the options of the same names."""
 
     arch: str | None = None
     input_size: str | None = None
@@ -26,28 +26,28 @@ class Loader:
 
     @property
     def size(self) -> tuple[int, ...] | None:
-        """The input size, read."""
+        """The input size as numbers, or None if it was not given."""
         from pathconvert.networks.architectures import parse_input_size
 
         return parse_input_size(self.input_size) if self.input_size else None
 
     def refuse_for_onnx(self, sources: Sequence[str]) -> None:
-        """Refuse options that say how to read a checkpoint where all sources are ONNX files.
+        """Refuse the options that say how to read a checkpoint, if all sources are ONNX files.
 
         Raises:
-            PathconvertError: one of them was given.
+            PathconvertError: all sources are ONNX files, and such an option was given.
         """
         if all(Path(source).suffix.lower() == ".onnx" for source in sources):
             for name in ("arch", "num_classes", "key", "trust_pickle"):
                 if getattr(self, name):
                     option = f"--{name.replace('_', '-')}"
                     raise PathconvertError(
-                        f"{option} is for checkpoints: {sources[0]} is an ONNX file, which needs none",
+                        f"{option} is for checkpoints, but {sources[0]} is an ONNX file",
                         f"Leave {option} out.",
                     )
 
     def open(self, source: str) -> LoadedNetwork:
-        """Load a network and say what was chosen on the way."""
+        """Load a network, and note which key and prefix were used."""
         from pathconvert.networks.loading import open_network
 
         network = open_network(
@@ -67,7 +67,11 @@ class Loader:
         return network
 
     def open_pair(self, a: str, b: str) -> list[LoadedNetwork]:
-        """Two forms of one network; a converted file knows what a plain checkpoint of an own class does not tell."""
+        """Load two forms of one network.
+
+        A plain checkpoint of a user's own class does not say how to build it. If only one of the two can be opened,
+        its architecture is used for the other.
+        """
         opened: dict[str, LoadedNetwork] = {}
         refusals: list[ArchitectureError] = []
         for source in (a, b, a, b):
@@ -90,9 +94,9 @@ class Loader:
 
 
 def default_output(source: str, ending: str) -> Path:
-    """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``; in the current folder where the source is no file.
+    """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``; in the current folder if the source is not a file.
 
-    Where a conversion leads on or back, ``resnet50.path.safetensors`` is ``resnet50`` again.
+    The suffix of an earlier conversion is dropped: ``resnet50.path.safetensors`` becomes ``resnet50`` again.
     """
     file = Path(source)
     stem = file.name
@@ -105,13 +109,13 @@ def default_output(source: str, ending: str) -> Path:
 
 
 def source_file(source: str) -> Path | None:
-    """The source, where it is a file, which is never overwritten."""
+    """The file of the source, which must never be overwritten; None for a torchvision name."""
     file = Path(source)
     return file if file.exists() else None
 
 
 def checked_output(source: str, output: Path | None, kind: str, force: bool) -> Path:
-    """Where the result goes, checked before any work."""
+    """The path of the result, checked before any work is done."""
     from pathconvert.files.writing import prepare_output
 
     path = output or default_output(source, f".{kind}.safetensors")

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that none is worded twice."""
+"""The options that several commands share, so that each is worded once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DeviceChoice(StrEnum):
 
 
 class Settings:
-    """What holds for the whole process."""
+    """Settings of the whole process."""
 
     debug = False
 
@@ -56,28 +56,36 @@ def _set_debug(value: bool) -> None:
     Settings.debug = Settings.debug or value
 
 
-Source = Annotated[str, typer.Argument(help="A .pt, .pth or .safetensors file, or a torchvision name (resnet50).")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write: .safetensors, .pt or .pth.")]
+Source = Annotated[
+    str, typer.Argument(help="A .pt, .pth or .safetensors file, or a torchvision name such as resnet50.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write (.safetensors, .pt or .pth).")]
 Arch = Annotated[
     str | None,
     typer.Option(
-        help="A torchvision name, with what no tensor tells: googlenet(transform_input=True); package.module:builder; "
-        "timm/NAME. Else recognised."
+        help="Architecture: a torchvision name, MODULE:FUNCTION or timm/NAME, plus arguments that the weights do not "
+        "reveal, as in NAME(KEY=VALUE). Default: recognised from the weights."
     ),
 ]
-InputSize = Annotated[str | None, typer.Option(help="Such as 3x32x32, where the architecture does not tell.")]
-NumClasses = Annotated[int | None, typer.Option(help="Overrides the number that the tensors show.", min=1)]
-Key = Annotated[str | None, typer.Option(help="The wrapper key to take, such as model_ema.")]
-Images = Annotated[Path | None, typer.Option(help="Compare on the images of this folder too.")]
-Device = Annotated[DeviceChoice, typer.Option(help="auto takes a GPU if one works, and says when it does not.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs its code.")]
+InputSize = Annotated[
+    str | None, typer.Option(help="Input size such as 3x32x32, if the architecture does not define it.")
+]
+NumClasses = Annotated[int | None, typer.Option(help="Number of classes. Default: read from the weights.", min=1)]
+Key = Annotated[str | None, typer.Option(help="Key of the checkpoint that holds the weights, such as model_ema.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of images on which the networks are compared as well.")]
+Device = Annotated[
+    DeviceChoice, typer.Option(help="Device to run on. auto uses a GPU if one works, and says if it does not.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Load a pickled module. This runs code that the file contains.")
+]
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show tracebacks.")]
 
 
 def with_debug(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with a last option ``--debug``, which takes effect while the line is read."""
+    """``command`` with ``--debug`` as its last option, which takes effect while the command line is parsed."""
 
     @functools.wraps(command)
     def run(*arguments: Any, debug: bool, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the commands print: results as JSON, and the same as rows of a table."""
+"""The results that the commands print: as JSON, and as the rows of a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def summarise(
     equality: EquivalenceReport,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The result of ``pathconvert reparam``, JSON-serialisable; ``path_bn`` is that part of the record."""
+    """The result of ``pathconvert reparam`` as a JSON-serialisable dictionary.
+
+    ``path_bn`` is the part of the conversion record that describes the Path-BN layers; None in path form.
+    """
     magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
     has_pivots = bool(magnitudes.size)
     return {
@@ -50,11 +53,14 @@ def summarise(
 
 def _notes(conversion: Conversion) -> list[str]:
     counts = conversion.counts()
-    notes = [f"{name} is too wide for matching: max was taken there" for name in conversion.pivot_fallbacks]
+    notes = [
+        f"{name} is too wide for the pivot rule matching: max was used there" for name in conversion.pivot_fallbacks
+    ]
     if counts["channels_held_back"]:
-        notes.append(f"{counts['channels_held_back']} channels held back: they would leave the dtype's normal range")
+        held_back = counts["channels_held_back"]
+        notes.append(f"{held_back} channels were held back: rescaled, they would leave the dtype's normal range")
     if counts["channels_circular"]:
-        notes.append(f"{counts['channels_circular']} channels left alone: their pivots run in a circle")
+        notes.append(f"{counts['channels_circular']} channels were left alone: their pivots run in a circle")
     if conversion.parts != ("",):
         notes.append(f"converted part by part: {', '.join(conversion.parts)}")
     notes += [f"left alone: {name} ({why})" for name, why in conversion.left_alone.items()]
@@ -62,7 +68,7 @@ def _notes(conversion: Conversion) -> list[str]:
 
 
 def _path_bn_notes(path_bn: dict[str, Any] | None) -> list[str]:
-    """One for every reason that a layer was left for."""
+    """One note for every reason why layers did not become Path-BN layers."""
     by_reason: dict[str, list[str]] = {}
     for name, why in path_bn["left"].items() if path_bn else ():
         by_reason.setdefault(why, []).append(name)
@@ -78,13 +84,16 @@ def _path_bn_row(path_bn: dict[str, Any]) -> str:
     calibration = path_bn["calibration"]
     images = calibration.get("images")
     source = (
-        f"calibrated on {images} images" if images else "statistics estimated from BatchNorms (Gaussian), no images"
+        f"calibrated on {images} images"
+        if images
+        else "statistics estimated from the BatchNorms (Gaussian), without images"
     )
-    return f"{len(path_bn['layers'])} layers, {len(path_bn['left'])} left; λ {path_bn['skip_scale']:g}; {source}"
+    layers = f"{len(path_bn['layers'])} layers, {len(path_bn['left'])} left as they are"
+    return f"{layers}; λ {path_bn['skip_scale']:g}; {source}"
 
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
-    """The rows of reparam's table."""
+    """The rows of the table that reparam prints."""
     arguments = ", ".join(f"{name}={value}" for name, value in summary["arguments"].items())
     magnitude = summary["pivot_magnitude"]
     seconds = summary["seconds"]
@@ -107,7 +116,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def equality_text(equality: EquivalenceReport) -> str:
-    """One line on an equality."""
+    """The result of a comparison as one line."""
     return _equality_row(equality.to_json())
 
 
@@ -116,25 +125,25 @@ def _equality_row(equality: dict[str, Any]) -> str:
     if equality["bit_identical"]:
         return f"{verdict}: outputs bit-identical"
     return (
-        f"{verdict}: error {equality['noise_ratio']:.2f} × the dtype's own noise (4 passes), "
+        f"{verdict}: error {equality['noise_ratio']:.2f} × the dtype's own noise (limit: 4), "
         f"largest difference {equality['max_abs']:.1e} ({equality['max_rel']:.1e} relative)"
     )
 
 
 def prepare_report(path: Path, *, force: bool, taken: tuple[Path, ...]) -> None:
-    """Check, before any work, that a report may be written at ``path``.
+    """Check, before any work is done, that a report can be written at ``path``.
 
     Args:
-        path: the report.
+        path: the file for the report.
         force: replace a file that exists.
-        taken: the source and the output.
+        taken: the source and the output, which the report must not replace.
 
     Raises:
-        OutputError: it may not.
+        OutputError: the path is taken, is a directory, is not writable, or exists and ``force`` is False.
     """
     tip = "Give another file to --report."
     if any(path.resolve() == other.resolve() for other in taken):
-        raise OutputError(f"{path} is the source or the output, and no place for the report.", tip)
+        raise OutputError(f"{path} is the source or the output, so the report cannot be written there.", tip)
     if path.is_dir():
         raise OutputError(f"{path} is a directory; expected the name of a file for the report.", tip)
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -144,7 +153,7 @@ def prepare_report(path: Path, *, force: bool, taken: tuple[Path, ...]) -> None:
 
 
 def write_report(conversion: Conversion, path: Path) -> None:
-    """Every group and pivot as JSON.
+    """Write every scale group and pivot as JSON.
 
     Raises:
         OutputError: the file cannot be written.
@@ -171,7 +180,7 @@ def write_report(conversion: Conversion, path: Path) -> None:
 
 
 def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
-    """What a file holds; for a plain checkpoint, how uneven its channels' scales are."""
+    """What a file contains and, for a plain checkpoint, how uneven its channel scales are, as JSON."""
     parameters = list(network.model.parameters())
     file = network.checkpoint
     result: dict[str, Any] = {
@@ -205,7 +214,7 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
 
 
 def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
-    """Groups by the ratio of their largest to their smallest factor, the most uneven first."""
+    """The scale groups with the ratio of their largest to their smallest factor, the most uneven first."""
     free = [group for group in conversion.groups if group.pinned_by is None]
     ratios = [
         {
@@ -219,7 +228,7 @@ def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
 
 
 def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
-    """The rows of inspect's table."""
+    """The rows of the table that inspect prints."""
     rows = {
         "form": result["form"],
         "network": f"{result['architecture']} {result['arguments'] or ''}".strip(),
@@ -239,7 +248,9 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
             rows["fine-tuned"] += f"; epoch {measured['epoch']}: top-1 {measured['val_top1']:.2%}"
     if result.get("uneven"):
         ratios = [row["largest_over_smallest"] for row in result["uneven"]]
-        rows["channel scales"] = f"largest / smallest of a group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"
+        rows["channel scales"] = (
+            f"largest / smallest of each group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"
+        )
         rows["most uneven"] = ", ".join(
             f"{row['group']} {row['largest_over_smallest']:.3g}" for row in result["uneven"][:5]
         )

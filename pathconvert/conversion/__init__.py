@@ -1,1 +1,1 @@
-"""Convert a network in memory: trace, groups, pivots, scales, rewrite, and the check that it is the same function."""
+"""Converting a network in memory: trace, groups, pivots, scales, rescale; and the check that its function stays."""

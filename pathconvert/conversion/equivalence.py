@@ -1,10 +1,10 @@
-"""Before / after → :class:`EquivalenceReport`.
+"""Comparing the outputs of two networks, before and after a conversion → :class:`EquivalenceReport`.
 
-*Noise* is what the dtype costs the original: max |a(x) − a₆₄(x)|, with a₆₄ the same network in float64, and never less
-than one rounding of the largest output. (A network that is float64 itself has the noise of its float32 copy, times
-2⁻²⁹.) The *noise ratio* is the other network's error against that same float64
-reference over the noise. A rescaled network rounds other numbers of the same relative size, so its error is of the
-order of the noise; it passes at ≤ 4, which leaves room for the maximum over few outputs.
+*Noise* is the error that the original network makes because of its dtype: max |a(x) − a₆₄(x)|, where a₆₄ is the same
+network in float64, and at least one rounding of the largest output. (For a network in float64, the noise is that of its
+float32 copy times 2⁻²⁹.) The *noise ratio* is the other network's error against the same float64 reference, divided by
+the noise. A rescaled network rounds different numbers of the same relative size, so its error is of the same order as
+the noise. It passes if the ratio is ≤ 4, which leaves room for a maximum over few outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pathconvert.conversion.trace import as_arguments, computed_tensors, mode_of, output_tensors
+from pathconvert.conversion.modules import as_arguments, computed_tensors, mode_of, output_tensors
 from pathconvert.errors import EquivalenceError
 
 #: Highest noise ratio that passes (see the module's docstring).
@@ -33,10 +33,10 @@ class EquivalenceReport:
 
     Attributes:
         max_abs: largest |a(x) − b(x)|.
-        max_rel: ``max_abs`` over the largest |a₆₄(x)| of that output.
-        noise_ratio: error of b over noise of a (see the module's docstring).
-        bit_identical: whether every output is the same to the bit.
-        outputs: number of output tensors compared.
+        max_rel: ``max_abs`` divided by the largest |a₆₄(x)| of the same output.
+        noise_ratio: error of b divided by the noise of a (see the module's docstring).
+        bit_identical: whether all outputs are identical in every bit.
+        outputs: number of output tensors that were compared.
     """
 
     max_abs: float
@@ -47,21 +47,23 @@ class EquivalenceReport:
 
     @property
     def passed(self) -> bool:
+        """Whether the networks are the same function up to rounding."""
         return self.noise_ratio <= PASSING_NOISE_RATIO
 
     def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
         return asdict(self) | {"passed": self.passed}
 
     @staticmethod
     def worst(reports: Iterable[EquivalenceReport]) -> EquivalenceReport:
-        """The reports taken together."""
+        """One report for all: the largest errors, and the number of outputs in total."""
         many = list(reports)
         return EquivalenceReport(
-            max(r.max_abs for r in many),
-            max(r.max_rel for r in many),
-            max(r.noise_ratio for r in many),
-            all(r.bit_identical for r in many),
-            sum(r.outputs for r in many),
+            max_abs=max(r.max_abs for r in many),
+            max_rel=max(r.max_rel for r in many),
+            noise_ratio=max(r.noise_ratio for r in many),
+            bit_identical=all(r.bit_identical for r in many),
+            outputs=sum(r.outputs for r in many),
         )
 
 
@@ -69,19 +71,19 @@ def verify(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, training: boo
     """Compare two networks on ``inputs``.
 
     Args:
-        model_a: the original; its dtype defines the noise. Not changed.
-        model_b: the other one. Not changed.
+        model_a: the original network, whose dtype defines the noise; not changed.
+        model_b: the other network; not changed.
         inputs: a tensor, or a tuple of positional arguments. Floating tensors are cast to the networks' dtype.
-        training: compare in training mode (on copies, whose running statistics move), random layers seeded alike.
+        training: compare in training mode, on copies (as running statistics change), with the same random seed.
 
     Raises:
-        EquivalenceError: the outputs' structures or shapes differ.
+        EquivalenceError: the outputs differ in number or shape, or none is a floating-point tensor.
     """
-    outputs_a = forward_outputs(model_a, inputs, training)
-    outputs_b = forward_outputs(model_b, inputs, training)
-    reference = (
-        outputs_a if run_dtype(model_a) == torch.float64 else forward_outputs(model_a, inputs, training, torch.float64)
-    )
+    outputs_a = forward_outputs(model_a, inputs, training=training)
+    outputs_b = forward_outputs(model_b, inputs, training=training)
+    reference = outputs_a
+    if run_dtype(model_a) != torch.float64:
+        reference = forward_outputs(model_a, inputs, training=training, dtype=torch.float64)
     noises = _noises(model_a, inputs, training, outputs_a, reference)
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (outputs_a, outputs_b)]
     if shapes[0] != shapes[1]:
@@ -97,7 +99,7 @@ def _noises(
     """The noise of every output (see the module's docstring)."""
     kind, share = run_dtype(model), 1.0
     if kind == torch.float64:
-        outputs = forward_outputs(model, inputs, training, torch.float32)
+        outputs = forward_outputs(model, inputs, training=training, dtype=torch.float32)
         share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     noises = []
     for output, exact in zip(outputs, reference, strict=True):
@@ -111,23 +113,23 @@ def _noises(
 
 
 def _compare(a: Tensor, b: Tensor, reference: Tensor, noise: float) -> EquivalenceReport:
-    """One output tensor."""
+    """The report for one output tensor; ``reference`` is a₆₄(x)."""
     if not a.numel():
-        return EquivalenceReport(0.0, 0.0, 0.0, True, 1)
+        return EquivalenceReport(max_abs=0.0, max_rel=0.0, noise_ratio=0.0, bit_identical=True, outputs=1)
     difference = float((a.double() - b.double()).abs().max())
     error = float((b.double() - reference.double()).abs().max())
     scale = float(reference.abs().max())
     return EquivalenceReport(
-        difference,
-        _quotient(difference, scale),
-        _quotient(error, noise),
-        torch.equal(a, b),
-        1,
+        max_abs=difference,
+        max_rel=_quotient(difference, scale),
+        noise_ratio=_quotient(error, noise),
+        bit_identical=torch.equal(a, b),
+        outputs=1,
     )
 
 
 def _quotient(error: float, unit: float) -> float:
-    """error / unit, infinite where that says nothing."""
+    """error / unit; 0 if there is no error, infinite if the quotient is not defined."""
     if error == 0:
         return 0.0
     quotient = error / unit if unit else math.inf
@@ -135,37 +137,42 @@ def _quotient(error: float, unit: float) -> float:
 
 
 def run_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype to run a network in: that of its weights, float32 where they are mixed."""
+    """The dtype in which a network runs: the dtype of its weights, or float32 if they have several."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 @contextlib.contextmanager
 def _runnable(model: nn.Module, training: bool, dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The network itself where nothing has to change, else a copy."""
+    """The network in evaluation or training mode and in ``dtype``, seeded; a copy where the original would change.
+
+    Yields:
+        The network; and its dtype.
+    """
     own = run_dtype(model)
     mixed = any(p.dtype != own for p in model.parameters() if p.is_floating_point())
     dtype = dtype or own
     if training or mixed or dtype != own:
         memo: dict[int, Any] = {}
-        if not training:  # convert while copying, so that one copy is all there ever is
+        if not training:  # convert while copying, so that there is only one copy in memory
             tensors = [*model.parameters(), *model.buffers()]
             memo = {id(t): _cast(t, dtype) for t in tensors if t.is_floating_point()}
         model = copy.deepcopy(model, memo | computed_tensors(model)).to(dtype)
-    with mode_of(model, training), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with mode_of(model, training=training), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         yield model, dtype
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``; a parameter stays a parameter."""
     cast = tensor.detach().to(dtype)
     return nn.Parameter(cast, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast
 
 
 def forward_outputs(
-    model: nn.Module, inputs: Any, training: bool = False, dtype: torch.dtype | None = None
+    model: nn.Module, inputs: Any, *, training: bool = False, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """All floating-point outputs of one forward, in ``dtype`` (None: the network's own)."""
+    """All floating-point outputs of one forward in ``dtype`` (None: the network's own dtype)."""
     with _runnable(model, training, dtype) as (runnable, kind):
 
         def cast(tensor: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ def forward_outputs(
 def verify_conversion(
     original: nn.Module, converted: nn.Module, parts: tuple[str, ...], inputs: Any
 ) -> EquivalenceReport:
-    """:func:`verify` on every converted part, with the inputs that the original hands it."""
+    """:func:`verify` for every converted part, on the inputs that it receives in the original network."""
     if parts == ("",):
         return verify(original, converted, inputs)
     received = _part_inputs(original, parts, inputs)
@@ -193,7 +200,7 @@ def verify_conversion(
 
 
 class _Bound(nn.Module):
-    """A module with keyword arguments fixed."""
+    """A module with fixed keyword arguments."""
 
     def __init__(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -205,7 +212,7 @@ class _Bound(nn.Module):
 
 
 def _part_inputs(model: nn.Module, parts: tuple[str, ...], inputs: Any) -> dict[str, list[Any]]:
-    """What every part is called with when ``model`` runs on ``inputs``."""
+    """The arguments of all calls of every part when ``model`` runs on ``inputs``."""
     received: dict[str, list[Any]] = {}
     handles = []
     for part in parts:
@@ -217,7 +224,7 @@ def _part_inputs(model: nn.Module, parts: tuple[str, ...], inputs: Any) -> dict[
     dtype = run_dtype(model)
     cast = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     try:
-        with mode_of(model, False), torch.no_grad():
+        with mode_of(model, training=False), torch.no_grad():
             model(*as_arguments(cast))
     finally:
         for handle in handles:

@@ -1,13 +1,13 @@
 """Scale groups: the solution of a trace's ties and pins.
 
-A **unit** is a set of ids that share one factor (a feature map, usually). Units that the same layers produce make a
-**scale group**; a unit's number is its place in the list of all groups, so that one vector [units] holds all factors.
-``-1`` stands wherever the factor is 1 by construction (network inputs, what a BatchNorm reads).
+A **unit** is a set of ids that share one factor; usually it is a feature map. Units that the same layers produce form a
+**scale group**. Units are numbered group by group, so that one vector [units] holds all factors. ``-1`` stands for a
+factor that is 1 by construction (network inputs, the input of a BatchNorm).
 
 ====================  ==========================================================================================
-pinned                the factor must be 1, for a reason that names an operation
-residual              an ``add`` of two activations ties it (scope ``block`` leaves those alone)
-absorbed              read by BatchNorms alone: the factor would have no effect, so these are no units at all
+pinned                the factor must be 1; the reason names the operation
+residual              an ``add`` of two activations ties it (scope ``block`` does not scale it)
+absorbed              only BatchNorms read it: a factor would have no effect, so it does not count as a unit
 ====================  ==========================================================================================
 """
 
@@ -37,10 +37,12 @@ class Layer:
         columns: unit of every input column, [columns].
         groups, transposed: as in :class:`~pathconvert.conversion.trace.Slot`.
         next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that absorbs it.
-        batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows], -1 without.
-        channels: the row's channel in it, [rows].
-        follower: the BatchNorm that alone reads the layer, and nothing else (:meth:`Trace.followers`); None without.
-        readers: without a follower, the BatchNorms that read rows of it (through a concat): name, rows, channels.
+        batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows]; -1 if there is none.
+        channels: the row's channel in that BatchNorm, [rows].
+        follower: the BatchNorm that is the only reader of the layer and reads nothing else (:meth:`Trace.followers`);
+            None if there is none.
+        readers: if there is no follower, the BatchNorms that read some of its rows (through a concat): name, rows,
+            channels.
     """
 
     parameter: str
@@ -57,7 +59,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """Units ``start`` to ``start + size`` that the same layers produce."""
+    """A scale group: the units from ``start`` up to ``start + size``.
+
+    Attributes:
+        name: the first layer that produces it, with a number if several groups have the same one.
+        start, size: its units.
+        producers: all layers that produce it.
+        pinned_by: why its factors are 1; None if they are free.
+        residual: whether an ``add`` of two activations ties it.
+    """
 
     name: str
     start: int
@@ -72,8 +82,8 @@ class Units:
     """A network's scale groups and how every parameter is indexed by units.
 
     Attributes:
-        groups: in the order in which the forward produces them.
-        slots: every rescalable parameter once; rows and columns are units here.
+        groups: all scale groups, in the order in which the forward produces them.
+        slots: one per parameter that can be rescaled; here, rows and columns are units.
         layers: the consumers among them.
         batch_norms: the BatchNorms that ``layers`` refer to.
     """
@@ -85,15 +95,16 @@ class Units:
 
     @property
     def count(self) -> int:
+        """The number of units."""
         return sum(group.size for group in self.groups)
 
     def group_of(self) -> IdVector:
-        """The group's index for every unit, [units]."""
+        """The index of each unit's group, [units]."""
         return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
 
 
 def find_units(trace: Trace) -> Units:
-    """Solve ``trace``: connected components of its ties, pinned where one of their ids is."""
+    """Solve ``trace``: a unit is a connected component of the ties, and it is pinned if one of its ids is."""
     slots = _one_slot_a_parameter(trace)
     label_of = _components(trace)
     label_count = int(label_of.max()) + 1
@@ -126,20 +137,20 @@ def find_units(trace: Trace) -> Units:
 
 
 def _concatenate(vectors: Iterable[IdVector]) -> IdVector:
+    """``np.concatenate``, also of no vectors."""
     return np.concatenate([np.zeros(0, dtype=np.int64), *vectors])
 
 
 def _one_slot_a_parameter(trace: Trace) -> list[Slot]:
-    """The first slot of every parameter; another use of it (a second call, tied weights) is tied to the first."""
+    """The first slot of each parameter; further uses of it (a second call, tied weights) are tied to the first."""
     first: dict[str, Slot] = {}
     for slot in trace.slots:
         known = first.setdefault(slot.parameter, slot)
         if known is slot:
             continue
         where = f"a second use of {slot.parameter}"
-        same_kind = (known.groups, known.transposed) == (slot.groups, slot.transposed) and len(known.rows) == len(
-            slot.rows
-        )
+        shapes = [(use.groups, use.transposed, len(use.rows)) for use in (known, slot)]
+        same_kind = shapes[0] == shapes[1]
         if known.columns is None and slot.columns is None and same_kind:
             trace.tie(known.rows, slot.rows, where)
         elif known.columns is not None and slot.columns is not None and same_kind:
@@ -164,7 +175,12 @@ def _components(trace: Trace) -> IdVector:
 def _status(
     trace: Trace, slots: list[Slot], label_of: IdVector, count: int
 ) -> tuple[NDArray[np.bool_], IdVector, list[str]]:
-    """Per label: absorbed or not, and the index of its reason (-1 free); then the reasons."""
+    """Which labels are absorbed or pinned.
+
+    Returns:
+        Whether a label is absorbed, [labels]; the index of the reason why it is pinned, [labels], -1 if it is free; and
+        the reasons.
+    """
     names: dict[str, int] = {}
     reasons = np.full(count, np.iinfo(np.int64).max)
 
@@ -198,31 +214,25 @@ def _bundle(
     names: list[str],
     residual: NDArray[np.bool_],
 ) -> tuple[tuple[Group, ...], IdVector]:
-    """Units with the same producing layers, reason and residual flag make a group; label → unit, absorbed: -1."""
+    """Bundle units that have the same producing layers, reason and residual flag into groups.
+
+    Returns:
+        The groups; and the unit of every label, [labels], ``FIXED`` if it is not a unit.
+    """
     titles = {slot.parameter: slot.parameter.rpartition(".")[0] or slot.parameter for slot in slots}
     layer_names = list(dict.fromkeys(titles.values()))
     index = {name: i for i, name in enumerate(layer_names)}
     rows = label_of[_concatenate(slot.rows for slot in slots)]
     made_by = np.repeat([index[titles[slot.parameter]] for slot in slots] or [0], [len(s.rows) for s in slots] or [0])
+    # [2, pairs]: every label with each layer that produces it, sorted by label
+    pairs = np.stack(np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names))))
 
     labels, first_row = np.unique(rows, return_index=True)
     keep = ~absorbed[labels]
-    labels, first_row = labels[keep], first_row[keep]
-    pairs = np.stack(np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names))))
-    hashes = np.random.default_rng(0).integers(1, 2**62, (3, max(len(layer_names), len(names)) + 1))
-    signature = np.zeros(len(reasons), dtype=np.int64)
-    np.add.at(signature, pairs[0], hashes[0][pairs[1]])  # a set of layers, as the wrapping sum of their hashes
-    signature += hashes[1][reasons] + hashes[2][residual.astype(np.int64)]
-    _, bundle = np.unique(signature[labels], return_inverse=True)
-    first_of_bundle = np.full(bundle.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first_of_bundle, bundle, first_row)
-    order = np.lexsort([first_row, first_of_bundle[bundle]])
-    labels, bundle = labels[order], bundle[order]
-
+    signature = _signatures(pairs, len(layer_names), reasons, len(names), residual)
+    labels, starts, sizes = _in_runs(labels[keep], first_row[keep], signature)
     unit_of_label = np.full(len(reasons), FIXED)
     unit_of_label[labels] = np.arange(len(labels))
-    starts = np.flatnonzero(np.r_[True, bundle[1:] != bundle[:-1]]) if len(bundle) else np.zeros(0, dtype=int)
-    sizes = np.diff(np.r_[starts, len(bundle)])
     groups: list[Group] = []
     taken: dict[str, int] = {}
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
@@ -236,10 +246,46 @@ def _bundle(
     return tuple(groups), unit_of_label
 
 
+def _signatures(
+    pairs: IdVector, layer_count: int, reasons: IdVector, reason_count: int, residual: NDArray[np.bool_]
+) -> IdVector:
+    """A hash of every label's producing layers, reason and residual flag, [labels]."""
+    hashes = np.random.default_rng(0).integers(1, 2**62, (3, max(layer_count, reason_count) + 1))
+    signature = np.zeros(len(reasons), dtype=np.int64)
+    # The sum, which may wrap around, does not depend on the order: it is a hash of the set of layers.
+    np.add.at(signature, pairs[0], hashes[0][pairs[1]])
+    signature += hashes[1][reasons] + hashes[2][residual.astype(np.int64)]
+    return signature
+
+
+def _in_runs(labels: IdVector, first_row: IdVector, signature: IdVector) -> tuple[IdVector, IdVector, IdVector]:
+    """Order labels so that those with the same signature follow one another, in the order of the forward.
+
+    Args:
+        labels: those that are units.
+        first_row: the first row, in the order of the forward, that produces each of them.
+        signature: of all labels.
+
+    Returns:
+        The labels in their new order; and start and length of every run of labels with the same signature.
+    """
+    _, bundle = np.unique(signature[labels], return_inverse=True)
+    first_of_bundle = np.full(bundle.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_of_bundle, bundle, first_row)
+    order = np.lexsort([first_row, first_of_bundle[bundle]])
+    labels, bundle = labels[order], bundle[order]
+    starts = np.flatnonzero(np.r_[True, bundle[1:] != bundle[:-1]]) if len(bundle) else np.zeros(0, dtype=np.int64)
+    return labels, starts, np.diff(np.r_[starts, len(bundle)])
+
+
 def _single_readers(
     trace: Trace, batch_norms: tuple[BatchNormCall, ...], label_of: IdVector, absorbed: NDArray[np.bool_]
 ) -> tuple[IdVector, IdVector]:
-    """Per label: the one BatchNorm (index) and channel that reads it; -1 where none or several do."""
+    """The one BatchNorm channel that reads each absorbed label.
+
+    Returns:
+        The BatchNorm's index, [labels], -1 if none or several read the label; and the channel, [labels].
+    """
     index = {call.name: i for i, call in enumerate(batch_norms)}
     read = [(label_of[call.columns], index[call.name]) for call in trace.batch_norms]
     label = _concatenate(labels for labels, _ in read)
@@ -247,7 +293,7 @@ def _single_readers(
     channel = _concatenate(np.arange(len(labels)) for labels, _ in read)
     reader = np.full(len(absorbed), -1)
     position = np.zeros(len(absorbed), dtype=np.int64)
-    reader[label], position[label] = which, channel  # the last call that reads it
+    reader[label], position[label] = which, channel  # the last call that reads it wins
     several = (reader[label] != which) | (position[label] != channel)
     reader[label[several]] = -1
     reader[~absorbed] = -1
@@ -255,7 +301,7 @@ def _single_readers(
 
 
 class _Reads:
-    """Which channels of which BatchNorms read a label."""
+    """Which channels of which BatchNorms read each label."""
 
     def __init__(self, trace: Trace, label_of: IdVector) -> None:
         self.names = list(dict.fromkeys(call.name for call in trace.batch_norms))
@@ -267,7 +313,11 @@ class _Reads:
         self.channel = _concatenate(np.arange(len(call.columns)) for call in trace.batch_norms)[order]
 
     def of(self, labels: IdVector) -> tuple[tuple[str, IdVector, IdVector], ...]:
-        """BatchNorm's name, places in ``labels``, channels."""
+        """The BatchNorms that read any of ``labels``.
+
+        Returns:
+            For each BatchNorm: its name, positions in ``labels``, and the channels that read these.
+        """
         low, high = (np.searchsorted(self.labels, labels, side) for side in ("left", "right"))
         counts = high - low
         row = np.repeat(np.arange(len(labels)), counts)
@@ -277,6 +327,7 @@ class _Reads:
 
 
 def _layer(slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVector]) -> Layer:
+    """The layer of a slot; its rows end in the units of the BatchNorms that absorb them."""
     assert slot.columns is not None
     next_units = slot.rows.copy()
     for index in np.unique(reader[reader >= 0]):

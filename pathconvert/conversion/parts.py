@@ -1,9 +1,9 @@
-"""What of a network can be traced: all of it, or the largest parts that can.
+"""Tracing a whole network, or the largest parts of it that can be traced.
 
-Every forward is traced in evaluation *and* in training mode, into one trace: auxiliary heads run in training alone,
-and a rescaling has to be right in both. A network that cannot be followed as a whole (a detector: its boxes depend on
-numbers) is run once on the example, and its children are traced with the inputs that they received. A part's inputs
-and outputs have factor 1; a parameter that other code uses too is pinned.
+Every forward is traced in evaluation *and* in training mode, into one trace: auxiliary heads run only in training mode,
+and a rescaling has to be right in both. If a network cannot be followed as a whole (the boxes of a detector depend on
+numbers), it is run once on the example, and its children are traced with the inputs that they received. The inputs and
+outputs of a part have factor 1, and a parameter that code outside the part also uses is pinned.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pathconvert.conversion.equivalence import run_dtype
+from pathconvert.conversion.modules import as_arguments, meta_inputs, mode_of
 from pathconvert.conversion.rules import rule_of
-from pathconvert.conversion.trace import Trace, Tracer, as_arguments, meta_inputs, mode_of, run
-from pathconvert.errors import TraceError
+from pathconvert.conversion.trace import Trace, Tracer, run
+from pathconvert.errors import TraceError, first_line
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class TrainingError(TraceError):
-    """Evaluation can be followed, training cannot, and parameters are used there alone."""
+    """Only evaluation mode can be followed, but some parameters are only used in training mode."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The outcome.
+    """The trace of a network or of its parts.
 
     Attributes:
         trace: ties, pins and slots of all parts.
-        parts: the modules that were traced; ``("",)`` for the whole network.
-        left_alone: module or parameter → why it was not looked at.
+        parts: paths of the modules that were traced; ``("",)`` for the whole network.
+        left_alone: module or parameter → why it was not traced.
     """
 
     trace: Trace
@@ -48,10 +49,14 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
 
     Args:
         model: not changed.
-        example_input: a tensor, or a tuple of positional arguments; only shapes matter while the whole can be traced.
+        example_input: a tensor, or a tuple of positional arguments. If the whole network can be traced, only its shapes
+            matter; otherwise the network is run on it once.
+
+    Returns:
+        What was traced, and why the rest was not.
 
     Raises:
-        TraceError: nothing of it can be traced.
+        TraceError: no part of the network can be traced.
     """
     arguments = as_arguments(example_input)
     dtype = run_dtype(model)
@@ -68,13 +73,19 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
 
 
 def _inside(name: str, notes: dict[str, str]) -> bool:
+    """Whether a parameter belongs to a module that has a note."""
     return any(name.startswith(f"{path}.") for path in notes)
 
 
 def _trace_calls(
     model: nn.Module, module: nn.Module, trace: Trace, calls: list[Arguments]
 ) -> tuple[Trace, set[str], dict[str, str]]:
-    """A copy of ``trace`` with all calls of ``module`` in both modes, the parameters seen, and notes."""
+    """Trace all given calls of ``module`` in both modes.
+
+    Returns:
+        A copy of ``trace`` that contains the calls; the names of the parameters that they use; and notes on what could
+        not be traced.
+    """
     trace = trace.copy()
     seen: set[str] = set()
     notes: dict[str, str] = {}
@@ -83,15 +94,15 @@ def _trace_calls(
             before = trace.copy()
             tracer = Tracer(model, trace, rule_of)
             try:
-                run(tracer, module, args, kwargs, training)
+                run(tracer, module, args, kwargs, training=training)
             except TraceError as error:
                 own = {name for name, parameter in model.named_parameters() if _owns(module, parameter)}
                 if not training:
                     raise
                 if own - seen:
                     raise TrainingError(
-                        f"{min(own - seen)} is used in training mode alone, and that cannot be followed: {error}",
-                        "Give an example input that also trains: --input-size, a larger one usually.",
+                        f"{min(own - seen)} is only used in training mode, whose forward cannot be followed: {error}",
+                        "Give an example input that the network can also train on, usually a larger one: --input-size.",
                     ) from error
                 trace = before
                 notes["training mode"] = str(error)
@@ -100,11 +111,12 @@ def _trace_calls(
 
 
 def _owns(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is one of the module's own or of its children."""
     return any(parameter is own for own in module.parameters())
 
 
 class _Watcher(TorchFunctionMode):
-    """Notes which parameters are used while which modules run."""
+    """Records in which stacks of running modules each parameter is used."""
 
     def __init__(self, model: nn.Module, stack: list[str]) -> None:
         super().__init__()
@@ -122,11 +134,19 @@ class _Watcher(TorchFunctionMode):
 def observe(
     model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
 ) -> tuple[dict[str, list[Arguments]], dict[str, set[tuple[str, ...]]]]:
-    """Run the network once in evaluation mode: what every module was called with (as meta tensors), and in which stacks
-    of modules, outermost first, every parameter was used."""
+    """Run the network once in evaluation mode and watch its modules.
+
+    Returns:
+        The arguments of every call of every module, as meta tensors; and for every parameter, the stacks of modules
+        (outermost first) in which it was used.
+    """
     calls: dict[str, list[Arguments]] = {}
     stack: list[str] = []
     handles = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     for name, module in model.named_modules():
 
         def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -134,22 +154,22 @@ def observe(
             calls.setdefault(name, []).append(_one_at_least((meta_inputs(args, None), meta_inputs(kwargs, None))))
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+        handles.append(module.register_forward_hook(leave))
     watcher = _Watcher(model, stack)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with mode_of(model, False), torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
+        with mode_of(model, training=False), torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
             model(*_in_dtype(arguments, dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for buffer, was in buffers:  # a forward may count its calls
+        for buffer, was in buffers:  # a forward may change them, for example to count its calls
             buffer.copy_(was)
     return calls, watcher.uses
 
 
 def _one_at_least(call: Arguments) -> Arguments:
-    """A batch of one in place of an empty one (a detector that found no box): without elements there are no ids."""
+    """The call with batches of one in place of empty ones (a detector found no box): ids need at least one element."""
 
     def filled(tensor: Tensor) -> Tensor:
         return tensor.new_empty((1, *tensor.shape[1:])) if tensor.shape[:1] == (0,) else tensor
@@ -159,52 +179,85 @@ def _one_at_least(call: Arguments) -> Arguments:
 
 
 def _in_dtype(tree: Any, dtype: torch.dtype) -> Any:
+    """``tree`` with its floating-point tensors in ``dtype``."""
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 def _trace_parts(
     model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype, error: TraceError
 ) -> tuple[Trace, tuple[str, ...], set[str], dict[str, str]]:
-    """Trace the largest children that can be; ``error`` says why the whole cannot."""
+    """Trace the largest parts that can be traced.
+
+    Args:
+        model, arguments, dtype: as for :func:`observe`.
+        error: why the whole network cannot be traced; raised if no part can either.
+
+    Returns:
+        The trace of all parts; their paths; the names of the parameters that they use; and module or parameter → why it
+        was not traced.
+    """
     try:
         calls, uses = observe(model, arguments, dtype)
     except Exception as cause:
-        error.tip = error.tip or f"running it on the example input failed too: {str(cause).splitlines()[0]}"
+        error.tip = error.tip or f"running it on the example input failed too: {first_line(cause)}"
         raise error from cause
-    trace, seen, notes = Trace(), set[str](), dict[str, str]()
-    parts: list[str] = []
+    search = _PartSearch(model, calls, error)
+    search.descend(model, "")
+    if not search.parts:
+        raise error
+    _pin_shared(search.trace, set(search.parts), uses)
+    return search.trace, tuple(search.parts), search.seen, search.notes
 
-    def descend(module: nn.Module, path: str) -> None:
-        nonlocal trace, seen
+
+class _PartSearch:
+    """Finds the largest parts of a network that can be traced, from the top down.
+
+    Attributes:
+        trace: of all parts found so far.
+        parts: their paths.
+        seen: names of the parameters that they use.
+        notes: module or parameter → why it was not traced.
+    """
+
+    def __init__(self, model: nn.Module, calls: dict[str, list[Arguments]], error: TraceError) -> None:
+        self.model, self.calls, self.error = model, calls, error
+        self.trace = Trace()
+        self.parts: list[str] = []
+        self.seen: set[str] = set()
+        self.notes: dict[str, str] = {}
+
+    def descend(self, module: nn.Module, path: str) -> None:
+        """Trace a module as one part; if that fails, go on with its children."""
         if not list(module.parameters()):
             return
-        why = "is not called by the forward" if not calls.get(path) else ""
+        why = "" if self.calls.get(path) else "is not called by the forward"
         if path and not why:
-            try:
-                trace, new, _ = _trace_calls(model, module, trace, calls[path])
-            except TraceError as refusal:
-                why = str(refusal)
-            else:
-                parts.append(path)
-                seen |= new
+            why = self._refusal(module, path)
+            if not why:
                 return
         children = list(module.named_children())
         if why and not children:
-            notes[path] = why
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        notes.update(
-            {f"{path}.{name}".lstrip("."): f"belongs to {path or 'the network'}: {why or error}" for name in own}
-        )
+            self.notes[path] = why
+        for name, _ in module.named_parameters(recurse=False):
+            self.notes[f"{path}.{name}".lstrip(".")] = f"belongs to {path or 'the network'}: {why or self.error}"
         for name, child in children:
-            descend(child, f"{path}.{name}".lstrip("."))
+            self.descend(child, f"{path}.{name}".lstrip("."))
 
-    descend(model, "")
-    if not parts:
-        raise error
-    inside = set(parts)
+    def _refusal(self, module: nn.Module, path: str) -> str:
+        """Trace a module as a part, or say why it cannot be traced; empty if it was."""
+        try:
+            self.trace, seen, _ = _trace_calls(self.model, module, self.trace, self.calls[path])
+        except TraceError as error:
+            return str(error) or type(error).__name__
+        self.parts.append(path)
+        self.seen |= seen
+        return ""
+
+
+def _pin_shared(trace: Trace, parts: set[str], uses: dict[str, set[tuple[str, ...]]]) -> None:
+    """Pin the parameters of parts that are also used outside of all parts."""
     for slot in list(trace.slots):
-        if any(not inside.intersection(stack) for stack in uses.get(slot.parameter, ())):
+        if any(not parts.intersection(stack) for stack in uses.get(slot.parameter, ())):
             for vector in (slot.rows, slot.columns):
                 if vector is not None:
-                    trace.pin(vector, f"{slot.parameter} is used outside of the parts that could be traced too")
-    return trace, tuple(parts), seen, notes
+                    trace.pin(vector, f"{slot.parameter} is also used outside the parts that could be traced")

@@ -1,16 +1,16 @@
 """Pivots: one outgoing weight for every unit (the papers' skeleton weights; PBN Theorem 1, PBN-A D.1).
 
-Every unit has one **host**, the consumer that holds its pivot: of all layers that read it, the one with the most
-output rows a group, the first of equals. In the host the unit owns one column (after a flatten, the middle one of
-its H·W columns, as the kernel's centre tap is the middle of a convolution), and the rule chooses the row by the
-effective weight a = γ / √(var + eps) · w at the centre tap.
+Every unit has one **host**, the consumer that holds its pivot: of all layers that read the unit, the one with the most
+output rows per group, and the first of these if several have as many. In the host, the unit has one column (after a
+flatten, the middle one of its H·W columns, just as the centre tap is the middle of a kernel), and the rule chooses the
+row by the effective weight a = γ / √(var + eps) · w at the centre tap.
 
 ===========  ====================================================================================================
 rule         row
 ===========  ====================================================================================================
 diagonal     i mod K for column i of K rows (the papers)
 max          the largest |a| of the column
-matching     the assignment of columns to rows that maximises Σ log|a|: no row twice while there are free rows
+matching     the assignment of columns to rows that maximises Σ log|a|; no row is used twice while rows are free
 ===========  ====================================================================================================
 """
 
@@ -28,6 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from pathconvert.conversion.arithmetic import centre_tap, gain_of
 from pathconvert.conversion.groups import FIXED, Layer, Units
 from pathconvert.conversion.trace import BatchNormCall, IdVector
 
@@ -36,7 +37,7 @@ PivotRule = Literal["matching", "max", "diagonal"]
 #: Columns × rows above which ``matching`` falls back to ``max``: linear_sum_assignment takes 3 s at 4096².
 WIDEST_MATCHING = 2048 * 2048
 
-#: Elements of a layer that are looked at together where every column is for itself.
+#: Number of elements of a layer that are handled together where columns are independent of each other.
 BLOCK = 1 << 18
 
 FloatVector = NDArray[np.float64]
@@ -44,15 +45,15 @@ FloatVector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pivots:
-    """Per unit: where its pivot is and what it is worth.
+    """The place and the value of every unit's pivot.
 
     Attributes:
-        layer: index in ``Units.layers``, [units]; -1 without a pivot.
+        layer: the layer's index in ``Units.layers``, [units]; -1 if the unit has no pivot.
         row, column: the pivot's place in that layer, [units].
-        value: the signed effective weight, [units]; 0 without a pivot.
-        next_unit: the unit that the pivot's row ends in, [units]; ``FIXED`` where that one's factor is 1.
-        fallbacks: layers that were too wide for ``matching``.
-        circular: units whose pivots run in a circle, [units]; their factor is 1 (``scales.py`` finds them).
+        value: the signed effective weight, [units]; 0 if the unit has no pivot.
+        next_unit: the unit that the pivot's row ends in, [units]; ``FIXED`` if the factor there is 1.
+        fallbacks: names of layers that were too wide for ``matching``.
+        circular: whether the unit lies on a circle of pivots, [units]; its factor is then 1 (found by ``scales.py``).
     """
 
     layer: IdVector
@@ -69,9 +70,9 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
 
     Args:
         units: the network's scale groups.
-        tensors: parameters and buffers by name; read only.
+        tensors: parameters and buffers by name; they are only read.
         free: units that may be rescaled, [units].
-        rule: which row of the host's column.
+        rule: how to choose the row of the host's column.
     """
     host, host_column = _hosts(units, free)
     row = np.zeros(units.count, dtype=np.int64)
@@ -87,7 +88,7 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
         if rule_here == "matching" and len(hosted) * per_group > WIDEST_MATCHING * layer.groups:
             fallbacks.append(layer.parameter)
             rule_here = "max"
-        length = max(1, BLOCK // per_group) if rule_here == "max" else len(hosted)  # columns at a time
+        length = max(1, BLOCK // per_group) if rule_here == "max" else len(hosted)  # columns per step
         for part in (hosted[start : start + length] for start in range(0, len(hosted), length)):
             effective = _effective_taps(layer, host_column[part], units.batch_norms, tensors)
             block = host_column[part] // (len(layer.columns) // layer.groups)
@@ -100,7 +101,7 @@ def choose_pivots(units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.
 
 
 def pivots_at(units: Units, tensors: Mapping[str, Tensor], layer: IdVector, row: IdVector, column: IdVector) -> Pivots:
-    """The pivots at given places, [units] each; ``layer`` is -1 where a unit has none."""
+    """The pivots at the given places, [units] each; ``layer`` is -1 where a unit has no pivot."""
     value = np.zeros(units.count)
     next_unit = np.full(units.count, FIXED)
     for index, one in enumerate(units.layers):
@@ -113,7 +114,13 @@ def pivots_at(units: Units, tensors: Mapping[str, Tensor], layer: IdVector, row:
 
 
 def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
-    """Per unit: the layer that hosts its pivot and its column there; -1 where no layer may."""
+    """The host of every unit.
+
+    Returns:
+        The layer's index, [units], -1 if no layer may host the unit's pivot; and the unit's column in it, [units].
+    """
+    # Sort all (unit, layer, column) triples in which an allowed layer reads a unit by unit, then by preference of the
+    # layer. The first run of equal (unit, layer) then gives the host, and the middle of that run gives its column.
     read = [np.flatnonzero(layer.columns >= 0) for layer in units.layers]
     column = np.concatenate([np.zeros(0, dtype=np.int64), *read])
     layer_index = np.repeat(np.arange(len(read)), [len(r) for r in read])
@@ -138,7 +145,7 @@ def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
 
 
 def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[layers, groups]: whether a residual group may not have its pivot in a layer, which leads back into the group."""
+    """Whether a layer may not host the pivots of a residual group because it leads back into it, [layers, groups]."""
     group_of = units.group_of()
     sources, targets, layer_targets = [], [], []
     for layer in units.layers:
@@ -161,10 +168,8 @@ def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool
 def _effective_taps(
     layer: Layer, columns: IdVector, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]
 ) -> Tensor:
-    """a = γ / √(var + eps) · w at the centre tap: [hosted columns, rows of their group], float64."""
-    weight = tensors[layer.parameter]
-    for size in weight.shape[2:]:
-        weight = weight.select(2, size // 2)
+    """a = γ / √(var + eps) · w at the centre tap, float64 [hosted columns, rows per group]."""
+    weight = centre_tap(tensors[layer.parameter])
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     column = torch.from_numpy(columns)
     block = column // columns_per_group
@@ -186,10 +191,8 @@ def _values_at(
     batch_norms: tuple[BatchNormCall, ...],
     tensors: Mapping[str, Tensor],
 ) -> FloatVector:
-    """a at single places of the centre tap, float64 [places]."""
-    weight = tensors[layer.parameter]
-    for size in weight.shape[2:]:
-        weight = weight.select(2, size // 2)
+    """a at the given rows and columns of the centre tap, float64 [places]."""
+    weight = centre_tap(tensors[layer.parameter])
     row, column = torch.from_numpy(rows), torch.from_numpy(columns)
     first, second = (column, row) if layer.transposed else (row, column)  # as stored
     values = weight[first, second % weight.shape[1]].double() * _gains(layer, batch_norms, tensors)[row]
@@ -198,20 +201,19 @@ def _values_at(
 
 
 def _gains(layer: Layer, batch_norms: tuple[BatchNormCall, ...], tensors: Mapping[str, Tensor]) -> Tensor:
-    """γ / √(var + eps) of the BatchNorm that absorbs each row, float64 [rows]; 1 without."""
+    """γ / √(var + eps) of the BatchNorm that absorbs each row, float64 [rows]; 1 where there is none."""
     gains = torch.ones(len(layer.rows), dtype=torch.float64)
     for index in np.unique(layer.batch_norms[layer.batch_norms >= 0]):
         call = batch_norms[index]
-        one = torch.ones(len(call.rows), dtype=torch.float64)
-        gamma = tensors[call.weight].double() if call.weight else one
-        var = tensors[call.var].double() if call.var else one
+        gamma, var = (tensors[name] if name else None for name in (call.weight, call.var))
+        gain = gain_of(gamma, var, call.eps).expand(len(call.rows))
         mask = layer.batch_norms == index
-        gains[torch.from_numpy(mask)] = (gamma / (var + call.eps).sqrt())[torch.from_numpy(layer.channels[mask])]
+        gains[torch.from_numpy(mask)] = gain[torch.from_numpy(layer.channels[mask])]
     return gains
 
 
 def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> IdVector:
-    """The row within its group for every hosted column; ``effective`` is used up."""
+    """The row, counted within its group, for every hosted column; overwrites ``effective``."""
     rows_per_group, columns_per_group = len(layer.rows) // layer.groups, len(layer.columns) // layer.groups
     if rule == "diagonal":
         return _positions(layer)[columns] % columns_per_group % rows_per_group
@@ -227,17 +229,22 @@ def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: Pivot
 
 
 def _positions(layer: Layer) -> IdVector:
-    """Column → its channel's position: the H·W columns of one channel after a flatten count once."""
+    """The position of each column's channel, [columns]; the H·W columns of a channel after a flatten count once."""
     _, first, inverse = np.unique(layer.columns, return_index=True, return_inverse=True)
     is_first = (layer.columns < 0) | (first[inverse] == np.arange(len(layer.columns)))
     return (np.cumsum(is_first) - 1)[np.where(layer.columns < 0, np.arange(len(layer.columns)), first[inverse])]
 
 
 def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
-    """Rows by maximum-product matching, in rounds while columns outnumber rows; ``largest`` where zeros are left.
+    """Choose rows by maximum-product matching.
 
-    ``magnitude`` is used up.
+    Where there are more columns than rows, every round matches as many columns as there are rows.
+
+    Args:
+        magnitude: |a|, [columns, rows]; overwritten.
+        largest: the row of the largest |a| of each column, which is kept where the matching leaves only a zero.
     """
+    # Minimising Σ −log|a| maximises the product. A zero costs more than any assignment without one (`forbidden`).
     cost = magnitude.log_().neg_()
     zero = torch.isinf(cost)
     cost[zero] = 0.0
@@ -247,8 +254,9 @@ def _match(magnitude: Tensor, largest: IdVector) -> IdVector:
     chosen = largest.copy()
     left = np.arange(len(cost))
     while left.size:
-        now = cost.numpy() if len(cost) <= cost.shape[1] else cost.numpy()[left]  # the only round may use it up
-        # what is common to a line that is surely used decides nothing; without it the search is five times as fast
+        now = cost.numpy() if len(cost) <= cost.shape[1] else cost.numpy()[left]  # a single round may overwrite it
+        # A constant along a row or column that is used in any case does not change the optimum; without it the search
+        # is five times as fast.
         if now.shape[1] <= now.shape[0]:
             now -= now.min(axis=0)
         if now.shape[0] <= now.shape[1]:

@@ -1,16 +1,16 @@
 """The conversion record: a versioned, JSON-serialisable description from which a conversion is undone without a trace.
 
-``scales`` holds one factor a unit. ``tensors`` says for every parameter which units its rows and columns belong to, as
-*runs* ``[first unit, length, repeat]``: ``length`` consecutive units from ``first unit`` on, each ``repeat`` times
-(a flatten repeats one channel H·W times); first unit -1 stands for factor 1. ``row_ends`` gives, as runs too, the units
-that a layer's rows end in, where a BatchNorm comes between.
+``scales`` holds one factor per unit. ``tensors`` says for every parameter which units its rows and columns belong to,
+as *runs* ``[first unit, length, repeat]``: ``length`` consecutive units from ``first unit`` on, each ``repeat`` times
+(a flatten repeats one channel H·W times); first unit -1 stands for factor 1. ``row_ends`` gives, also as runs, the
+units that the rows of a layer end in, for layers with a BatchNorm in between.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -20,9 +20,6 @@ from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.trace import IdVector, Slot
 from pathconvert.errors import RecordError
 from pathconvert.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT_VERSION = 1
 Form = Literal["plain", "path", "path-bn"]
@@ -49,7 +46,7 @@ def decode_runs(runs: list[Run]) -> IdVector:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, without the wrappers of ``torch.compile`` and of data parallel training around it."""
+    """The network inside the wrappers of ``torch.compile`` and of data parallel training, if it has any."""
     while True:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
@@ -60,33 +57,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def attach_record(model: nn.Module, record: dict[str, Any]) -> None:
-    """Let ``model`` carry the record of the conversion that it went through."""
+    """Attach the record of its conversion to ``model``."""
     vars(model)["path_record"] = record
 
 
 def form_of(model: nn.Module) -> Form:
-    """``plain`` without a record, else what the record says: ``path`` or ``path-bn``."""
+    """``plain`` if the model has no record, else the form in its record: ``path`` or ``path-bn``."""
     record = getattr(unwrapped(model), "path_record", None)
     return "plain" if record is None else record["form"]
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
-    """The record that ``model`` carries; in Path-BN form with ``path_bn`` on top.
+    """The record that is attached to ``model``; in Path-BN form it has the additional entry ``path_bn``.
 
     Raises:
-        RecordError: it has none.
+        RecordError: no record is attached to the model.
     """
     record = getattr(model, "path_record", None)
     if not isinstance(record, dict):
         raise RecordError(
             f"this {type(model).__name__} holds no conversion record",
-            "Give the module that reparameterize, to_path_bn or load made, without a wrapper such as "
-            "DistributedDataParallel around it.",
+            "Give the module that reparameterize, to_path_bn or load returned, without a wrapper such as "
+            "DistributedDataParallel.",
         )
     return record
 
 
 def encode_slot(slot: Slot) -> dict[str, Any]:
+    """The entry of a slot in the record's ``tensors``."""
     encoded: dict[str, Any] = {"rows": encode_runs(slot.rows)}
     if slot.columns is not None:
         encoded |= {"columns": encode_runs(slot.columns), "groups": slot.groups, "transposed": slot.transposed}
@@ -94,21 +92,24 @@ def encode_slot(slot: Slot) -> dict[str, Any]:
 
 
 def read_record(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Slot], FloatVector]:
-    """A record's slots and factors, checked against the tensors they are for.
+    """Read the slots and factors of a record, and check that they fit the network's tensors.
 
     Args:
-        record: as :func:`make_record` made it.
+        record: a record as made by :func:`~pathconvert.conversion.reparameterize.make_record`.
         shapes: shape of every parameter and buffer of the network, by name.
 
+    Returns:
+        The slots, with rows and columns as units; and the factors, float64 [units].
+
     Raises:
-        RecordError: another format version, damaged, or not of this network.
+        RecordError: the record has another format version, is damaged, or belongs to another network.
     """
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise RecordError(
             f"the conversion record has format version {version}; this is pathconvert {__version__}, which reads "
             f"version {FORMAT_VERSION}",
-            "install the pathconvert that wrote it: " + str(record.get("tool", "unknown")),
+            f"Install the version of pathconvert that wrote it: {record.get('tool', 'unknown')}.",
         )
     try:
         scales = np.asarray(record["scales"], dtype=np.float64)
@@ -123,15 +124,17 @@ def read_record(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _decode_slot(name: str, encoded: Mapping[str, Any]) -> Slot:
+    """The inverse of :func:`encode_slot`."""
     columns = decode_runs(encoded["columns"]) if "columns" in encoded else None
     return Slot(name, decode_runs(encoded["rows"]), columns, encoded.get("groups", 1), encoded.get("transposed", False))
 
 
 def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], unit_count: int) -> None:
+    """Raise a RecordError if a slot does not fit the tensor that it names."""
     if slot.parameter not in shapes:
         raise RecordError(
-            f"the conversion record is not of this network: it has no tensor {slot.parameter}",
-            "give the converted file itself, not another network's",
+            f"the conversion record belongs to another network: this one has no tensor {slot.parameter}",
+            "Give the converted file that belongs to this record.",
         )
     shape = shapes[slot.parameter]
     if slot.columns is None:
@@ -141,8 +144,9 @@ def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], unit_count: i
     if expected != found:
         raise RecordError(
             f"the conversion record does not fit the tensor {slot.parameter} of shape {list(shape)}",
-            "the tensors were changed after the conversion; only files that kept their shapes can be restored",
+            "The tensor was changed after the conversion; only files whose tensors kept their shapes can be restored.",
         )
     for vector in (slot.rows, slot.columns):
         if vector is not None and len(vector) and not (vector.min() >= FIXED and vector.max() < unit_count):
-            raise RecordError(f"the conversion record is damaged: {slot.parameter} names a channel that it lacks")
+            place = f"the entry of {slot.parameter}"
+            raise RecordError(f"the conversion record is damaged: {place} names a channel that does not exist")

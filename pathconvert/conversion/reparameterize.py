@@ -1,10 +1,10 @@
-"""The conversion as a whole: trace → groups → pivots → scales → rewrite, and the way back."""
+"""The conversion as a whole: trace → groups → pivots → scales → rescale, and its record."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pathconvert.conversion.groups import Group, Units, find_units
+from pathconvert.conversion.modules import named_tensors
 from pathconvert.conversion.parts import Traced, trace_network
 from pathconvert.conversion.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
 from pathconvert.conversion.record import (
@@ -35,7 +36,10 @@ Scope = Literal["block", "network"]
 class Pivot(NamedTuple):
     """A unit's skeleton weight: ``parameter[row, column]`` at the kernel's centre.
 
-    ``magnitude`` is its effective weight's |a| before the conversion (docs/design.md, "Effective weight").
+    Attributes:
+        parameter, row, column: its place.
+        sign: 1 or -1.
+        magnitude: |a| of its effective weight before the conversion (docs/design.md, "Effective weight").
     """
 
     parameter: str
@@ -47,13 +51,13 @@ class Pivot(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """The channels that the same layers produce; each has a factor of its own.
+    """The channels that the same layers produce; each channel has its own factor.
 
     Attributes:
         name: the first layer that produces it.
         size: number of channels.
-        scales: factor of every channel, float64 [size]; 1 where left alone.
-        pinned_by: why all channels are left alone; None where they are free.
+        scales: factor of every channel, float64 [size]; 1 if the channel was not scaled.
+        pinned_by: why no channel of the group is scaled; None if they are free.
         producers: all layers that produce it.
         held_back: channels whose factor would leave the dtype's normal range, [size].
     """
@@ -68,21 +72,22 @@ class ScaleGroup:
 
     @functools.cached_property
     def pivots(self) -> tuple[Pivot | None, ...]:
-        """Per channel its pivot; None where the channel was left alone."""
+        """The pivot of each channel; None for a channel that was not scaled."""
         return self._pivots()
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted network and all that is known of it.
+    """A converted network and everything that is known about its conversion.
 
     Attributes:
-        model: a rescaled copy, same class and tensor names; ``path_record`` on it is the record.
+        model: a rescaled copy with the same class and tensor names; its attribute ``path_record`` is the record.
         groups: every scale group of the network, in forward order.
         parts: the modules that were converted; ``("",)`` for the whole network.
-        left_alone: module or parameter → why it was not looked at.
-        pivot_fallbacks: layers too wide for ``matching``, which took ``max``.
-        scope, pivot, gauge: as asked for.
+        left_alone: module or parameter → why it was not traced.
+        pivot_fallbacks: layers that were too wide for ``matching`` and used ``max`` instead.
+        scope, pivot, gauge: as given to :func:`reparameterize`.
+        units, pivots: the network's scale groups and pivots, as the steps of the conversion use them.
     """
 
     model: nn.Module
@@ -107,7 +112,7 @@ class Conversion:
         return make_record(self)
 
     def counts(self) -> dict[str, int]:
-        """Groups, and channels by what became of them."""
+        """The number of groups, and the numbers of channels that were rescaled, pinned, dead, held back or circular."""
         free = [group for group in self.groups if group.pinned_by is None]
         held = sum(int(group.held_back.sum()) for group in free)
         with_pivot = sum(int((self.pivots.layer[_span(g)] >= 0).sum()) for g in self._free_groups())
@@ -122,11 +127,11 @@ class Conversion:
         }
 
     def held_back(self) -> NDArray[np.bool_]:
-        """Which units were held back, [units]."""
+        """Which units are held back, [units]."""
         return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in self.groups)])
 
     def circular(self) -> NDArray[np.bool_]:
-        """Whose pivots run in a circle, [units]."""
+        """Which units lie on a circle of pivots, [units]."""
         circular = self.pivots.circular
         return circular if circular is not None else np.zeros(self.units.count, dtype=bool)
 
@@ -136,6 +141,7 @@ class Conversion:
 
 
 def _span(group: Group) -> slice:
+    """The group's units, as a slice of a vector [units]."""
     return slice(group.start, group.start + group.size)
 
 
@@ -151,67 +157,104 @@ def reparameterize(
 
     Args:
         model: any ``nn.Module``; not changed.
-        example_input: a tensor, or a tuple of the forward's positional arguments. Shapes alone matter, unless the
-            network has to be taken apart (detectors), when it is run once.
-        scope: ``block`` leaves channels alone that a residual ``add`` ties; ``network`` takes them too.
+        example_input: a tensor, or a tuple of the forward's positional arguments. Only shapes matter, unless the
+            network can only be converted in parts (detectors); it is then run once.
+        scope: ``block`` does not scale channels that a residual ``add`` ties; ``network`` scales these too.
         pivot: ``matching``, ``max`` or ``diagonal`` (``pivots.py``).
         gauge: ``unit`` (pivots ±1) or ``pow2`` (bit-identical outputs; ``scales.py``).
-        partial: pin what is not homogeneous instead of refusing the network.
+        partial: pin the units that enter an activation that is not homogeneous, instead of refusing the network.
 
     Raises:
-        RefusedNetwork: an activation that is not positively homogeneous (ReLU6, GELU, …), without ``partial``.
+        RefusedNetwork: the network has an activation that is not positively homogeneous (ReLU6, GELU, …), and
+            ``partial`` is not set.
         TraceError: the forward cannot be followed.
+        PathconvertError: the network is in Path-BN form already, or a choice is not known.
     """
     model = unwrapped(model)
     if form_of(model) == "path-bn":
-        raise PathconvertError("the network is in Path-BN form already", "leave_path_bn(model) takes it back.")
+        raise PathconvertError("the network is in Path-BN form already", "Call leave_path_bn(model) first.")
     for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
         if value not in get_args(kind):
-            raise PathconvertError(f"{value!r} is none of {', '.join(get_args(kind))}")
+            raise PathconvertError(f"{value!r} is not one of {', '.join(get_args(kind))}")
     return convert_traced(model, trace_network(model, example_input), scope, pivot, gauge, partial)
 
 
 def convert_traced(
     model: nn.Module, traced: Traced, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool = False
 ) -> Conversion:
-    """:func:`reparameterize` from a trace on: one trace serves all scopes, pivots and gauges."""
+    """:func:`reparameterize` for a network that is traced already: one trace serves all scopes, pivots and gauges."""
     if traced.trace.offenders and not partial:
         path, kind = traced.trace.offenders[0]
         raise RefusedNetwork(
             f"{path or 'the network'} is {kind}, which is not positively homogeneous: "
             f"{type(model).__name__} cannot be moved to path space as a whole",
-            "--partial (partial=True) pins what is not homogeneous and converts the rest",
+            "--partial (partial=True) pins what enters such an activation and converts the rest",
         )
     units = find_units(traced.trace)
-    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    tensors = named_tensors(model)
     reasons = [_pinned_by(group, scope) for group in units.groups]
     free = np.repeat([reason is None for reason in reasons], [group.size for group in units.groups]).astype(bool)
     pivots = choose_pivots(units, tensors, free, pivot)
     scales, held, circular = choose_scales(units, pivots, tensors, gauge)
     pivots = dataclasses.replace(pivots, circular=circular)
     left = held | circular | (pivots.layer < 0)
-    groups = tuple(
-        ScaleGroup(
-            group.name, group.size, scales[_span(group)], reason, group.producers, held[_span(group)],
-            functools.partial(_named_pivots, units, pivots, left, group),
-        )
-        for group, reason in zip(units.groups, reasons, strict=True)
-    )  # fmt: skip
     rescaled = rescale(model, units.slots, scales)
     conversion = Conversion(
-        rescaled, groups, traced.parts, traced.left_alone, pivots.fallbacks, scope, pivot, gauge, units, pivots
+        model=rescaled,
+        groups=_scale_groups(units, pivots, scales, held, left, reasons),
+        parts=traced.parts,
+        left_alone=traced.left_alone,
+        pivot_fallbacks=pivots.fallbacks,
+        scope=scope,
+        pivot=pivot,
+        gauge=gauge,
+        units=units,
+        pivots=pivots,
     )
     attach_record(rescaled, conversion.record)
     return conversion
 
 
+def _scale_groups(
+    units: Units,
+    pivots: Pivots,
+    scales: FloatVector,
+    held: NDArray[np.bool_],
+    left: NDArray[np.bool_],
+    reasons: Sequence[str | None],
+) -> tuple[ScaleGroup, ...]:
+    """The public description of every group.
+
+    Args:
+        units, pivots: of the network.
+        scales: factors, [units].
+        held: which units are held back, [units].
+        left: which units were not scaled, [units].
+        reasons: why a group is not scaled, one per group; None if it is.
+    """
+    return tuple(
+        ScaleGroup(
+            name=group.name,
+            size=group.size,
+            scales=scales[_span(group)],
+            pinned_by=reason,
+            producers=group.producers,
+            held_back=held[_span(group)],
+            _pivots=functools.partial(_named_pivots, units, pivots, left, group),
+        )
+        for group, reason in zip(units.groups, reasons, strict=True)
+    )
+
+
 def _pinned_by(group: Group, scope: Scope) -> str | None:
+    """Why a group is not scaled in this scope; None if it is."""
     if group.pinned_by is None and group.residual and scope == "block":
-        return "is tied by a residual add (scope block leaves those alone; scope network takes them)"
+        return "is tied by a residual add, which scope block does not rescale (scope network does)"
     return group.pinned_by
 
 
 def _named_pivots(units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group) -> tuple[Pivot | None, ...]:
+    """The pivot of each unit of a group; None for those in ``left``, [units], which were not scaled."""
     return tuple(
         None
         if left[i]
@@ -227,38 +270,41 @@ def _named_pivots(units: Units, pivots: Pivots, left: NDArray[np.bool_], group: 
 
 
 def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conversion:
-    """The conversion that a network in path form and its record describe, traced again.
+    """Rebuild the conversion of a network in path form from its record, with a new trace.
 
     Args:
-        model: the converted network, fine-tuned or not; not changed, and not copied.
+        model: the converted network, which may be fine-tuned; neither changed nor copied.
         example_input: as for :func:`reparameterize`.
         record: its record.
 
     Raises:
-        RecordError: the record is of a newer format, or not of this network.
+        RecordError: the record has another format version, is damaged, or belongs to another network.
     """
-    tensors = {name: tensor.detach().cpu() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    tensors = named_tensors(model)
     _, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     traced = trace_network(model, example_input)
     units = find_units(traced.trace)
-    stored = record["pivots"]
-    layer, row, column = (np.asarray(stored[key], dtype=np.int64) for key in ("layer", "row", "column"))
-    if [lay.parameter for lay in units.layers] != stored["parameters"] or not units.count == len(scales) == len(layer):
-        raise RecordError("the conversion record is not of this network: its layers are others")
+    places = record["pivots"]
+    layer, row, column = (np.asarray(places[key], dtype=np.int64) for key in ("layer", "row", "column"))
+    if [lay.parameter for lay in units.layers] != places["parameters"] or not units.count == len(scales) == len(layer):
+        raise RecordError("the conversion record belongs to another network: its layers differ from this one's")
     pivots = pivots_at(units, tensors, layer, row, column)
     pivots = dataclasses.replace(pivots, value=pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit])
     held = np.zeros(units.count, dtype=bool)
     held[record.get("held_back", [])] = True
     left = held | (pivots.layer < 0)
-    groups = tuple(
-        ScaleGroup(
-            group.name, group.size, scales[_span(group)], stored_group["pinned_by"], group.producers,
-            held[_span(group)], functools.partial(_named_pivots, units, pivots, left, group),
-        )
-        for group, stored_group in zip(units.groups, record["groups"], strict=True)
-    )  # fmt: skip
-    asked = (record["scope"], record["pivot"], record["gauge"])
-    return Conversion(model, groups, traced.parts, traced.left_alone, (), *asked, units, pivots)
+    return Conversion(
+        model=model,
+        groups=_scale_groups(units, pivots, scales, held, left, [stored["pinned_by"] for stored in record["groups"]]),
+        parts=traced.parts,
+        left_alone=traced.left_alone,
+        pivot_fallbacks=(),
+        scope=record["scope"],
+        pivot=record["pivot"],
+        gauge=record["gauge"],
+        units=units,
+        pivots=pivots,
+    )
 
 
 # ---- the record ------------------------------------------------------------------------------------------------
@@ -300,7 +346,7 @@ def make_record(conversion: Conversion) -> dict[str, Any]:
 
 
 def _magnitudes(conversion: Conversion) -> FloatVector:
-    """The pivots' effective |a| after the conversion, [units]; 0 without a pivot."""
+    """|a| of the pivots after the conversion, [units]; 0 for a unit without a pivot."""
     pivots, scales = conversion.pivots, conversion.scales
     magnitudes: FloatVector = np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
     return magnitudes

@@ -1,7 +1,7 @@
 """Apply factors to a copy of the weights: ``parameter[row, column] · s[row] / s[column]``, in float64.
 
-The same call with ``inverse=True`` divides by that very factor, so restoring undoes a conversion to within the
-rounding of the weights' dtype, and exactly when factors are powers of two.
+With ``inverse=True`` the same call divides by the same factor. Restoring therefore undoes a conversion up to the
+rounding of the weights' dtype, and exactly if the factors are powers of two.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
+from pathconvert.conversion.modules import computed_tensors
 from pathconvert.conversion.pivots import FloatVector
-from pathconvert.conversion.trace import Slot, computed_tensors
+from pathconvert.conversion.trace import Slot
 
-#: Elements that are rescaled at a time.
+#: Number of elements that are rescaled at a time.
 BLOCK = 1 << 16
 
 
 def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iterator[Tensor]:
-    """The float64 factors of a parameter, part by part: all at once they are as large as the parameter and larger.
+    """The float64 factors of a parameter, part by part, as all of them together may need more memory than it does.
 
     Args:
         slot: its rows and columns, as units.
         padded_scales: [units + 1], the last entry 1 (for ``FIXED``).
         shape: the parameter's shape.
-        length: of a part, along the first dimension. Factors are broadcastable to their part.
+        length: size of a part along the first dimension.
+
+    Yields:
+        For each part, factors that broadcast to its shape.
     """
     rows = padded_scales[torch.from_numpy(slot.rows)]
     if slot.columns is None:
@@ -45,7 +49,7 @@ def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iter
 
 
 def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inverse: bool = False) -> nn.Module:
-    """A copy of ``model`` with every slot's parameter rescaled; all else is copied as it is.
+    """A copy of ``model`` in which the parameter of every slot is rescaled; everything else is copied unchanged.
 
     Args:
         model: not changed.
@@ -66,7 +70,7 @@ def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inv
 
 
 def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:
-    """``old · factor`` or ``old / factor``, computed in float64 block by block, so that the cache holds the block."""
+    """``old · factor`` or ``old / factor``, in float64, in blocks that are small enough for the CPU's cache."""
     new = torch.empty_like(old, memory_format=torch.contiguous_format)
     length = max(1, BLOCK * len(old) // max(1, old.numel()))
     parts = factors(slot, padded_scales, old.shape, length)

@@ -1,9 +1,10 @@
 """One rule per operation: what it produces, consumes, carries, ties and pins.
 
-Every supported operation stands in :data:`RULES`, by torch's name for it; its in-place, dunder and method variants
-follow the same rule. An operation that is not there pins whatever it reads and yields factor 1: never a guess.
+:data:`RULES` lists all supported operations by torch's name; the in-place, dunder and method variants of an operation
+follow the same rule. An operation that is not listed pins everything that it reads, and its result has factor 1: no
+rule is ever guessed.
 
-``f`` carries a factor if f(c·x) = c·f(x) for every c > 0 (docs/design.md, "Positive scale invariance").
+A function f carries a factor if f(c·x) = c·f(x) for every c > 0 (docs/design.md, "Positive scale invariance").
 """
 
 from __future__ import annotations
@@ -18,35 +19,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pathconvert.conversion.trace import (
-    PINNED,
-    ZERO,
-    BatchNormCall,
-    Call,
-    Rule,
-    Slot,
-    changes_its_input,
-    compact,
-    metadata,
-    pinned_like,
-)
-
-
-def is_variant(call: Call) -> bool:
-    """Whether the call changes its first argument in place."""
-    return changes_its_input(call.func) or call.kwargs.get("inplace") is True
-
+from pathconvert.conversion.layer_rules import batch_norm, convolution, normalization
+from pathconvert.conversion.pinning import activation, gate, pin, works_in_place
+from pathconvert.conversion.trace import PINNED, ZERO, Call, Rule, Slot, compact, metadata, pinned_like
 
 # ---- carries: one tensor in, the same ids out ------------------------------------------------------------------
 
 
 def carry(call: Call) -> Any:
-    """relu(c·x) = c·relu(x), element by element: the ids stay. Dropout multiplies by what it does not read."""
-    return call.give(call.run(), call.ids(call.argument(0, "input")))
+    """relu(c·x) = c·relu(x) for each element, so the ids stay. The mask of dropout does not depend on its input."""
+    return call.with_ids(call.run(), call.ids(call.argument(0, "input")))
 
 
 def prelu(call: Call) -> Any:
-    """PReLU's slopes have factor 1, also where they are another layer's parameter or computed."""
+    """PReLU's slopes have factor 1, even where they are computed or are another layer's parameter."""
     slopes = call.argument(1, "weight")
     name = call.tracer.name_of(slopes)
     if name is None:
@@ -57,14 +43,14 @@ def prelu(call: Call) -> Any:
 
 
 def new(call: Call) -> Any:
-    """zeros_like, new_empty…: a new tensor, which the numbers of the old one do not enter."""
+    """zeros_like, new_empty, …: a new tensor that does not depend on the numbers of the old one."""
     result = call.run()
     ids = pinned_like(result)
-    return call.give(result, ids * ZERO if "zeros" in call.name else ids)
+    return call.with_ids(result, ids * ZERO if "zeros" in call.name else ids)
 
 
 def convert_kind(call: Call) -> Any:
-    """``to``, ``float``, ``cpu``: another dtype or place; the meta device is kept."""
+    """``to``, ``float``, ``cpu``: the dtype or the device changes; here the result stays on the meta device."""
     kinds = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, torch.dtype)]
     named = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
     x = call.args[0]
@@ -74,16 +60,16 @@ def convert_kind(call: Call) -> Any:
         return pin(call)
     if dtype == x.dtype:
         return x
-    return call.give(torch.empty_like(x, dtype=dtype, device="meta"), call.ids(x))
+    return call.with_ids(torch.empty_like(x, dtype=dtype, device="meta"), call.ids(x))
 
 
 def window(dims: int) -> Rule:
-    """Pooling and linear resizing over the last ``dims`` dimensions: windows tie what they read together."""
+    """Pooling and linear resizing over the last ``dims`` dimensions: elements that share a window are tied."""
 
     def rule(call: Call) -> Any:
         x = call.argument(0, "input")
         ids = call.tied(call.ids(x), range(x.dim() - dims, x.dim()))
-        return call.give(call.run(), ids)
+        return call.with_ids(call.run(), ids)
 
     return rule
 
@@ -95,14 +81,14 @@ def interpolate(call: Call) -> Any:
 
 
 def reindex(call: Call) -> Any:
-    """view, permute, cat, chunk, getitem…: done to the ids themselves."""
+    """view, permute, cat, chunk, getitem, …: the same operation is applied to the ids."""
     if call.name in ("cat", "concat", "concatenate"):
         return cat(call)
     if any(call.tracer.is_live(tensor) and not tensor.is_floating_point() for tensor in call.tensors()):
-        return pin(call)  # an index that depends on numbers
+        return pin(call)  # the index depends on numbers
     try:
         ids = call.run_on_ids()
-    except RuntimeError:  # an index that only the numbers know
+    except RuntimeError:  # the index depends on numbers
         return pin(call)
     result = call.run()
     pairs = zip(tree_leaves(result), tree_leaves(ids), strict=True)
@@ -117,17 +103,17 @@ def iterate(call: Call) -> Any:
 
 
 def view(call: Call) -> Any:
-    """view needs contiguous memory, which expanded ids have not: reshape them."""
+    """view needs contiguous memory, which expanded ids do not have, so they are reshaped."""
     x, *shape = call.args
     result = call.run()
     if shape and isinstance(shape[0], torch.dtype):
         return pin(call)
     ids = call.ids(x).expand(x.shape).reshape(result.shape)
-    return call.give(result, compact(ids))
+    return call.with_ids(result, compact(ids))
 
 
 def cat(call: Call) -> Any:
-    """Concatenation, at full size along its own dimension alone."""
+    """Concatenation; only along its own dimension are the ids expanded to full size."""
     tensors = [t for t in call.argument(0, "tensors") if t.dim() > 1 or t.numel()]
     dim = call.argument(1, "dim", 0)
     all_ids = [call.ids(t) for t in tensors]
@@ -136,11 +122,11 @@ def cat(call: Call) -> Any:
     shape = [max(ids.shape[d] for ids in all_ids) for d in range(rank)]
     sizes = [[*shape[:dim], t.shape[dim], *shape[dim + 1 :]] for t in tensors]
     full = [ids.expand(size) for ids, size in zip(all_ids, sizes, strict=True)]
-    return call.give(call.run(), torch.cat(full, dim))
+    return call.with_ids(call.run(), torch.cat(full, dim))
 
 
 def reduce(call: Call) -> Any:
-    """sum, mean, amax over some dimensions tie what they read together."""
+    """sum, mean, amax over some dimensions: elements that are reduced together are tied."""
     x = call.argument(0, "input")
     dims = call.argument(1, "dim", call.kwargs.get("axis"))
     if isinstance(dims, Tensor) or "other" in call.kwargs:
@@ -152,11 +138,11 @@ def reduce(call: Call) -> Any:
     first = next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
     if first.dim() < x.dim():
         ids = ids.reshape([size for d, size in enumerate(ids.shape) if d not in dims])
-    return call.give(result, ids)
+    return call.with_ids(result, ids)
 
 
 def pad(call: Call) -> Any:
-    """Zero, reflecting, replicating and circular padding; another constant is a constant."""
+    """Zero, reflecting, replicating and circular padding; padding with another constant pins."""
     x, mode, value = call.argument(0, "input"), call.argument(2, "mode", "constant"), call.argument(3, "value")
     if mode == "constant" and value:
         return pin(call)
@@ -175,14 +161,14 @@ def pad(call: Call) -> Any:
         zeros = [list(ids.shape), list(ids.shape)]
         zeros[0][dim], zeros[1][dim] = max(0, before), max(0, after)
         ids = torch.cat([torch.full(zeros[0], ZERO), kept, torch.full(zeros[1], ZERO)], dim)
-    return call.give(call.run(), ids)
+    return call.with_ids(call.run(), ids)
 
 
 # ---- several tensors -------------------------------------------------------------------------------------------
 
 
 def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
-    """The operands' ids, broadcast against each other as the operands are."""
+    """The operands' ids, broadcast to a common shape in the same way as the operands."""
     rank = max(t.dim() for t in tensors)
     all_ids = [call.ids(t) for t in tensors]
     padded = [ids[(None,) * (rank - ids.dim())] for ids in all_ids]
@@ -191,14 +177,14 @@ def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def tie(call: Call) -> Any:
-    """x + y, maximum(x, y): both operands have one factor. Between two activations it is a residual ``add``."""
+    """x + y, maximum(x, y): both operands share a factor. Between two activations this is a residual ``add``."""
     operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)][:2]
     numbers = [arg for arg in (*call.args[:2], call.kwargs.get("other", 0)) if not isinstance(arg, Tensor)]
     if any(number != 0 for number in numbers):
         return pin(call)
     if len(operands) == 1:
-        return call.give(call.run(), call.ids(operands[0]))
-    if is_variant(call) and not call.tracer.is_live(operands[0]):
+        return call.with_ids(call.run(), call.ids(operands[0]))
+    if works_in_place(call) and not call.tracer.is_live(operands[0]):
         return pin(call)
     a, b = aligned(call, operands)
     left, right = a.flatten().numpy(), b.flatten().numpy()
@@ -206,13 +192,13 @@ def tie(call: Call) -> Any:
     if not any(call.tracer.name_of(operand) for operand in operands):
         merged = left[(left > PINNED) & (right > PINNED) & (left != right)]
         call.trace.residual.extend([np.unique(merged)] if merged.size else [])
-    if is_variant(call) and bool((a == ZERO).any()):
-        return pin(call)  # views of the zeros would keep their ids
-    return call.give(call.run(), compact(torch.where(a == ZERO, b, a)))
+    if works_in_place(call) and bool((a == ZERO).any()):
+        return pin(call)  # other views of the zeros would keep their ids
+    return call.with_ids(call.run(), compact(torch.where(a == ZERO, b, a)))
 
 
 def where(call: Call) -> Any:
-    """where(condition, x, y) selects: x and y have one factor, 0 has any; a condition on numbers would see it."""
+    """where(condition, x, y): x and y share a factor (0 fits any); pinned if the condition depends on numbers."""
     condition, x, y = (call.argument(i, name) for i, name in enumerate(("condition", "input", "other")))
     return _select(call, condition, x, y)
 
@@ -220,10 +206,11 @@ def where(call: Call) -> Any:
 def masked_fill(call: Call) -> Any:
     """masked_fill(x, mask, y) is where(mask, y, x)."""
     x, mask, value = (call.argument(i, name) for i, name in enumerate(("input", "mask", "value")))
-    return pin(call) if is_variant(call) else _select(call, mask, value, x)
+    return pin(call) if works_in_place(call) else _select(call, mask, value, x)
 
 
 def _select(call: Call, condition: Tensor, *choices: Any) -> Any:
+    """The common rule of where and masked_fill; a number among ``choices`` has to be 0."""
     tensors = [choice for choice in choices if isinstance(choice, Tensor)]
     numbers = [choice for choice in choices if not isinstance(choice, Tensor)]
     if call.tracer.is_live(condition) or not tensors or any(number != 0 for number in numbers):
@@ -231,158 +218,45 @@ def _select(call: Call, condition: Tensor, *choices: Any) -> Any:
     _, *ids = aligned(call, [condition, *tensors])
     a, b = ids[0], ids[-1]
     call.trace.tie(a.flatten().numpy(), b.flatten().numpy(), call.where)
-    return call.give(call.run(), compact(torch.where(a == ZERO, b, a)))
+    return call.with_ids(call.run(), compact(torch.where(a == ZERO, b, a)))
 
 
 def product(call: Call) -> Any:
-    """x · y is bilinear: exactly one operand carries its factor, the other is pinned (a gate, usually)."""
+    """x · y is bilinear: exactly one operand carries its factor, and the other, usually a gate, is pinned."""
     operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)]
     if call.argument(2, "rounding_mode") is not None:
         return pin(call)
     if len(operands) == 1:
         if call.args and operands[0] is not call.args[0] and call.name != "mul":
             return pin(call)  # number / x
-        return call.give(call.run(), call.ids(operands[0]))
+        return call.with_ids(call.run(), call.ids(operands[0]))
     carrier, gate = _carrier_and_gate(call, operands)
     call.trace.pin(call.ids(gate).flatten().numpy(), f"multiplies a rescaled tensor in {call.where}")
     both = dict(zip((id(operands[0]), id(operands[1])), aligned(call, operands), strict=True))
-    return call.give(call.run(), compact(both[id(carrier)]))
+    return call.with_ids(call.run(), compact(both[id(carrier)]))
 
 
 def _carrier_and_gate(call: Call, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Only a numerator can carry; in x · y the operand that is not pinned anyway, else the larger one."""
+    """The operand that carries its factor, and the other one.
+
+    Of a quotient the numerator carries; of a product, the operand that is not pinned already, else the larger one.
+
+    Returns:
+        Carrier and gate.
+    """
     first, second = operands
-    if call.name == "div" or is_variant(call):
+    if call.name == "div" or works_in_place(call):
         return first, second
     free = [bool((call.ids(t) > PINNED).any()) and not call.tracer.name_of(t) for t in operands]
     size = [t.numel() for t in operands]
     return (second, first) if (free[1], size[1]) > (free[0], size[0]) else (first, second)
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------
-
-
-def convolution(spatial: int, transposed: bool = False) -> Rule:
-    """W[j, k] z[k] + b[j]: columns read, rows produce; a grouped one reads its own block."""
-
-    def rule(call: Call) -> Any:
-        x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
-        groups = int(call.argument(6, "groups", 1))
-        result = call.run()
-        channel = result.dim() - 1 - spatial
-        names = _weight_names(call, weight, bias)
-        if names is None or weight.dim() != spatial + 2 or (names[1] and bias.numel() != result.shape[channel]):
-            return pin(call, result)
-        columns = call.vector(call.ids(x), channel, x.shape[channel])
-        rows = call.trace.fresh(result.shape[channel])
-        call.trace.slots.append(Slot(names[0], rows, columns, groups, transposed))
-        if names[1]:
-            call.trace.slots.append(Slot(names[1], rows))
-        shape = [1] * result.dim()
-        shape[channel] = -1
-        call.tracer.step(names[0], x, result)
-        return call.give(result, torch.from_numpy(rows).view(shape))
-
-    return rule
-
-
-def _weight_names(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str, str | None] | None:
-    """The names of a layer's parameters; None where one of them is computed and cannot be rescaled."""
-    name, bias_name = call.tracer.name_of(weight), call.tracer.name_of(bias)
-    if name is None or not weight.is_floating_point() or (bias is not None and bias_name is None):
-        return None
-    return name, bias_name
-
-
-def batch_norm(call: Call) -> Any:
-    """BatchNorm normalises away what comes in (its running statistics stay) and γ, β produce new units."""
-    names = ("input", "running_mean", "running_var", "weight", "bias")
-    x, mean, var, weight, bias = (call.argument(i, name) for i, name in enumerate(names))
-    eps = float(call.argument(7, "eps", 1e-5))
-    columns = call.vector(call.ids(x), 1, x.shape[1])
-    name_of = call.tracer.name_of
-    title = (name_of(weight) or name_of(mean) or call.tracer.path).rpartition(".")[0] or call.tracer.path
-    rows = _affine_rows(call, weight, bias, x.shape[1], f"the BatchNorm {title}")
-    call.trace.batch_norms.append(BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps))
-    shape = [1] * x.dim()
-    shape[1] = -1
-    result = torch.empty_like(x, device="meta")
-    call.tracer.step(title, x, result)
-    return call.give(result, torch.from_numpy(rows).view(shape))
-
-
-def _affine_rows(call: Call, weight: Tensor | None, bias: Tensor | None, size: int, title: str) -> Any:
-    """Ids of the units that γ and β produce; without them the units are pinned."""
-    rows = call.trace.fresh(size)
-    names = [call.tracer.name_of(parameter) for parameter in (weight, bias)]
-    for parameter, name in zip((weight, bias), names, strict=True):
-        if name is not None:
-            call.trace.slots.append(Slot(name, rows))
-        elif parameter is not None:
-            call.trace.pin(rows, f"comes from {title}, whose γ or β is computed")
-    if names[0] is None:
-        call.trace.pin(rows, f"comes from {title}, which has no γ")
-    return rows
-
-
-def normalization(weight_at: int, channels_last: bool) -> Rule:
-    """LayerNorm, GroupNorm, InstanceNorm mix channels or keep no γ-free factor: input pinned, γ and β produce."""
-
-    def rule(call: Call) -> Any:
-        x = call.argument(0, "input")
-        weight = call.argument(weight_at, "weight")
-        bias = call.argument(weight_at + 1, "bias")
-        title = f"the normalization {call.tracer.path or call.name}"
-        call.trace.pin(call.ids(x).flatten().numpy(), f"enters {title}, which is not homogeneous")
-        result = torch.empty_like(x, device="meta")
-        if weight is None:
-            return call.give(result, pinned_like(x))
-        rows = torch.from_numpy(_affine_rows(call, weight, bias, weight.numel(), title))
-        shape = [1] * (x.dim() - weight.dim()) + list(weight.shape) if channels_last else [1, -1] + [1] * (x.dim() - 2)
-        return call.give(result, rows.view(shape))
-
-    return rule
-
-
 # ---- what is not homogeneous -----------------------------------------------------------------------------------
 
 
-def gate(call: Call) -> Any:
-    """sigmoid, softmax: not homogeneous, and common as gates and as outputs: pinned, no reason to refuse."""
-    x = call.argument(0, "input")
-    call.trace.pin(call.ids(x).flatten().numpy(), f"enters {call.where}, which is not homogeneous")
-    return call.give(call.run(), pinned_like(x))
-
-
-def pin(call: Call, result: Any = None) -> Any:
-    """Everything read has factor 1, and so has the result."""
-    reason = f"enters {call.where}, which is not known to be homogeneous"
-    for tensor in call.tensors():
-        if call.tracer.is_live(tensor):
-            call.tracer.leave_alone(tensor, reason)
-    if is_variant(call):
-        call.tracer.set(call.args[0], pinned_like(call.args[0]))
-        call.run()
-        return call.args[0]
-    result = call.run() if result is None else result
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor) and not call.tracer.is_live(leaf):
-            call.tracer.set(leaf, pinned_like(leaf))
-    return result
-
-
-def activation(call: Call) -> Any:
-    """An activation that is not homogeneous: pinned, and the network is refused unless ``partial``."""
-    x = call.argument(0, "input")
-    module = call.tracer.stack[-1] if call.tracer.stack else None
-    kind = type(module).__name__ if module is not None and not list(module.children()) else call.name
-    call.trace.offenders.append((call.tracer.path, kind))
-    call.trace.pin(call.ids(x).flatten().numpy(), f"enters {call.tracer.path} ({kind}), which is not homogeneous")
-    return call.give(call.run(), pinned_like(x))
-
-
 def clamp(call: Call) -> Any:
-    """clamp(x, min=0) is ReLU; other bounds see the factor."""
+    """clamp(x, min=0) is ReLU; other bounds are not homogeneous."""
     low, high = call.argument(1, "min"), call.argument(2, "max")
     bounds_are_homogeneous = high is None and isinstance(low, int | float) and low == 0
     return carry(call) if bounds_are_homogeneous else activation(call)
@@ -397,7 +271,7 @@ _DIMS = (1, 2, 3)
 _POOLS = ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
 
 RULES: dict[str, Rule] = {
-    # carries
+    # one tensor in, the same ids out
     **dict.fromkeys(("relu", "leaky_relu", "rrelu", "abs", "neg", "positive", "contiguous", "clone", "detach",
                      "alias", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), carry),
     **dict.fromkeys(("to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), convert_kind),
@@ -440,7 +314,7 @@ RULES: dict[str, Rule] = {
     # activations that refuse the network
     **dict.fromkeys(("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "celu", "selu", "softplus",
                      "tanh", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "softsign", "glu"), activation),
-    # no use of the numbers
+    # these do not use the numbers
     **dict.fromkeys(("size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_contiguous",
                      "shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
                      "is_quantized", "is_complex", "is_nested", "names", "len", "get_device", "element_size", "is_leaf",
@@ -452,7 +326,11 @@ RULES: dict[str, Rule] = {
 
 @functools.cache
 def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
-    """A torch function's plain name and its rule; functions that are not torch's own are pinned."""
+    """The plain name of a function and the rule that it follows; functions that are not torch's own are pinned.
+
+    Returns:
+        The name, without dunders and the underscore of in-place variants where it is in :data:`RULES`, and the rule.
+    """
     if not _is_torchs_own(func) or func.__name__ == "__float__":  # float(x) is a number, x.float() a tensor
         return str(getattr(func, "__name__", func)), pin
     name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
@@ -463,7 +341,7 @@ def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
 
 
 def _is_torchs_own(func: Any) -> bool:
-    """torch.*, Tensor methods and properties, torch.nn.functional, aten operators; not a library's custom operator."""
+    """Whether a function is in torch.*, torch.nn.functional, Tensor or aten; custom operators of libraries are not."""
     module = getattr(func, "__module__", None) or "torch"
     if module.startswith("torch._ops"):
         return module == "torch._ops.aten"

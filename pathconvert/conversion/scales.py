@@ -1,4 +1,4 @@
-"""Gauges: one factor for every unit, from its pivot.
+"""Gauges: the factor of every unit, computed from its pivot.
 
 Going from the output to the input, unit i gets s_i = |a_i| · s_next(i), with a_i its pivot's effective weight and
 next(i) the unit that the pivot's row ends in (PBN Theorem 1, PBN-A D.1). Incoming weights are multiplied by s_i and
@@ -9,10 +9,11 @@ outgoing ones divided, so that the pivot becomes a_i · s_next / s_i = ±1.
 ``pow2``  s_i rounded to a power of two: pivots land in [2^-½, 2^½] and every product is exact
 =======  ===========================================================================================
 
-**Held back** is a unit whose factor would carry a weight out of its dtype's normal range, or that leaves too little of
-the exponents for its activations; its factor is 1. Activations keep half of the exponents. With ``unit`` a factor may
-go further, up to 2²⁴ from the ends of the range: activations that then become subnormal are below one rounding of the
-channel's usual ones, so nothing but rounding changes. With ``pow2`` they would no longer be exact.
+A unit is **held back**, which means that its factor stays 1, if its factor would move a weight out of the normal range
+of its dtype or would leave too few exponents for the unit's activations. Activations keep half of the exponents. With
+``unit`` a factor may go further, up to 2²⁴ from the ends of the range: an activation that then becomes subnormal is
+smaller than one rounding of the channel's usual activations, so only the rounding changes. With ``pow2`` such an
+activation would no longer be exact.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ Gauge = Literal["unit", "pow2"]
 def choose_scales(
     units: Units, pivots: Pivots, tensors: Mapping[str, Tensor], gauge: Gauge, target: float = 1.0
 ) -> tuple[FloatVector, NDArray[np.bool_], NDArray[np.bool_]]:
-    """Factors [units], which units were held back [units], and which lie on a circle of pivots [units].
+    """Choose the factors with which pivots become ±``target``.
 
-    The factor of a unit without pivot, held back or on a circle is 1. Pivots become ±``target``.
+    The factor of a unit is 1 if it has no pivot, is held back, or lies on a circle of pivots.
+
+    Returns:
+        The factors, [units]; which units are held back, [units]; and which lie on a circle of pivots, [units].
     """
     held = np.zeros(units.count, dtype=bool)
     ranges = _Ranges(units, tensors, gauge)
@@ -53,7 +57,11 @@ def choose_scales(
 def _propagate(
     pivots: Pivots, gauge: Gauge, held: NDArray[np.bool_], target: float
 ) -> tuple[FloatVector, NDArray[np.bool_]]:
-    """s_i = |a_i| · s_next(i) / target, where next(i) is done; what never gets done is circular."""
+    """s_i = |a_i| · s_next(i) / target, as soon as s_next(i) is known.
+
+    Returns:
+        The factors, [units]; and the units whose factor never becomes known as they lie on a circle, [units].
+    """
     count = len(pivots.layer)
     scales = np.ones(count + 1)  # the last entry stands for FIXED = -1
     done = np.append((pivots.layer < 0) | held, True)
@@ -68,7 +76,7 @@ def _propagate(
 
 
 class _Ranges:
-    """Finds units whose factors carry a weight out of its dtype's normal range."""
+    """Finds the units whose factors move a weight out of the normal range of its dtype."""
 
     def __init__(self, units: Units, tensors: Mapping[str, Tensor], gauge: Gauge) -> None:
         self.slots = [slot for slot in units.slots if (slot.rows >= 0).any() or _reads(slot)]
@@ -82,7 +90,7 @@ class _Ranges:
             self.lowest, self.highest = min(self.lowest, tiny * 2**24), max(self.highest, largest / 2**24)
 
     def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
-        """Units to hold back, [units]."""
+        """Which units have to be held back, [units]."""
         leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
         padded = np.append(scales, 1.0)
         for slot in self.slots:
@@ -95,14 +103,14 @@ class _Ranges:
         return leaving
 
     def _span(self, name: str) -> tuple[float, float]:
-        """Smallest nonzero and largest magnitude of a parameter."""
+        """The smallest nonzero and the largest magnitude of a parameter."""
         if name not in self._spans:
             blocks = self.tensors[name].detach().reshape(-1).split(BLOCK)
             self._spans[name] = min(map(_smallest, blocks)), max(float(block.abs().max()) for block in blocks)
         return self._spans[name]
 
     def _mark(self, slot: Slot, padded: FloatVector, leaving: NDArray[np.bool_]) -> None:
-        """Marks the units of every element that leaves the normal range; one that is subnormal already may grow."""
+        """Mark the units of all elements that leave the normal range; a subnormal element may still grow."""
         weight = self.tensors[slot.parameter].detach()
         info = torch.finfo(weight.dtype)
         factor = next(factors(slot, torch.from_numpy(padded), weight.shape, max(1, len(weight))))
@@ -118,7 +126,7 @@ class _Ranges:
 
 
 def _smallest(block: Tensor) -> float:
-    """The smallest nonzero magnitude; infinity where there is none."""
+    """The smallest nonzero magnitude; infinity if all elements are zero."""
     magnitude = block.abs()
     smallest = float(magnitude.min())
     if smallest > 0:
@@ -128,11 +136,16 @@ def _smallest(block: Tensor) -> float:
 
 
 def _reads(slot: Slot) -> bool:
+    """Whether a column of the slot reads a unit."""
     return slot.columns is not None and bool((slot.columns >= 0).any())
 
 
 def _hits(slot: Slot, bad: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which rows and which columns hold a bad element."""
+    """The places of bad elements.
+
+    Returns:
+        Which rows contain one, [rows]; and which columns do, [columns].
+    """
     if slot.columns is None:
         return bad.flatten().numpy(), np.zeros(0, dtype=bool)
     out, into = len(slot.rows) // slot.groups, len(slot.columns) // slot.groups

@@ -1,32 +1,31 @@
-"""Model + example input → :class:`Trace`: which channels share a factor, who produces and who consumes them.
+"""Model + example input → :class:`Trace`: which channels share a factor, and which layers produce and consume them.
 
-The forward runs once on the *meta* device (shapes, no numbers) under a :class:`torch.overrides.TorchFunctionMode`.
-Beside every activation goes an integer tensor, its **ids**: one id for every scalar that may have a factor of its
-own. Ids have the activation's rank; a dimension along which they are constant has size 1, so a feature map
-[N, C, H, W] usually carries ids [1, C, 1, 1].
+The forward runs once on the *meta* device, which has shapes but no numbers, under a
+:class:`torch.overrides.TorchFunctionMode`. Every activation is accompanied by an integer tensor, its **ids**: one id
+for every scalar that may have a factor of its own. The ids have the same rank as the activation; a dimension along
+which they are constant has size 1, so a feature map [N, C, H, W] usually has ids [1, C, 1, 1].
 
 ====================  =====================================================================================
-``ZERO``              the value is 0 whatever the factor (zero padding)
+``ZERO``              the value is 0, whatever its factor is (zero padding)
 ``PINNED``            the factor is 1: network inputs, constants, results of operations that are not homogeneous
-``2, 3, …``           an element that some parameter row produces
+``2, 3, …``           an element that a row of a parameter produces
 ====================  =====================================================================================
 
-Nothing is merged here: a :class:`Trace` collects *ties* (two ids share a factor) and *pins* (an id has factor 1, and
-why), and the *slots* that say how every parameter is indexed by ids. ``groups.py`` solves them.
+Nothing is merged here: a :class:`Trace` collects *ties* (two ids share a factor), *pins* (an id has factor 1, for a
+stated reason) and *slots* (how each parameter is indexed by ids). ``groups.py`` solves them.
 
-What a trace cannot see makes it stop with a :class:`~pathconvert.errors.TraceError`: control flow that depends on
-numbers (the meta device has none) and tensors made behind its back (scripted or custom C++ code). Control flow that
-depends on shapes is followed for the shape of the example.
+A trace stops with a :class:`~pathconvert.errors.TraceError` when it meets something that it cannot follow: control
+flow that depends on numbers (the meta device has none), and tensors that scripted or custom C++ code makes. Control
+flow that depends on shapes is followed for the shape of the example.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pathconvert.conversion.modules import mode_of, output_tensors, running_modules
 from pathconvert.errors import PathconvertError, TraceError, first_line
 
 ZERO, PINNED = 0, 1
@@ -50,10 +50,10 @@ class Slot:
 
     Attributes:
         parameter: its name in ``model.named_parameters()`` (or buffers, for a frozen BatchNorm).
-        rows: ids of what it produces, [rows].
-        columns: ids of what it reads, [columns]; None for biases, γ, β.
-        groups: of a convolution; row block g reads column block g alone.
-        transposed: a transposed convolution stores [in, out / groups, …].
+        rows: ids of the elements that it produces, [rows].
+        columns: ids of the elements that it reads, [columns]; None for biases, γ and β.
+        groups: number of groups of a convolution; row block g reads only column block g.
+        transposed: whether it is stored as [in, out / groups, …], as transposed convolutions are.
     """
 
     parameter: str
@@ -65,7 +65,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class BatchNormCall:
-    """One call of a BatchNorm ``name``: ids produced [C], ids read [C], the names of γ and of the running variance."""
+    """One call of the BatchNorm ``name``.
+
+    Attributes:
+        name: the module's path.
+        rows: ids that it produces, [C].
+        columns: ids that it reads, [C].
+        weight, var: names of γ and of the running variance; None where there is none.
+        eps: as in the module.
+    """
 
     name: str
     rows: IdVector
@@ -77,12 +85,12 @@ class BatchNormCall:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a layer or of a BatchNorm, and its neighbours.
+    """One call of a layer or of a BatchNorm, with its neighbours.
 
     Attributes:
-        name: a layer's weight, or a BatchNorm's :attr:`BatchNormCall.name`.
-        source: the step whose result is read, if nothing else reads it; None otherwise.
-        sink: the step that reads the result, if nothing else does; None otherwise.
+        name: the name of a layer's weight, or a BatchNorm's :attr:`BatchNormCall.name`.
+        source: the step whose result this step reads, if nothing else reads that result; None otherwise.
+        sink: the step that reads this step's result, if nothing else reads it; None otherwise.
     """
 
     name: str
@@ -92,7 +100,18 @@ class Step:
 
 @dataclass
 class Trace:
-    """What one or several runs of a network say about its ids (see the module's docstring)."""
+    """What one or several runs of a network say about its ids (see the module's docstring).
+
+    Attributes:
+        slots: how each parameter is indexed by ids.
+        batch_norms: all calls of BatchNorms.
+        ties: pairs of vectors; ``a[i]`` and ``b[i]`` share a factor.
+        pins: ids that have factor 1, and the reason.
+        residual: ids that an ``add`` of two activations ties.
+        offenders: path and type of every activation that is not homogeneous.
+        steps: all calls of layers and BatchNorms.
+        id_count: number of ids in use, ``ZERO`` and ``PINNED`` included.
+    """
 
     slots: list[Slot] = field(default_factory=list)
     batch_norms: list[BatchNormCall] = field(default_factory=list)
@@ -104,7 +123,7 @@ class Trace:
     id_count: int = 2
 
     def copy(self) -> Trace:
-        """Another trace that goes on from here."""
+        """A copy that can be extended without changing this trace."""
         return Trace(
             list(self.slots),
             list(self.batch_norms),
@@ -117,7 +136,7 @@ class Trace:
         )
 
     def followers(self) -> dict[str, str]:
-        """Step → the step that alone reads what it makes, in every call, and that reads nothing else."""
+        """Step → the one step that reads its result in every call, provided that this one reads nothing else."""
         sources: dict[str, set[str | None]] = {}
         sinks: dict[str, set[str | None]] = {}
         for step in self.steps:
@@ -130,18 +149,18 @@ class Trace:
         }
 
     def fresh(self, count: int) -> IdVector:
-        """``count`` new ids."""
+        """``count`` new ids, [count]."""
         self.id_count += count
         return np.arange(self.id_count - count, self.id_count)
 
     def pin(self, ids: IdVector, reason: str) -> None:
-        """These ids have factor 1, for ``reason``."""
+        """Record that these ids have factor 1, for ``reason``."""
         ids = np.unique(ids[ids > PINNED])
         if ids.size:
             self.pins.append((ids, reason))
 
     def tie(self, a: IdVector, b: IdVector, where: str) -> None:
-        """``a[i]`` and ``b[i]`` have one factor; next to a pinned one the other is pinned too."""
+        """Record that ``a[i]`` and ``b[i]`` share a factor; if one of them is pinned, so is the other."""
         free = (a > PINNED) & (b > PINNED) & (a != b)
         if free.any():
             self.ties.append((a[free], b[free]))
@@ -151,7 +170,7 @@ class Trace:
 
 
 def compact(ids: Tensor) -> Tensor:
-    """``ids`` with every dimension along which they are constant cut to size 1."""
+    """``ids`` with size 1 in every dimension along which they are constant."""
     for dim in range(ids.dim()):
         if ids.shape[dim] > 1 and ids.stride(dim) == 0:
             ids = ids.narrow(dim, 0, 1)
@@ -168,7 +187,7 @@ Rule = Callable[["Call"], Any]
 
 @dataclass
 class Call:
-    """One call of a torch function inside a traced forward, as a rule sees it."""
+    """One call of a torch function inside a traced forward: what a rule is given."""
 
     tracer: Tracer
     name: str
@@ -178,50 +197,52 @@ class Call:
 
     @property
     def trace(self) -> Trace:
+        """The trace that the tracer extends."""
         return self.tracer.trace
 
     @property
     def where(self) -> str:
-        """The place, for a reader: ``layer1.0 (add)``."""
+        """The place of the call, for messages: ``layer1.0 (add)``."""
         return f"{self.tracer.path or 'the network'} ({self.name})"
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given by position or by name."""
+        """An argument, whether it was given by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, nested lists included."""
+        """All tensors among the arguments, including those in nested lists."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def ids(self, tensor: Tensor) -> Tensor:
+        """The tensor's ids (:meth:`Tracer.ids`)."""
         return self.tracer.ids(tensor)
 
     def run(self) -> Any:
         """The function's result on the meta device."""
-        return self.func(*self.tracer.lift(self.args), **self.tracer.lift(self.kwargs))
+        return self.func(*self.tracer.to_meta(self.args), **self.tracer.to_meta(self.kwargs))
 
     def run_on_ids(self) -> Any:
-        """The function's result on ids in place of every tensor that has some, at full size."""
+        """The function's result on the ids of its tensors, each expanded to the full size of its tensor."""
 
         def ids(tensor: Tensor) -> Tensor:
             followed = self.tracer.is_live(tensor) or tensor.is_floating_point()
-            return self.ids(tensor).expand(tensor.shape) if followed else tensor  # an index stays what it is
+            return self.ids(tensor).expand(tensor.shape) if followed else tensor  # an index is passed on as it is
 
         return self.func(*tree_map_only(Tensor, ids, self.args), **tree_map_only(Tensor, ids, self.kwargs))
 
-    def give(self, result: Any, ids: Tensor) -> Any:
-        """``result`` with ``ids``; of several results, the first has them and the rest is pinned."""
+    def with_ids(self, result: Any, ids: Tensor) -> Any:
+        """Give ``ids`` to ``result`` and return it; of several results, the first gets them and the rest are pinned."""
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for position, tensor in enumerate(tensors):
             self.tracer.set(tensor, ids if position == 0 else pinned_like(tensor))
         return result
 
-    def vector(self, ids: Tensor, dim: int, size: int) -> IdVector:
-        """The ids along ``dim`` [size]; those that share an index along it are tied."""
+    def channel_ids(self, ids: Tensor, dim: int, size: int) -> IdVector:
+        """The ids along ``dim``, [size]; ids at the same index of ``dim`` are tied to each other."""
         return self.tied(ids, [d for d in range(ids.dim()) if d != dim % ids.dim()]).flatten().expand(size).numpy()
 
     def tied(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
-        """``ids`` with ``dims`` cut to size 1, after tying what differs along them."""
+        """``ids`` with size 1 in ``dims``, after tying the ids that differ along them."""
         dims = [d for d in dims if ids.shape[d] > 1]
         if not dims:
             return ids
@@ -231,22 +252,22 @@ class Call:
 
 
 def metadata(call: Call) -> Any:
-    """Shapes, dtypes, devices: no use of the numbers."""
+    """Rule for shapes, dtypes and devices, which do not depend on the numbers."""
     return call.func(*call.args, **call.kwargs)
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Ids of a tensor whose factor is 1 everywhere."""
+    """Ids for a tensor whose factor is 1 everywhere; they broadcast to its shape."""
     return torch.full((1,) * tensor.dim(), PINNED)
 
 
 class Tracer(TorchFunctionMode):
-    """Runs functions on the meta device and has a rule follow the ids of each (``rules.py``).
+    """Runs every torch function on the meta device and lets a rule follow its ids (``rules.py``).
 
     Args:
-        model: looked at, never changed: parameters and buffers are replaced by meta tensors call by call.
-        trace: receives what is found.
-        rule_of: function → (its name, the rule for it).
+        model: not changed; each call gets meta tensors in place of its parameters and buffers.
+        trace: the trace to extend.
+        rule_of: maps a torch function to its name and its rule.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, rule_of: Callable[[Any], tuple[str, Rule]]) -> None:
@@ -265,33 +286,34 @@ class Tracer(TorchFunctionMode):
 
     @property
     def path(self) -> str:
-        """The innermost module that is running, as a path in the model."""
+        """The path of the innermost module of the model that is running."""
         return next((self.modules[module] for module in reversed(self.stack) if module in self.modules), "")
 
     def name_of(self, tensor: Tensor | None) -> str | None:
-        """The name of a parameter, or of a buffer that checkpoints hold; None for every other tensor."""
+        """The name of a parameter, or of a buffer that is part of the state dict; None for every other tensor."""
         name = self.names.get(id(tensor)) if tensor is not None else None
         return name if name in self.saved else None
 
     def is_live(self, tensor: Tensor) -> bool:
-        """Whether rules follow this tensor: an activation or a parameter (not a constant)."""
+        """Whether rules follow this tensor: it is an activation or a parameter, not a constant."""
         return id(tensor) in self._values or (isinstance(tensor, nn.Parameter) and id(tensor) in self.names)
 
     def set(self, tensor: Tensor, ids: Tensor) -> None:
+        """Remember the ids of a tensor."""
         known = self._values.get(id(tensor))
         self._values[id(tensor)] = (tensor, ids)
         if known is not None and known[1] is not ids and bool((known[1] == ZERO).any()):
             self._overwritten(tensor)
 
     def _overwritten(self, tensor: Tensor) -> None:
-        """Zeros were changed in place: views of them are no zeros any more."""
+        """Pin the zeros in other views of a tensor that was changed in place: they may not be zeros any more."""
         storage = tensor.untyped_storage()._cdata
         for other, ids in list(self._values.values()):
             if other is not tensor and other.untyped_storage()._cdata == storage:
                 self._values[id(other)] = (other, torch.where(ids == ZERO, PINNED, ids))
 
     def ids(self, tensor: Tensor) -> Tensor:
-        """A tensor's ids. A parameter outside the slots that rules know gets one id an element."""
+        """A tensor's ids. A parameter that has none yet gets a slot with one new id per element."""
         known = self._values.get(id(tensor))
         if known is not None:
             return known[1]
@@ -306,11 +328,11 @@ class Tracer(TorchFunctionMode):
         return pinned_like(tensor)
 
     def step(self, name: str, read: Tensor, made: Tensor) -> None:
-        """Note a call of a layer or a BatchNorm (:class:`Step`)."""
+        """Record a call of a layer or a BatchNorm (:class:`Step`)."""
         self._steps.append((name, id(read), id(made)))
 
     def finish(self, outputs: Sequence[Tensor]) -> None:
-        """Note who reads whom, once the forward has returned ``outputs``."""
+        """Record which step reads which, after the forward has returned ``outputs``."""
         self._uses.update(map(id, outputs))
         made_by = {made: name for name, _, made in self._steps}
         read_by = {read: name for name, read, _ in self._steps}
@@ -320,15 +342,19 @@ class Tracer(TorchFunctionMode):
 
         self.trace.steps += [Step(name, alone(read, made_by), alone(made, read_by)) for name, read, made in self._steps]
 
-    def leave_alone(self, tensor: Tensor, reason: str) -> None:
-        """Pin a tensor. A parameter without ids gets none: attention has millions of elements to pin one by one."""
+    def pin_tensor(self, tensor: Tensor, reason: str) -> None:
+        """Pin a tensor.
+
+        A parameter that has no ids yet gets ``PINNED`` throughout: attention has millions of elements, and pinning new
+        ids one by one would be slow.
+        """
         if id(tensor) not in self._values:
             self.trace.slots.append(Slot(self.names[id(tensor)], np.full(tensor.numel(), PINNED)))
             self.set(tensor, pinned_like(tensor))
         self.trace.pin(self.ids(tensor).flatten().numpy(), reason)
 
-    def lift(self, tree: Any) -> Any:
-        """``tree`` with every tensor replaced by a meta tensor of its shape and dtype."""
+    def to_meta(self, tree: Any) -> Any:
+        """``tree`` with every tensor replaced by a meta tensor of the same shape and dtype."""
 
         def meta(tensor: Tensor) -> Tensor:
             return tensor if tensor.device.type == "meta" else torch.empty_like(tensor, device="meta")
@@ -350,7 +376,7 @@ class Tracer(TorchFunctionMode):
                 raise TraceError(f"{call.where} writes into out=, which cannot be followed")
             return rule(call)
         writes = changes_its_input(func) or kwargs.get("out") is not None
-        on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)  # as num_batches_tracked's update
+        on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)  # the update of num_batches_tracked
         result = call.run() if on_a_copy else func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta" and id(leaf) not in self.names:
@@ -359,7 +385,7 @@ class Tracer(TorchFunctionMode):
 
 
 def changes_its_input(func: Any) -> bool:
-    """Whether a torch function works in place, by torch's naming convention."""
+    """Whether a torch function works in place, according to torch's naming convention."""
     name = str(getattr(func, "__name__", ""))
     return (
         name == "__setitem__"
@@ -369,71 +395,24 @@ def changes_its_input(func: Any) -> bool:
 
 
 def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
+    """The forward of FrozenBatchNorm2d, as a single call of torch."""
     return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps)
 
 
 @contextlib.contextmanager
-def _module_stack(stack: list[nn.Module]) -> Iterator[None]:
-    """Keeps the modules that are running in ``stack``, outermost first."""
-    hooks = nn.modules.module
-
-    def pop(*_: Any) -> None:
-        stack.pop()
-
-    enter = hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module))
-    leave = hooks.register_module_forward_hook(pop)
+def _frozen_batch_norms_as_calls() -> Iterator[None]:
+    """Let torchvision's FrozenBatchNorm2d call ``F.batch_norm``, so that the rule for BatchNorm follows it."""
+    kind: Any = torchvision.ops.misc.FrozenBatchNorm2d
+    original = kind.forward
+    kind.forward = _frozen_batch_norm
     try:
         yield
     finally:
-        enter.remove()
-        leave.remove()
-        stack.clear()
+        kind.forward = original
 
 
-@contextlib.contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation mode; afterwards each has the attributes that it had.
-
-    A forward may keep what it computes (a detector its anchors), which after a trace would be meta tensors.
-    """
-    before: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        attributes = vars(module)
-        before.append((attributes, dict(attributes)))
-        before += [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)]
-    try:
-        for module in model.modules():
-            module.training = training
-        yield
-    finally:
-        for live, was in before:
-            live.clear()
-            (live.extend if isinstance(live, list) else live.update)(was)
-
-
-def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Copies, by id, of what hooks computed and keep as attributes (pruning, weight_norm): deepcopy refuses these."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
-
-
-def as_arguments(example_input: Any) -> tuple[Any, ...]:
-    """A tuple is a forward's positional arguments, anything else its only one."""
-    return example_input if isinstance(example_input, tuple) else (example_input,)
-
-
-def meta_inputs(tree: Any, dtype: torch.dtype | None) -> Any:
-    """``tree`` on the meta device, floating tensors in ``dtype``."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=kind, device="meta")
-
-    return tree_map_only(Tensor, convert, tree)
-
-
-def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
-    """Trace one forward of ``module``: its inputs and every output have factor 1.
+def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> None:
+    """Trace one forward of ``module``; its inputs and all its outputs are pinned to factor 1.
 
     Raises:
         TraceError: the forward cannot be followed on the meta device.
@@ -441,13 +420,12 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             tracer.set(leaf, pinned_like(leaf))
-    frozen = mock.patch.object(torchvision.ops.misc.FrozenBatchNorm2d, "forward", _frozen_batch_norm)
     with (
-        mode_of(module, training),
+        mode_of(module, training=training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        frozen,
-        _module_stack(tracer.stack),
+        _frozen_batch_norms_as_calls(),
+        running_modules(tracer.stack),
     ):
         try:
             with tracer:
@@ -464,25 +442,7 @@ def run(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         tracer.trace.pin(tracer.ids(tensor).flatten().numpy(), _output_reason(tracer, module))
 
 
-def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a forward's output: nested containers, and objects by their attributes.
-
-    Raises:
-        TraceError: an object that hides what it holds.
-    """
-    tensors = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-        elif isinstance(leaf, Mapping | Sequence | Set) and not isinstance(leaf, str | bytes | torch.Size):
-            tensors += output_tensors([dict(getattr(leaf, "__dict__", {})), *getattr(leaf, "values", leaf.__iter__)()])
-        elif hasattr(leaf, "__dict__") and not callable(leaf):
-            tensors += output_tensors(dict(vars(leaf)))
-        elif not isinstance(leaf, str | bytes | int | float | complex | torch.Size | torch.dtype | torch.device | None):
-            raise TraceError(f"the forward returns an object of type {type(leaf).__name__}, whose tensors are hidden")
-    return tensors
-
-
 def _output_reason(tracer: Tracer, module: nn.Module) -> str:
+    """Why the outputs of a module are pinned; ``path_bn/candidates.py`` recognises these reasons."""
     name = tracer.modules.get(module, "")
     return f"is an output of {name}, which is converted by itself" if name else "is a network output"

@@ -1,6 +1,6 @@
-"""Fold and export to ONNX.
+"""Fold networks, and export them to ONNX.
 
-The names below are imported when first used: ``import pathconvert.export`` alone loads neither torch nor onnx.
+The names below are imported when they are first used: ``import pathconvert.export`` alone loads neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "pathconvert.export":  # by the link at the root: its classes would be others than the package's
+if __name__ != "pathconvert.export":  # imported by the link at the root, it would define a second copy of every class
     raise ImportError(f"import it as pathconvert.export, not as {__name__}")
 
 if TYPE_CHECKING:

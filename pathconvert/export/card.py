@@ -1,17 +1,19 @@
-"""What an ``.onnx`` file says about itself: one metadata property, ``pathconvert``, that holds a JSON object.
+"""The model card: what an ``.onnx`` file records about itself.
 
-The object is a versioned format of its own, the fields of :class:`ModelCard`::
+It is a JSON object in a metadata property of the file named ``pathconvert``.
+
+The format is versioned. The object holds the fields of :class:`ModelCard`::
 
     format_version, tool
-    architecture            name, arguments, input_size, task; null where nothing tells
-    form                    plain, path or path-bn: what the file that was exported held
+    architecture            name, arguments, input_size, task; null if unknown
+    form                    plain, path or path-bn: the form of the network that was exported
     source_name, source_sha256
-    preprocessing           resize, crop, mean, std, interpolation; null where nothing tells
-    labels                  class names in the order of the logits; null where nothing tells
+    preprocessing           resize, crop, mean, std, interpolation; null if unknown
+    labels                  class names in the order of the logits; null if unknown
     precision, softmax, preprocessing_in_graph
 
-``preprocessing_in_graph`` says that the graph takes uint8 pixels and normalises them itself: then only ``resize`` and
-``crop`` are left to do.
+If ``preprocessing_in_graph`` is true, the graph takes uint8 pixels and normalises them itself, so that only
+``resize`` and ``crop`` are left to do.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ PROPERTY = "pathconvert"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What an exported file says about itself (see the module's docstring)."""
+    """What an exported file records about itself (see the module's docstring)."""
 
     architecture: Architecture | None = None
     form: str = "plain"
@@ -52,15 +54,15 @@ class ModelCard:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
+        """The card as a JSON object."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> ModelCard:
-        """Read the JSON object; unknown fields are ignored.
+        """Make a card of a JSON object; unknown fields are ignored.
 
         Raises:
-            CheckpointError: it is of a newer format, or damaged.
+            CheckpointError: the card has a newer format, or is damaged.
         """
         version = stored.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -73,7 +75,7 @@ class ModelCard:
             return _card(stored)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             message = f"the file has damaged pathconvert metadata: {type(error).__name__}: {error}"
-            raise CheckpointError(message, "Export it again.") from error
+            raise CheckpointError(message, "Export the network again.") from error
 
 
 def _card(stored: Mapping[str, Any]) -> ModelCard:
@@ -87,24 +89,24 @@ def _card(stored: Mapping[str, Any]) -> ModelCard:
             architecture["task"],
         )
     if labels is not None and not isinstance(labels, list):
-        raise TypeError("labels are no list")
+        raise TypeError("labels is not a list")
     return ModelCard(
-        architecture,
-        str(stored.get("form", "plain")),
-        stored.get("source_name"),
-        stored.get("source_sha256"),
-        Preprocessing.from_json(preprocessing) if preprocessing is not None else None,
-        tuple(map(str, labels)) if labels is not None else None,
-        str(stored.get("precision", "fp32")),
-        bool(stored.get("softmax", False)),
-        bool(stored.get("preprocessing_in_graph", False)),
-        str(stored.get("tool", "unknown")),
-        int(stored["format_version"]),
+        architecture=architecture,
+        form=str(stored.get("form", "plain")),
+        source_name=stored.get("source_name"),
+        source_sha256=stored.get("source_sha256"),
+        preprocessing=Preprocessing.from_json(preprocessing) if preprocessing is not None else None,
+        labels=tuple(map(str, labels)) if labels is not None else None,
+        precision=str(stored.get("precision", "fp32")),
+        softmax=bool(stored.get("softmax", False)),
+        preprocessing_in_graph=bool(stored.get("preprocessing_in_graph", False)),
+        tool=str(stored.get("tool", "unknown")),
+        format_version=int(stored["format_version"]),
     )
 
 
 def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
-    """Store ``card`` in ``model``, in place of one that it has."""
+    """Store ``card`` in ``model``; a card that it already has is replaced."""
     kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != PROPERTY]
     del model.metadata_props[:]
     for key, value in [*kept, (PROPERTY, json.dumps(card.to_json()))]:
@@ -113,10 +115,10 @@ def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
 
 
 def read_card(source: onnx.ModelProto | Mapping[str, str]) -> ModelCard | None:
-    """The card of an ONNX model, or of a session's ``get_modelmeta().custom_metadata_map``; None without one.
+    """Read the card of an ONNX model, or of a session's ``get_modelmeta().custom_metadata_map``; None if it has none.
 
     Raises:
-        CheckpointError: it is of a newer format, or damaged.
+        CheckpointError: the card has a newer format, or is damaged.
     """
     properties = source if isinstance(source, Mapping) else {e.key: e.value for e in source.metadata_props}
     text = properties.get(PROPERTY)
@@ -127,5 +129,6 @@ def read_card(source: onnx.ModelProto | Mapping[str, str]) -> ModelCard | None:
     except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict):
-        raise CheckpointError("the file has damaged pathconvert metadata: it is no JSON object", "Export it again.")
+        message = "the file has damaged pathconvert metadata: it is not a JSON object"
+        raise CheckpointError(message, "Export the network again.")
     return ModelCard.from_json(stored)

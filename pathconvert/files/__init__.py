@@ -1,1 +1,1 @@
-"""Files of tensors: what a file is, reading it without executing anything, writing it whole or not at all."""
+"""Files of tensors: tell what a file is, read it without executing anything, write it whole or not at all."""

@@ -3,13 +3,13 @@
 Terms:
     state dict: tensor name → tensor, as ``model.state_dict()`` gives it.
     wrapper key: the entry of a training script's dictionary under which the state dict lies (``model_ema``).
-    prefix: what data-parallel and compiled modules put before every name (``module.``, ``_orig_mod.``).
+    prefix: the text that data-parallel and compiled modules put before every name (``module.``, ``_orig_mod.``).
     metadata: this package's own JSON object. A safetensors file carries it in its header under ``pathconvert``. A
-        ``.pt`` file carries it in the state dict's ``_metadata``, where torch keeps its version numbers and
-        ``load_state_dict(strict=True)`` overlooks an entry more.
+        ``.pt`` file carries it in the state dict's ``_metadata``, where torch keeps its version numbers and where
+        ``load_state_dict(strict=True)`` ignores additional entries.
 
 Reading executes nothing: ``torch.load(weights_only=True)`` unless the caller trusts the file. Writing goes to a hidden
-temporary file in the same folder, is checked there, and is renamed: after a crash there is the old file or none.
+temporary file in the same folder, which is checked and then renamed: after a crash there is the old file, or none.
 """
 
 import argparse
@@ -27,22 +27,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pathconvert.errors import CheckpointError
-from pathconvert.files.filetypes import (
-    AGAIN,
-    EXPECTED,
-    Kind,
-    describe_code,
-    listing,
-    pickle_contents,
-    quote,
-    reading,
-    recognise,
-    safetensors_header,
-)
+from pathconvert.errors import CheckpointError, first_line
+from pathconvert.files.filetypes import Kind, recognise
+from pathconvert.files.pickles import describe_code, legacy_contents, zipped_contents
+from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
+from pathconvert.files.safetensors_header import safetensors_header
 
 WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema")
-"""Wrapper keys, the preferred first."""
+"""Wrapper keys in order of preference."""
 
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -58,10 +50,10 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        tensors: on the CPU, in file order, their names without ``prefix``.
-        key: the wrapper key chosen (``"model_ema"``, ``"ema.state_dict"``); None if the file is the state dict itself.
-        prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing.
-        metadata: this package's own, None if the file carries none.
+        tensors: the weights, on the CPU, in file order; their names lack ``prefix``.
+        key: the wrapper key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the file is a state dict.
+        prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing was.
+        metadata: this package's own metadata; None if the file carries none.
     """
 
     path: Path
@@ -72,7 +64,7 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal; computed when first asked for."""
+        """SHA-256 of the file, in hexadecimal; computed when it is first used."""
         with reading(self.path), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -82,11 +74,11 @@ def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: b
 
     Args:
         path: the file.
-        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that holds tensors.
-        trust_pickle: also load pickled modules, which executes whatever code the file holds.
+        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that contains tensors.
+        trust_pickle: also load pickled modules, which executes whatever code the file contains.
 
     Raises:
-        CheckpointError: the file is something else, damaged or unsafe, or its tensors are no usable weights.
+        CheckpointError: the file is not a checkpoint, is damaged or is unsafe, or its tensors are not usable weights.
     """
     path = Path(path)
     kind = recognise(path)
@@ -94,7 +86,7 @@ def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: b
     if kind is Kind.SAFETENSORS:
         loaded, text = _load_safetensors(path)
     else:
-        loaded, text = _load_torch(path, kind, trust_pickle), None
+        loaded, text = _load_torch(path, kind, trust_pickle=trust_pickle), None
     state, chosen = _choose_state(path, _unwrap_module(loaded), key)
     tensors, prefix = _strip_prefix(_only_tensors(path, state))
     check_weights(path, tensors)
@@ -107,30 +99,34 @@ def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: b
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
-    """The tensors, and the text under ``pathconvert`` in the header."""
+    """Load a safetensors file.
+
+    Returns:
+        The tensors, and the text under ``pathconvert`` in the header (None without one).
+    """
     names, metadata = safetensors_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}, metadata.get("pathconvert")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no intact safetensors file: {_first_line(error)}", AGAIN) from error
+        raise CheckpointError(f"{path} is not an intact safetensors file: {_reason(error)}", AGAIN) from error
 
 
-def _load_torch(path: Path, kind: Kind, trust_pickle: bool) -> object:
+def _load_torch(path: Path, kind: Kind, *, trust_pickle: bool) -> object:
     try:
         return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         refusal = _refuse_pickle(path, kind, error)
         if not trust_pickle:
             raise refusal from error
-    except Exception as error:  # torch raises whatever damaged bytes lead to: KeyError, struct.error, MemoryError, …
+    except Exception as error:  # damaged bytes lead to any error: KeyError, struct.error, MemoryError, …
         raise _damaged(path, error) from error
     try:
         return _torch_load(path, weights_only=False)
     except (ImportError, AttributeError) as error:
-        message = f"{path} is a pickled module whose code is missing here: {_first_line(error)}"
+        message = f"{path} is a pickled module whose code is missing here: {_reason(error)}"
         raise CheckpointError(message, "Run where its class can be imported, or give a state dict.") from error
-    except Exception as error:  # as above, and whatever the trusted code raises
+    except Exception as error:  # as above; the trusted code can raise anything too
         raise _damaged(path, error) from error
 
 
@@ -144,7 +140,7 @@ def _torch_load(path: Path, *, weights_only: bool) -> object:
 
 def _refuse_pickle(path: Path, kind: Kind, error: Exception) -> CheckpointError:
     """Say why ``weights_only=True`` did not load the file."""
-    contents = pickle_contents(path, kind)
+    contents = legacy_contents(path) if kind is Kind.LEGACY else zipped_contents(path)
     if contents.code:
         what, tip = describe_code(contents)
         return CheckpointError(f"{path} is {what}.", tip)
@@ -153,7 +149,7 @@ def _refuse_pickle(path: Path, kind: Kind, error: Exception) -> CheckpointError:
         name = listing(contents.foreign[:1])
         return CheckpointError(f"{path} is a pickled module ({name}), which runs code when loaded; {EXPECTED}.", tip)
     if contents.foreign:
-        message = f"{path} holds Python objects besides tensors: {listing(contents.foreign)}; {EXPECTED}."
+        message = f"{path} contains Python objects besides tensors: {listing(contents.foreign)}; {EXPECTED}."
         return CheckpointError(message, _resave_tip(path, "saved", "saved['state_dict']"))
     if contents.protocol > 2:
         message = f"{path} is pickled with protocol {contents.protocol}; expected torch.save's own, 2."
@@ -168,12 +164,12 @@ def _resave_tip(path: Path, name: str, weights: str) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is a damaged torch.save file; torch says: {_first_line(error)}", AGAIN)
+    return CheckpointError(f"{path} is a damaged torch.save file; torch says: {_reason(error)}", AGAIN)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    line = "".join(c if c.isprintable() else "?" for c in text.splitlines()[0])
+def _reason(error: Exception) -> str:
+    """The first line of an error of torch's, printable and of limited length: it may quote the file."""
+    line = "".join(c if c.isprintable() else "?" for c in first_line(error, after="WeightsUnpickler error: "))
     return line if len(line) <= 160 else f"{line[:159]}…"
 
 
@@ -185,9 +181,13 @@ def _unwrap_module(value: object) -> object:
 
 
 def _choose_state(path: Path, loaded: object, key: str | None) -> tuple[Mapping[Any, object], str | None]:
-    """The state dict and its wrapper key."""
+    """Find the state dict in what a file contains.
+
+    Returns:
+        The state dict and its wrapper key; None as the key if the file is itself the state dict.
+    """
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds {_describe(loaded)}; expected a state dict.", _STATE_DICT_TIP)
+        raise CheckpointError(f"{path} contains {_describe(loaded)}; expected a state dict.", _STATE_DICT_TIP)
     states = _wrapped_states(loaded)
     for wanted in WRAPPER_KEYS if key is None else (key,):
         for name, state in states.items():
@@ -228,7 +228,7 @@ def _is_optimizer(value: object) -> bool:
 
 def _no_such_key(path: Path, key: str, states: Mapping[str, object]) -> CheckpointError:
     if not states:
-        return CheckpointError(f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave the key out.")
+        return CheckpointError(f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave out the key.")
     return CheckpointError(f"{path} has no weights under {quote(key)}.", f"The keys with weights: {listing(states)}.")
 
 
@@ -236,11 +236,11 @@ def _no_tensors(path: Path, loaded: Mapping[Any, object], states: Mapping[str, o
     keys = f"its keys: {listing(loaded)}"
     if states:
         tip = f"Choose one with --key: {listing(states)}."
-        return CheckpointError(f"{path} has weights under none of {', '.join(WRAPPER_KEYS)} ({keys}).", tip)
+        return CheckpointError(f"{path} has no weights under any of {', '.join(WRAPPER_KEYS)} ({keys}).", tip)
     if _is_optimizer(loaded) or any(_is_optimizer(value) for value in loaded.values()):
         message = f"{path} is a checkpoint of an optimizer only, without the network's weights ({keys})."
         return CheckpointError(message, _STATE_DICT_TIP)
-    return CheckpointError(f"{path} holds a dictionary without tensors ({keys}).", _STATE_DICT_TIP)
+    return CheckpointError(f"{path} contains a dictionary without tensors ({keys}).", _STATE_DICT_TIP)
 
 
 def _describe(value: object) -> str:
@@ -252,24 +252,32 @@ def _describe(value: object) -> str:
 
 
 def _only_tensors(path: Path, state: Mapping[Any, object]) -> dict[str, Tensor]:
-    """The state dict, refused at the first entry that is no plain tensor."""
+    """The state dict as plain tensors; it is refused at the first entry that is not a plain tensor."""
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if _is_quantized(name, value):
             raise _integer_weights(path, name, "quantized")
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{quote(name)}, {_describe(value)}"
-            raise CheckpointError(f"{path} has an entry that is no named tensor: {what}.", _STATE_DICT_TIP)
+            raise CheckpointError(f"{path} has an entry that is not a named tensor: {what}.", _STATE_DICT_TIP)
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
         if not plain or value.layout is not torch.strided or value.device.type != "cpu":
             kind = f"{type(value).__name__}, {value.layout}, on {value.device.type}"
-            raise CheckpointError(f"{path} holds {quote(name)}, which is no plain dense tensor ({kind}).", _FLOAT_TIP)
+            raise CheckpointError(
+                f"{path} contains {quote(name)}, which is not a plain dense tensor ({kind}).", _FLOAT_TIP
+            )
         tensors[name] = value.detach()
     return tensors
 
 
 def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Strip the prefixes that every name carries; AveragedModel's counter ``n_averaged`` stands beside its own."""
+    """Strip the prefixes that all names carry.
+
+    ``AveragedModel`` keeps its counter ``n_averaged`` beside the prefixed names; the counter is dropped.
+
+    Returns:
+        The tensors under their shorter names, and what was stripped.
+    """
     stripped = ""
     while True:
         counted = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
@@ -288,19 +296,19 @@ def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not finite floating-point weights.
 
-    Counters pass: ``num_batches_tracked``, and int64 or boolean scalars.
+    Counters are accepted: ``num_batches_tracked``, and scalars of type int64 or bool.
 
     Raises:
-        CheckpointError: a quantized, integer, complex or 8-bit tensor; more elements than the file can hold; or NaN
-            and infinite values, with the first tensor's name, their count there, and the number of tensors affected.
+        CheckpointError: there are no tensors; a tensor is quantized, integer, complex or of 8 bits; it claims more
+            elements than the file stores; or it has NaN or infinite values.
     """
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors.", _STATE_DICT_TIP)
+        raise CheckpointError(f"{path} contains no tensors.", _STATE_DICT_TIP)
     for name, tensor in tensors.items():
         _check_dtype(path, name, tensor)
-        # A hostile file repeats one number a trillion times through a stride of 0.
+        # A hostile file can repeat one number a trillion times through a stride of 0.
         if tensor.numel() > max(2**24, tensor.untyped_storage().nbytes() // tensor.element_size()):
-            message = f"{path} holds {quote(name)} of shape {list(tensor.shape)}, far larger than its stored data."
+            message = f"{path} contains {quote(name)} of shape {list(tensor.shape)}, far larger than its stored data."
             raise CheckpointError(message, AGAIN)
     bad = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
     if bad:
@@ -309,7 +317,9 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{path} has NaN or infinite weights: {count} of {tensors[bad[0]].numel()} values in {quote(bad[0])}; "
             f"{len(bad)} of {len(tensors)} tensors affected."
         )
-        raise CheckpointError(message, "Its training diverged, or it overflowed float16: give an earlier checkpoint.")
+        raise CheckpointError(
+            message, "The training diverged, or values overflowed float16: give an earlier checkpoint."
+        )
 
 
 def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
@@ -320,7 +330,7 @@ def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
     counter = name.endswith("num_batches_tracked") or is_flag or is_place
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_floating_point() or tensor.is_complex():
-        raise CheckpointError(f"{path} holds {quote(name)} in {dtype}, which is not supported.", _FLOAT_TIP)
+        raise CheckpointError(f"{path} contains {quote(name)} in {dtype}, which is not supported.", _FLOAT_TIP)
     if not counter:
         raise _integer_weights(path, name, dtype)
 
@@ -338,14 +348,14 @@ def _integer_weights(path: Path, name: object, dtype: str) -> CheckpointError:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """One pass and no copy: the extrema carry NaN and infinities."""
+    """Whether all values are finite, in one pass without a copy: NaN and infinities show in the extrema."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     return all(bool(extremum.isfinite()) for extremum in torch.aminmax(tensor))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes in the order of the names."""
+    """SHA-256, in hexadecimal, of names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -355,7 +365,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order; a copy only if it does not lie so in memory."""
+    """The tensor's bytes in row-major order; copied only if they do not lie so in memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -363,7 +373,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _metadata_text(state: Mapping[Any, object]) -> object:
-    """The JSON text in a state dict's ``_metadata``, None without one."""
+    """The JSON text in a state dict's ``_metadata``; None without one."""
     versions = getattr(state, "_metadata", None)
     entry = versions.get("pathconvert") if isinstance(versions, Mapping) else None
     return entry.get("json") if isinstance(entry, Mapping) else entry
@@ -377,5 +387,5 @@ def _parse_metadata(path: Path, text: object) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} has damaged pathconvert metadata: it is no JSON object.", AGAIN)
+        raise CheckpointError(f"{path} has damaged pathconvert metadata: it is not a JSON object.", AGAIN)
     return metadata

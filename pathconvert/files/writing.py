@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pathconvert.errors import OutputError
-from pathconvert.files.filetypes import quote
+from pathconvert.files.refusals import quote
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 Checked = TypeVar("Checked")
@@ -28,8 +28,8 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffix
     """Check, before any work, that ``path`` may be written.
 
     Raises:
-        OutputError: a suffix that names no format, the source itself, a directory, a folder that is missing or not
-            writable, or a file that exists without ``force``.
+        OutputError: the suffix does not name a format; the path is the source itself or a directory; its folder is
+            missing or not writable; or the file exists and ``force`` is False.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
@@ -42,23 +42,25 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffix
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"The folder {path.parent} of the output {path} is not writable.", "Give another with -o.")
-    _check_existing(path, force)
+        raise OutputError(
+            f"The folder {path.parent} of the output {path} is not writable.", "Give another output with -o."
+        )
+    _check_existing(path, force=force)
     return path
 
 
-def _check_existing(path: Path, force: bool) -> None:
-    """Refuse an output that exists, or with ``force`` one that is no regular file."""
+def _check_existing(path: Path, *, force: bool) -> None:
+    """Refuse an output that exists, or, with ``force``, one that is not a regular file."""
     if not os.path.lexists(path):
         return
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is no regular file and will not be replaced.", "Give another output with -o.")
+        raise OutputError(f"{path} is not a regular file and will not be replaced.", "Give another output with -o.")
     if not force:
         raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another output with -o.")
 
 
 def _same_file(path: Path, source: Path) -> bool:
-    """Whether two paths lead to one file, there or to be."""
+    """Whether two paths name the same file, whether or not it exists yet."""
     with contextlib.suppress(OSError):
         return path.samefile(source)
     return path.absolute() == Path(source).absolute()
@@ -73,18 +75,19 @@ def write_checkpoint(
     source: Path | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint so that at ``path`` there is the whole new file, or what was there before.
+    """Write a checkpoint; ``path`` then has either the whole new file or what was there before.
 
     Args:
-        path: the suffix decides the format.
-        tensors: name → tensor.
+        path: the output; its suffix decides the format.
+        tensors: the tensors by name.
         metadata: a JSON object to store beside them, or None.
         force: replace a file that exists.
         source: the file that the tensors came from, which is not overwritten.
-        check: called with the temporary file before it is renamed; what it raises removes that file and propagates.
+        check: called with the temporary file before it is renamed; if it raises, that file is removed and the error
+            propagates.
 
     Raises:
-        OutputError: the path may not be written, the disk is full, or the system refuses; nothing is left.
+        OutputError: the path may not be written, the disk is full, or the system refuses; no file is left behind.
     """
     path = prepare_output(path, force=force, source=source)
     write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
@@ -101,20 +104,21 @@ def write_atomically(
     *,
     force: bool,
 ) -> Checked:
-    """Write so that at ``path`` there is the whole new file, or what was there before.
+    """Write a file; ``path`` then has either the whole new file or what was there before.
 
     Args:
         path: as :func:`prepare_output` returned it.
-        tensors: what is written; its size tells a full disk from other failures.
+        tensors: what is written; the message about a full disk gives their size.
         write: writes the temporary file that it is given.
-        check: called with the temporary file before it is renamed; what it raises removes that file and propagates.
+        check: called with the temporary file before it is renamed; if it raises, that file is removed and the error
+            propagates.
         force: replace a file that exists.
 
     Returns:
         What ``check`` returns.
 
     Raises:
-        OutputError: the disk is full, or the system refuses; nothing is left.
+        OutputError: the disk is full, or the system refuses; no file is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -122,10 +126,10 @@ def write_atomically(
             write(temporary)
             _sync(temporary)
         checked = check(temporary)
-        _check_existing(path, force)  # another process may have been faster
+        _check_existing(path, force=force)  # another process may have created it meanwhile
         with _writing(path, tensors):
             os.replace(temporary, path)
-    except BaseException:  # an interrupt leaves nothing behind either
+    except BaseException:  # an interrupt must not leave the temporary file behind either
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -139,24 +143,24 @@ def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str
     plain = {}
     for name, tensor in tensors.items():
         plain[name] = _compact(tensor) if tensor.data_ptr() not in seen else tensor.detach().clone()
-        seen.add(tensor.data_ptr())  # the format has no shared tensors
+        seen.add(tensor.data_ptr())  # the format does not allow tensors that share memory
     save_file(plain, temporary, metadata)
     umask = os.umask(0)
     os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+    temporary.chmod(0o666 & ~umask)  # the library creates files that only their owner can read
 
 
 def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
-    """A state dict that ``load_state_dict(torch.load(file, weights_only=True), strict=True)`` takes."""
+    """Write a state dict that ``load_state_dict(torch.load(file, weights_only=True), strict=True)`` accepts."""
     state = OrderedDict((name, _compact(tensor)) for name, tensor in tensors.items())
     if text is not None:
         vars(state)["_metadata"] = OrderedDict(pathconvert={"json": text})
-    with temporary.open("wb") as file:  # a file of Python's keeps the system's error
+    with temporary.open("wb") as file:  # Python's own file raises the system's error, torch's does not
         torch.save(state, file)
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor without the rest of a larger storage that it is a view of, which torch.save would write too."""
+    """The tensor on its own: of a view into a larger storage torch.save would write the whole storage."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
@@ -164,7 +168,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Turn an operating system's error, bare or inside one of torch's, into one that names the output."""
+    """Turn an error of the operating system, bare or wrapped in one of torch's, into one that names the output."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -176,7 +180,7 @@ def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
-        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has it in the text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the number in its text only
         if number:
             return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
@@ -194,7 +198,7 @@ def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> 
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the rename in a folder, last through a power cut, where the file system can."""
+    """Flush a file, or the rename in a folder, to disk so that it survives a power cut, where the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,1 +1,1 @@
-"""Networks in files: architectures, preprocessing, images, loading, and checked conversion of files."""
+"""Networks in files: architectures, preprocessing, images, loading and saving, and conversions that are checked."""

@@ -1,29 +1,93 @@
-"""Networks that are not torchvision's: ``package.module:builder`` and ``timm/NAME``."""
+"""Build a network without weights: torchvision's, ``package.module:builder``, and ``timm/NAME``."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from pathconvert.errors import ArchitectureError
+from pathconvert.errors import ArchitectureError, class_and_text, first_line
+
+# ---- torchvision's networks ------------------------------------------------------------------------------------
 
 
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a torchvision network without weights and without initialising its parameters.
+
+    Raises:
+        ArchitectureError: torchvision does not accept the arguments.
+    """
+    options = dict(arguments)
+    frozen, eps = options.pop("frozen_batch_norm", False), options.pop("frozen_batch_norm_eps", 1e-5)
+    accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None
+    try:
+        with _uninitialised():
+            model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    except (TypeError, ValueError) as error:  # the arguments may come from a file
+        raise ArchitectureError(
+            f"torchvision cannot build {name} with {dict(arguments)}: {class_and_text(error)}",
+            "Name the network with --arch.",
+        ) from error
+    if frozen:
+        _freeze_batch_norm(model.get_submodule("backbone.body"), eps)
+    return model.eval()
+
+
+def _freeze_batch_norm(module: nn.Module, eps: float) -> None:
+    """Replace BatchNorm2d by FrozenBatchNorm2d, as torchvision does for a detector's pretrained backbone."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=eps))
+        else:
+            _freeze_batch_norm(child, eps)
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Make every function of ``torch.nn.init`` that fills a tensor return it as it is.
+
+    Parameters keep the memory that they were given, which is not even touched, so building takes milliseconds. The
+    functions and the random state are put back at the end, also after an error.
+    """
+
+    def keep(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    fillers = {
+        name: function
+        for name, function in vars(nn.init).items()
+        if name.endswith("_") and not name.startswith("_") and callable(function)
+    }
+    with torch.random.fork_rng(devices=[]):
+        try:
+            for name in fillers:
+                setattr(nn.init, name, keep)
+            yield
+        finally:
+            for name, function in fillers.items():
+                setattr(nn.init, name, function)
+
+
+# ---- package.module:builder ------------------------------------------------------------------------------------
 
 
 def find_builder(name: str) -> Callable[..., Any]:
-    """The function or class that ``package.module:builder`` names.
+    """Import the function or class that ``package.module:builder`` names.
 
     Raises:
-        ArchitectureError: it cannot be imported, or is not there.
+        ArchitectureError: the module cannot be imported, or has no such function or class.
     """
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
@@ -31,10 +95,10 @@ def find_builder(name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module can raise anything; scripts exit
+    except (Exception, SystemExit) as error:  # a user's module can raise anything; a script may exit
         raise ArchitectureError(
-            f"--arch {name}: importing {module_name} failed: {one_line(error)}",
-            "The current folder is on the path; install the package, or change to its folder.",
+            f"--arch {name}: importing {module_name} failed: {class_and_text(error)}",
+            "Install the package, or change to its folder: modules in the current folder can be imported.",
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
@@ -52,7 +116,7 @@ def build_by_path(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network that ``package.module:builder`` returns, in evaluation mode.
 
     Raises:
-        ArchitectureError: it cannot be built, or is no module.
+        ArchitectureError: the builder cannot be imported, fails, or does not return a module.
     """
     builder = find_builder(name)
     try:
@@ -60,7 +124,7 @@ def build_by_path(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             model = builder(**arguments)
     except (Exception, SystemExit) as error:  # a user's code can raise anything
         raise ArchitectureError(
-            f"--arch {name}: building the network failed: {one_line(error)}",
+            f"--arch {name}: building the network failed: {class_and_text(error)}",
             "The builder is called without arguments, or with num_classes where --num-classes is given.",
         ) from error
     if not isinstance(model, nn.Module):
@@ -69,6 +133,9 @@ def build_by_path(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             "Name a function or class that returns the network.",
         )
     return model.eval()
+
+
+# ---- timm/NAME -------------------------------------------------------------------------------------------------
 
 
 def _timm() -> Any:
@@ -88,12 +155,14 @@ def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name.removeprefix("timm/"), pretrained=False, **arguments)
     except RuntimeError as error:
-        raise ArchitectureError(f"{name}: {error}", "timm.list_models() names the networks that timm has.") from error
+        raise ArchitectureError(
+            f"{name}: {first_line(error)}", "timm.list_models() names the networks that timm has."
+        ) from error
     return model.eval()
 
 
 def timm_input_size(name: str) -> tuple[int, ...] | None:
-    """What ``timm/NAME`` takes, without the batch dimension; None where it does not tell."""
+    """The input size of ``timm/NAME`` without the batch dimension; None if timm does not know it."""
     config = getattr(build_timm(name, {}), "default_cfg", None) or {}
     size = config.get("input_size")
     return tuple(size) if size else None

@@ -1,4 +1,4 @@
-"""Converting, restoring and comparing networks that were loaded from files: each ends with its check."""
+"""Convert, restore and compare networks that were loaded from files; what is written is checked first."""
 
 from __future__ import annotations
 
@@ -19,33 +19,45 @@ from pathconvert.files.checkpoint import tensors_digest
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.images import folder_images
 from pathconvert.networks.inputs import load_images, random_input
-from pathconvert.networks.loading import LoadedNetwork, save_converted, save_plain
-from pathconvert.path_bn.entering import to_path_bn, with_skip_scale
+from pathconvert.networks.loading import LoadedNetwork
+from pathconvert.networks.saving import save_converted, save_plain
+from pathconvert.path_bn.entering import to_path_bn
 from pathconvert.path_bn.restoring import restore
+from pathconvert.path_bn.skip_scale import with_skip_scale
 from pathconvert.path_bn.statistics import CHUNK
 
 
-def convert_network(network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool) -> Conversion:
-    """:func:`~pathconvert.conversion.reparameterize.reparameterize` on a random input of the architecture's size."""
-    return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial)
+def convert_network(
+    network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, *, partial: bool
+) -> Conversion:
+    """Call :func:`~pathconvert.conversion.reparameterize.reparameterize` with a random input of the network's size."""
+    return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial=partial)
 
 
 def enter_path_bn(
     network: LoadedNetwork, conversion: Conversion, images: Path | None, skip_scale: float
 ) -> tuple[Conversion, nn.Module]:
-    """:func:`to_path_bn`, calibrated on a folder of images, and the conversion with that λ."""
+    """Enter Path-BN form with :func:`to_path_bn`, calibrated on a folder of images if one is given.
+
+    Returns:
+        The conversion with pivots of ±``skip_scale``, and the network in Path-BN form.
+
+    Raises:
+        CheckpointError: ``images`` is not a folder with images, or one of them cannot be read.
+    """
     calibration = None if images is None else _batches(folder_images(images), network)
     conversion = with_skip_scale(conversion, skip_scale)
     return conversion, to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
 
 
 def _batches(paths: list[Path], network: LoadedNetwork) -> Iterator[torch.Tensor]:
+    """Images as inputs of the network, ``CHUNK`` at a time."""
     for start in range(0, len(paths), CHUNK):
         yield load_images(paths[start : start + CHUNK], network.architecture, network.preprocessing)
 
 
 def resume_conversion(network: LoadedNetwork) -> Conversion:
-    """The conversion that a file in path form holds."""
+    """The conversion that a file in path form contains."""
     assert network.record is not None
     return resume(network.model, random_input(network.architecture), network.record)
 
@@ -53,10 +65,10 @@ def resume_conversion(network: LoadedNetwork) -> Conversion:
 def _equality(
     original: nn.Module, other: nn.Module, parts: tuple[str, ...], architecture: Architecture
 ) -> EquivalenceReport:
-    """Compare on two random inputs; what fails there is judged on 16.
+    """Compare two networks on two random inputs and, if that fails, on 16.
 
-    Ten outputs are too few to measure the noise: by chance 1 of 30 good conversions of a network with few classes
-    fails on two inputs. What really differs fails on all.
+    Two inputs give a network with few classes too few outputs to measure its noise: about 1 in 30 correct conversions
+    fails on them by chance. Networks that really differ fail on 16 inputs too.
     """
     equality = verify_conversion(original, other, parts, random_input(architecture))
     if equality.passed:
@@ -65,6 +77,7 @@ def _equality(
 
 
 def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
+    """The report, if the comparison passed; else refuse to write ``what``."""
     if not equality.passed:
         raise EquivalenceError(
             f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the noise of the dtype "
@@ -77,10 +90,11 @@ def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
 def save_checked(
     converted: Conversion | nn.Module, network: LoadedNetwork, path: Path, *, force: bool
 ) -> EquivalenceReport:
-    """Write a conversion, or a network in Path-BN form; the file takes its name only if it equals the original.
+    """Write a conversion, or a network in Path-BN form, after checking that what was written equals the original.
 
     Raises:
-        EquivalenceError: it does not; no file is left.
+        EquivalenceError: it differs from the original; no file is left behind.
+        OutputError: the file exists and ``force`` is False, or it cannot be written.
     """
     reports: list[EquivalenceReport] = []
 
@@ -97,8 +111,12 @@ def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple
     """Undo a conversion and write the result, checked as in :func:`save_checked`.
 
     Returns:
-        The comparison of the converted with the restored network, and whether the restored tensors are the original
-        ones to the bit (never, once they were fine-tuned).
+        The comparison of the converted with the restored network, and whether the restored tensors equal the original
+        ones bit by bit (they never do after fine-tuning).
+
+    Raises:
+        EquivalenceError: the restored network differs from the converted one; no file is left behind.
+        OutputError: the file exists and ``force`` is False, or it cannot be written.
     """
     record = network.record
     assert record is not None
@@ -108,7 +126,7 @@ def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple
 
     def check(written: LoadedNetwork) -> None:
         parts = tuple(record["parts"])
-        # the restored network is the original again: its noise is the measure, as it was when it was converted
+        # The restored network is the original again, so its noise is the measure, as it was for the conversion.
         equality = _equality(written.model, network.model, parts, network.architecture)
         reports.append(_require(equality, "the restored network"))
 
@@ -119,12 +137,12 @@ def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two networks on random inputs and on images.
+    """The comparison of two networks on random inputs and on images.
 
     Attributes:
         equality: over all inputs.
-        images: number of images; 0 without.
-        same_top1: images on which both have the same largest output.
+        images: the number of images; 0 if none were given.
+        same_top1: the number of images for which both networks have the same largest output.
     """
 
     equality: EquivalenceReport
@@ -133,9 +151,11 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether the outputs are equal up to rounding, on all inputs."""
         return self.equality.passed
 
     def to_json(self) -> dict[str, Any]:
+        """The comparison as a JSON object."""
         return {"equality": self.equality.to_json(), "images": self.images, "same_top1": self.same_top1}
 
 
@@ -143,16 +163,17 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
     """Compare two loaded networks of one architecture.
 
     Raises:
-        PathconvertError: they are of different architectures.
+        PathconvertError: they have different architectures.
+        CheckpointError: ``images`` is not a folder with images, or one of them cannot be read.
     """
     if (a.architecture.name, a.architecture.arguments) != (b.architecture.name, b.architecture.arguments):
         raise PathconvertError(
-            f"the networks are of different architectures: {a.architecture.name} {a.architecture.arguments} and "
+            f"the networks have different architectures: {a.architecture.name} {a.architecture.arguments} and "
             f"{b.architecture.name} {b.architecture.arguments}",
             "verify compares two forms of one network.",
         )
     if a.record and not b.record:
-        a, b = b, a  # the original's noise is the measure
+        a, b = b, a  # the noise of the original is the measure
     parts = tuple((a.record or b.record or {}).get("parts", ("",)))
     reports = [_equality(a.model, b.model, parts, a.architecture)]
     same = count = 0

@@ -1,4 +1,4 @@
-"""Image files: found in folders, read as pixels."""
+"""Find image files in folders, and read them as pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from pathconvert.errors import CheckpointError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-#: One side of an image over the other, at most: the longer side grows when the shorter one is resized.
+#: The largest ratio of an image's sides. Resizing the shorter side to a network's size enlarges the longer one too.
 LONGEST = 50
 
 
@@ -25,23 +25,25 @@ def folder_images(folder: Path) -> list[Path]:
     """The images in a folder, sorted by name.
 
     Raises:
-        CheckpointError: no folder, or no image in it.
+        CheckpointError: ``folder`` is not a folder, or contains no images.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder", "Give a folder that holds images.")
+        raise CheckpointError(f"{folder} is not a folder", "Give a folder that contains images.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
     if not paths:
-        raise CheckpointError(f"{folder} holds no image", f"Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        raise CheckpointError(
+            f"{folder} contains no images", f"Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
     return paths
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file's content.
+    """The content of an image file.
 
     Attributes:
         pixels: float32 [C, H, W], values in [0, 1].
-        notes: what was done to get there that its owner may not expect (a frame chosen, transparency dropped).
+        notes: what was done to the image that its owner may not expect (a frame was chosen, transparency was dropped).
     """
 
     pixels: Tensor
@@ -51,17 +53,26 @@ class Picture:
 def read_image(path: Path, channels: int = 3) -> Picture:
     """Read an image of any kind: grey or colour, 8 or 16 bits, CMYK, with a palette, transparent, animated.
 
-    Sixteen-bit grey is read whole (preparing it rounds to 8 bits); of an animation the first frame is taken; the
-    orientation that a camera recorded is applied; transparency is dropped, as torchvision's loaders do.
+    Grey of 16 bits keeps its precision here; preprocessing rounds it to 8 bits. The first frame of an animation is
+    used, the orientation that a camera recorded is applied, and transparency is dropped as torchvision's loaders do.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        CheckpointError: no file, no intact image, one of a shape that no resizing serves, or values of unknown range.
+        CheckpointError: the file does not exist, is not an intact image, is too large or too long to be resized, or has
+            values whose range is not known.
     """
-    damage = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)  # Pillow's, by format
+    damage = (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        zlib.error,
+    )  # which one Pillow raises depends on the format
     try:
         with Image.open(path) as image:
             _check_shape(path, image)
@@ -70,12 +81,12 @@ def read_image(path: Path, channels: int = 3) -> Picture:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", "Check the path for misspellings.") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder, no image", "Give the images in it.") from None
+        raise CheckpointError(f"{path} is a folder, not an image", "Give the images inside it.") from None
     except Image.DecompressionBombError as error:
-        raise CheckpointError(f"{path} is too large: {error}", "Make it smaller first.") from error
+        raise CheckpointError(f"{path} is too large: {error}", "Reduce its size first.") from error
     except (UnidentifiedImageError, *damage) as error:
         raise CheckpointError(
-            f"{path} is no intact image: {error}", "Remove it from the folder, or mend it."
+            f"{path} is not an intact image: {error}", "Remove it from the folder, or replace it."
         ) from error
     return Picture(pixels, notes)
 
@@ -84,23 +95,23 @@ def _check_shape(path: Path, image: Image.Image) -> None:
     width, height = image.size
     if max(width, height) > LONGEST * min(width, height):
         raise CheckpointError(
-            f"{path} is {width} × {height} pixels, more than {LONGEST} times as long as wide", "Crop it first."
+            f"{path} is {width} × {height} pixels: one side is more than {LONGEST} times the other", "Crop it first."
         )
 
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
     frames = getattr(image, "n_frames", 1)
-    notes = [f"{frames} frames: the first one taken"] if frames > 1 else []
+    notes = [f"{frames} frames: only the first one is used"] if frames > 1 else []
     image.seek(0)
     if image.has_transparency_data:
-        notes.append("transparency dropped")
+        notes.append("transparency was dropped")
     if image.mode == "CMYK":
-        notes.append("CMYK turned into RGB without a colour profile")
+        notes.append("CMYK was converted to RGB without a colour profile")
     return tuple(notes)
 
 
 def _pixels(path: Path, image: Image.Image, kind: str | None, channels: int) -> Tensor:
-    """An image from a file of the given kind, as float32 [channels, H, W] in [0, 1]."""
+    """An image as float32 [channels, H, W] in [0, 1]; ``kind`` is the format of its file."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = torch.from_numpy(_wide_grey(path, image, kind))
         return grey.expand(channels, -1, -1).contiguous()
@@ -110,10 +121,10 @@ def _pixels(path: Path, image: Image.Image, kind: str | None, channels: int) -> 
 
 
 def _wide_grey(path: Path, image: Image.Image, kind: str | None) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Grey of more than 8 bits, which Pillow's own conversion clips at 255."""
+    """Grey of more than 8 bits as float32 [H, W] in [0, 1]; Pillow's own conversion would clip it at 255."""
     values = np.asarray(image)
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM"))
     if not sixteen_bits or values.min() < 0 or values.max() > 0xFFFF:
         what = "floating-point" if image.mode == "F" else "32-bit"
-        raise CheckpointError(f"{path} holds {what} values, whose range nothing tells", "Save it with 8 or 16 bits.")
+        raise CheckpointError(f"{path} contains {what} values, whose range is not known", "Save it with 8 or 16 bits.")
     return (values.astype(np.float64) / 0xFFFF).astype(np.float32)

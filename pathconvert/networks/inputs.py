@@ -1,4 +1,4 @@
-"""Inputs to run a network on: seeded random ones of its size, or images from a folder."""
+"""Inputs for a network: random ones of its size from a seed, or images from files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def size_of(architecture: Architecture) -> tuple[int, ...]:
-    """The input's size without the batch dimension.
+    """The size of an input without the batch dimension.
 
     Raises:
-        PathconvertError: the architecture does not tell.
+        PathconvertError: the architecture does not say.
     """
     if architecture.input_size is None:
         raise PathconvertError(
-            f"{architecture.name} does not tell the size of its input", "Give it: --input-size 3x224x224"
+            f"the input size of {architecture.name} is not known", "Give it, for example --input-size 3x224x224"
         )
     return architecture.input_size
 
 
 def random_input(architecture: Architecture, batch: int = 2, seed: int = 0) -> Any:
-    """Standard normal noise; for a detector, which takes a list of images, uniform noise in a list."""
+    """Standard normal noise [batch, *size]; for a detector a list with one image of uniform noise [C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     size = size_of(architecture)
     if architecture.task == "detection":
@@ -44,22 +44,22 @@ def load_images(paths: list[Path], architecture: Architecture, preprocessing: Pr
 
     Args:
         paths: the files.
-        architecture: tells the input's size.
-        preprocessing: as recorded for the network; None where nothing is, then values in [0, 1], normalised as
-            ImageNet's unless the network is of its owner's own class.
+        architecture: of the network; gives the input's size.
+        preprocessing: the one recorded for the network. None stands for values in [0, 1], normalised with ImageNet's
+            mean and standard deviation if the network is torchvision's or timm's.
 
     Raises:
-        CheckpointError: a file is no intact image.
-        PathconvertError: the network takes no images.
+        CheckpointError: a file is not an intact image.
+        PathconvertError: the network does not take images, or its input size is not known.
     """
     size = size_of(architecture)
     if len(size) != 3 or size[0] not in (1, 3):
         shown = "x".join(map(str, size))
-        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, no images", "Leave the images out.")
+        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, not images", "Leave out the images.")
     recipe = preprocessing or Preprocessing.plain(size)
     if preprocessing is None and size[0] == 3 and architecture.task not in ("other", "detection"):
         recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # detectors normalise by themselves
-    if recipe.crop is None:  # segmentation: a batch has one size
+    if recipe.crop is None:  # segmentation: all images of a batch need one size
         recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
     placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]
     return recipe.normalise(torch.stack(placed))

@@ -11,7 +11,8 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from pathconvert.networks.architectures import INDEX_VERSION, build_torchvision, codes_of, shapes_of
+from pathconvert.networks.architectures import INDEX_VERSION, codes_of, shapes_of
+from pathconvert.networks.builders import build_torchvision
 
 _UNSUPPORTED = {
     "mobilenet_v2": "ReLU6 is not positively homogeneous",
@@ -31,7 +32,7 @@ _AUXILIARY = ("aux_logits", "aux_loss")
 
 
 def _reason(name: str) -> str:
-    """Why a torchvision network is not supported; empty where it is."""
+    """Why a torchvision network is not supported; empty if it is."""
     return next((why for part, why in _UNSUPPORTED.items() if part in name), "")
 
 
@@ -49,12 +50,12 @@ def _input_size(name: str, task: str) -> tuple[int, ...]:
 
 
 def _names() -> list[str]:
-    """torchvision's networks without the quantized twins and optical flow."""
+    """torchvision's networks without quantized versions and optical flow."""
     return [name for name in torchvision.models.list_models() if not name.startswith(("quantized_", "raft_"))]
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A network's entry in the index, found by building it with two numbers of classes."""
+    """The index entry of a network, found by building it with two different numbers of classes."""
     builder = torchvision.models.get_model_builder(name)
     auxiliary = next((argument for argument in _AUXILIARY if _takes(builder, argument)), None)
     arguments: dict[str, Any] = {auxiliary: True} if auxiliary else {}
@@ -84,7 +85,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _takes(builder: Callable[..., nn.Module], argument: str) -> bool:
-    """Whether a torchvision builder, or the class behind it, has an argument."""
+    """Whether a torchvision builder, or the class that it builds, accepts an argument."""
     parameters = inspect.signature(builder).parameters
     if argument in parameters:
         return True
@@ -92,7 +93,7 @@ def _takes(builder: Callable[..., nn.Module], argument: str) -> bool:
 
 
 def write_index(path: Path) -> None:
-    """Write the index anew from the torchvision that is installed."""
+    """Write the index of the torchvision that is installed to ``path``."""
     networks = {name: describe(name) for name in _names()}
     content = {"version": INDEX_VERSION, "torchvision": torchvision.__version__, "networks": networks}
     path.write_text(json.dumps(content, indent=0) + "\n")

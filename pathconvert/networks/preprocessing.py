@@ -1,7 +1,7 @@
-"""How an image becomes a network's input, and what its classes are called.
+"""How an image becomes a network's input, and what the network's classes are called.
 
-What is known: a fine-tuned network's file records both (``files.py``); else torchvision's default weights tell, for
-its own networks. Elsewhere nothing does, and normalisation is never guessed: :meth:`Preprocessing.plain`.
+The file of a fine-tuned network records both (``metadata.py``). For torchvision's networks its default weights give
+them. For any other network they are not known, and normalisation is never guessed: see :meth:`Preprocessing.plain`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Preprocessing:
     """How an image becomes an input: resize, centre crop, [0, 255] → [0, 1], (x − mean) / std.
 
     Attributes:
-        resize: the shorter side's length, or (height, width).
-        crop: (height, width) of the centre crop; None for none (segmentation).
-        mean, std: of every channel, for values in [0, 1].
-        interpolation: of the resizing, as Pillow names it: ``bilinear``, ``bicubic``, ``nearest``.
+        resize: the length of the shorter side, or (height, width).
+        crop: (height, width) of the centre crop; None for no crop (segmentation).
+        mean, std: one value per channel, for pixel values in [0, 1].
+        interpolation: the interpolation of the resizing, one of ``INTERPOLATIONS`` (Pillow's names).
     """
 
     resize: int | tuple[int, int]
@@ -45,7 +45,7 @@ class Preprocessing:
     def for_architecture(architecture: Architecture | None) -> Preprocessing | None:
         """What torchvision's default weights expect, at the architecture's input size.
 
-        None for any other network, for video, detection, and inputs that are not three channels.
+        None for any other network, for video and detection, and for inputs that do not have three channels.
         """
         transforms = _default_transforms(architecture)
         if architecture is None or transforms is None:
@@ -62,7 +62,7 @@ class Preprocessing:
 
     @staticmethod
     def plain(size: tuple[int, ...]) -> Preprocessing:
-        """Where nothing is recorded: values in [0, 1] at ``size`` (channels, height, width), not normalised."""
+        """Values in [0, 1] at ``size`` (channels, height, width), not normalised: for networks that record nothing."""
         channels, height, width = size
         return Preprocessing(max(height, width), (height, width), (0.0,) * channels, (1.0,) * channels)
 
@@ -71,12 +71,12 @@ class Preprocessing:
         """The inverse of :func:`dataclasses.asdict` through JSON.
 
         Raises:
-            KeyError, TypeError, ValueError, IndexError: it is no preprocessing.
+            KeyError, TypeError, ValueError, IndexError: ``stored`` is not a valid preprocessing.
         """
         resize, crop = stored["resize"], stored["crop"]
         mean, std = tuple(map(float, stored["mean"])), tuple(map(float, stored["std"]))
         if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std, default=1.0) <= 0:
-            raise ValueError("mean and std are no normalisation")
+            raise ValueError("mean and std must be finite and of equal length, and std positive")
         if stored.get("interpolation", "bilinear") not in INTERPOLATIONS:
             raise ValueError(f"interpolation {stored['interpolation']!r} is not known")
         return Preprocessing(
@@ -88,7 +88,7 @@ class Preprocessing:
         )
 
     def at(self, size: tuple[int, int]) -> Preprocessing:
-        """For inputs of another (height, width): resized in proportion, as torchvision's recipe is for its own."""
+        """The preprocessing for inputs of another (height, width): ``resize`` changes in proportion to ``crop``."""
         if self.crop in (None, size):
             return self
         share = max(size) / max(self.crop or size)
@@ -100,9 +100,9 @@ class Preprocessing:
         return dataclasses.replace(self, resize=resize, crop=size)
 
     def place(self, pixels: Tensor) -> Tensor:
-        """Resized and cropped: uint8 [C, H, W] → uint8 [C, height, width].
+        """Resize and crop: uint8 [C, H, W] → uint8 [C, height, width].
 
-        torchvision's recipe resizes pixels, not numbers: its weights were measured so.
+        The resizing works on 8-bit pixels, because torchvision measured the accuracy of its weights that way.
         """
         resize = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         resized = v2.functional.resize(pixels, resize, InterpolationMode(self.interpolation))
@@ -110,7 +110,7 @@ class Preprocessing:
         return placed
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [..., C, H, W] → float32, normalised."""
+        """Scale to [0, 1] and normalise: uint8 [..., C, H, W] → float32 of the same shape."""
         values = pixels.to(torch.float32) / 255
         normalised: Tensor = v2.functional.normalize(values, list(self.mean), list(self.std))
         return normalised
@@ -119,7 +119,7 @@ class Preprocessing:
 def _side(value: Any) -> int:
     """A length in pixels."""
     if not 1 <= float(value) < 2**16:
-        raise ValueError(f"{value!r} is no number of pixels")
+        raise ValueError(f"{value!r} is not a number of pixels")
     return int(value)
 
 
@@ -127,35 +127,37 @@ def parse_sides(text: str | None) -> tuple[int, int] | None:
     """``224`` or ``224x160`` → (height, width).
 
     Raises:
-        PathconvertError: it is neither.
+        PathconvertError: the text is neither.
     """
     if text is None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise PathconvertError(f"{text!r} is no size", "Height and width, or one number for both: --size 224")
+        raise PathconvertError(f"{text!r} is not a size", "Give height and width, or one number for both: --size 224")
     return int(parts[0]), int(parts[-1])
 
 
 def parse_values(text: str | None, option: str) -> list[float] | None:
-    """``0.5`` or ``0.485,0.456,0.406`` → a value, or one a channel.
+    """``0.5`` or ``0.485,0.456,0.406`` → one value, or one value per channel.
 
     Raises:
-        PathconvertError: it is neither.
+        PathconvertError: a part of the text is not a number.
     """
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise PathconvertError(f"{text!r} are no numbers", f"Such as {option} 0.5, or one a channel") from None
+        raise PathconvertError(
+            f"{text!r} is not a list of numbers", f"Give one number, or one per channel: {option} 0.5"
+        ) from None
 
 
 def whole_levels(pixels: Tensor) -> Tensor:
-    """Values in [0, 1] → uint8 levels, as an image file of 8 bits has them."""
+    """Values in [0, 1] → uint8 levels, as an image file of 8 bits stores them."""
     return (pixels * 255).round().to(torch.uint8)
 
 
 def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
-    """The class names of torchvision's default weights, where the network has as many classes; else None."""
+    """The class names of torchvision's default weights; None without any, or if the network has another number."""
     weights = _default_weights(architecture)
     categories = weights.meta.get("categories") if weights is not None else None
     if architecture is None or not categories:

@@ -1,1 +1,1 @@
-"""The Path-BN form of a network: the layer, entering, leaving, and the way back to the original."""
+"""The Path-BN form of a network: the layer, entering and leaving the form, and restoring the original network."""

@@ -15,7 +15,7 @@ from pathconvert.errors import RecordError
 from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
 from pathconvert.version import __version__
 
-#: Of the record's entry ``path_bn``.
+#: Version of the record's entry ``path_bn``.
 FORMAT_VERSION = 1
 
 
@@ -25,13 +25,13 @@ def has_path_bn(model: nn.Module) -> bool:
 
 
 def leave_path_bn(model: nn.Module) -> nn.Module:
-    """The stock architecture again, its tensors under their own names; the same function in evaluation mode.
+    """Return to the stock architecture and its tensor names; the same function in evaluation mode.
 
-    A layer that had a BatchNorm keeps it; where there was none it is folded into weight and bias, or, where there is
-    no bias, into the means of the BatchNorms that read the layer. The result is in path form.
+    A layer that had a BatchNorm keeps it. For a layer that had none, the BatchNorm of Path-BN is folded into weight and
+    bias, or, if the layer has no bias, into the means of the BatchNorms that read it. The result is in path form.
 
     Args:
-        model: as :func:`~pathconvert.path_bn.entering.to_path_bn` returned it, trained or not; not changed.
+        model: a network that :func:`~pathconvert.path_bn.entering.to_path_bn` returned, trained or not; not changed.
 
     Raises:
         RecordError: ``model`` is not in Path-BN form.
@@ -61,24 +61,31 @@ def leave_path_bn(model: nn.Module) -> nn.Module:
 
 
 def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """``model`` with the layers of ``record`` in Path-BN form, their tensors yet to be loaded; changed in place.
+    """Put the layers named in ``record`` into Path-BN form, with tensors that are yet to be loaded.
+
+    Args:
+        model: changed in place.
+        record: the record of a network in Path-BN form.
+
+    Returns:
+        ``model``.
 
     Raises:
-        RecordError: the record is of a newer format, or not of this network.
+        RecordError: the record has another format version, or belongs to another network.
     """
     version = record["path_bn"].get("format_version")
     if version != FORMAT_VERSION:
         raise RecordError(
             f"the Path-BN record has format version {version}; this is pathconvert {__version__}, which reads version "
             f"{FORMAT_VERSION}",
-            f"Install the pathconvert that wrote it: {record.get('tool', 'unknown')}.",
+            f"Install the version of pathconvert that wrote it: {record.get('tool', 'unknown')}.",
         )
     try:
         for entry in record["path_bn"]["layers"]:
             none = torch.zeros(entry["pivots"], dtype=torch.int64)
             replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
     except (AttributeError, AssertionError, KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise RecordError(f"the Path-BN record is not of this network: {error}") from error
+        raise RecordError(f"the Path-BN record belongs to another network: {error}") from error
     attach_record(model, dict(record))
     return model
 
@@ -86,12 +93,18 @@ def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 def replace_layer(
     model: nn.Module, entry: Mapping[str, Any], rows: Tensor, columns: Tensor, values: Tensor, skip_scale: float
 ) -> PathBN:
-    """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one; changes ``model``."""
+    """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one.
+
+    Args:
+        model: changed in place.
+        entry: the layer's entry in the record.
+        rows, columns, values, skip_scale: as for :class:`~pathconvert.path_bn.layer.PathBN`.
+    """
     layer = model.get_submodule(entry["name"])
     if entry["bn"] is not None:
         bn = model.get_submodule(entry["bn"])
         if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            raise TypeError(f"{entry['bn']} is no BatchNorm")
+            raise TypeError(f"{entry['bn']} is not a BatchNorm")
         replace(model, bn, nn.Identity().train(bn.training))
     else:
         kind = kind_of(layer)
@@ -106,13 +119,13 @@ def replace_layer(
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """``new`` at every place where ``old`` is registered."""
+    """Put ``new`` in every place where ``old`` is registered."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old and parent is not new:
                 parent._modules[name] = new
 
 
-def pivots_of(vector: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-    """An index vector as a tensor of its own."""
-    return torch.from_numpy(np.ascontiguousarray(vector, dtype=np.int64).copy())
+def index_tensor(indices: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """Indices as a tensor that does not share memory with the array."""
+    return torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64).copy())

@@ -1,20 +1,20 @@
-"""Path-BN: normalise what is trained, leave out what is fixed (PBN eq. 8-10).
+"""Path-BN: BatchNorm over the trained weights only, not over the fixed pivots (PBN eq. 8-10).
 
-A layer with weights w reads z; its BatchNorm has a = γ / √(var + eps) and b = β − a·mean (without BatchNorm a = 1 and b
-is the layer's bias), so that y_j = a_j Σ_k w_jk z_k + b_j. In Path-BN form it computes
+A layer with weights w reads z. Its BatchNorm has a = γ / √(var + eps) and b = β − a·mean (without a BatchNorm, a = 1
+and b is the layer's bias), so that y_j = a_j Σ_k w_jk z_k + b_j. In Path-BN form the layer computes
 
     y_j = BN(o)_j + λ Σ_{k with pivot in row j} m_k z_k        with o_j = Σ_{k, l not a pivot} u_jk z_k
 
 ====================  =====================================================================================
-u                     :attr:`PathBN.weight`: w with zeros at the pivots
+u                     :attr:`PathBN.weight`: w with zeros in place of the pivots
 λ                     :attr:`PathBN.skip_scale`
 m                     ``pivot_value``: λ m_k = a_j w_jk at the pivot, so m_k = ±1 with gauge ``unit``
 BN                    :attr:`PathBN.bn`: mean μ' and variance var' of o, γ' = a √(var' + eps), β' = b + a μ'
 ====================  =====================================================================================
 
-In evaluation mode this is y for any μ' and var'; in training mode it is as well where they are those of the batch, and
-the network that it came from had running statistics of its batch.
-``entering.py`` chooses the layers and measures the statistics; here are the module and the way back.
+In evaluation mode this equals y for any μ' and var'. In training mode it equals y if μ' and var' are the statistics of
+the batch, and the running statistics of the original network were those of its batch.
+``candidates.py`` chooses the layers and ``entering.py`` converts them; this file has the module and the way back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Layers that Path-BN replaces, and the BatchNorm of each.
+from pathconvert.conversion.arithmetic import affine_map
+
+#: Layers that Path-BN replaces, and the type of BatchNorm for each.
 BATCH_NORM_OF: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
@@ -36,7 +38,7 @@ BATCH_NORM_OF: dict[type[nn.Module], type[nn.modules.batchnorm._BatchNorm]] = {
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The layer in :data:`BATCH_NORM_OF` whose forward ``module`` has; None where it has another."""
+    """The layer type in :data:`BATCH_NORM_OF` whose forward ``module`` uses; None if it uses another."""
     return next((kind for kind in BATCH_NORM_OF if type(module).forward is kind.forward), None)
 
 
@@ -44,14 +46,14 @@ class PathBN(nn.Module):
     """A convolution or linear layer in Path-BN form (see the module's docstring).
 
     Args:
-        layer: gives settings and weight, which are copied.
-        bn: the BatchNorm of the off-pivot sum; kept.
-        rows, columns: the pivots' places in the weight, int64 [pivots]; a column counts all input channels.
+        layer: the layer to replace; its settings and weight are copied.
+        bn: the BatchNorm of the off-pivot sum; becomes a submodule, without a copy.
+        rows, columns: the pivots' places in the weight, int64 [pivots]; columns are counted over all input channels.
         values: m, [pivots].
         skip_scale: λ.
 
     Attributes:
-        weight: u, [out, in / groups, *kernel]. Pivot entries are zero, stay so and receive no gradient.
+        weight: u, [out, in / groups, *kernel]. The entries of pivots stay zero and receive no gradient.
         bn: BatchNorm over the output channels.
         skip_scale: λ.
     """
@@ -70,9 +72,9 @@ class PathBN(nn.Module):
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         without_tensors: dict[int, Any] = {id(tensor): None for tensor in layer.parameters(recurse=False)}
-        self._settings = (copy.deepcopy(layer, without_tensors),)  # in a tuple: no submodule
+        self._settings = (copy.deepcopy(layer, without_tensors),)  # the tuple keeps it from becoming a submodule
         self.has_bias = layer.bias is not None
-        for name in getattr(layer, "__constants__", ()):  # kernel_size, out_channels, …: some forwards ask for them
+        for name in getattr(layer, "__constants__", ()):  # kernel_size, out_channels, …: some forwards read these
             setattr(self, name, getattr(layer, name))
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         self.bn = bn
@@ -87,14 +89,14 @@ class PathBN(nn.Module):
 
     @property
     def skip_scale(self) -> float:
-        """λ; ``to_path_bn`` sets it, as the pivots' size depends on it."""
+        """λ; only ``to_path_bn`` sets it, as the size of the pivots depends on it."""
         return self._skip_scale
 
     def extra_repr(self) -> str:
         return f"{type(self._settings[0]).__name__}, {len(self.pivot_row)} pivots, skip_scale={self.skip_scale:g}"
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in, *spatial] → [N, out, *spatial]; the name is that of torch's layers."""
+        """[N, in, *spatial] → [N, out, *spatial]; the argument has the same name as in torch's layers."""
         off_pivot_sum = self._layer(input, self._off_pivot())
         normalised: Tensor = self.bn(off_pivot_sum)
         return self._add_skip(normalised, input)
@@ -102,7 +104,7 @@ class PathBN(nn.Module):
     # ---- the trained part ------------------------------------------------------------------------------------------
 
     def _off_pivot(self) -> Tensor:
-        """u: zeros at the pivots, which therefore receive no gradient."""
+        """u: the weight with zeros at the pivots, which therefore receive no gradient."""
         return self.weight.index_put(tuple(self._place.unbind()), self.weight.new_zeros(()))
 
     def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -115,14 +117,14 @@ class PathBN(nn.Module):
     # ---- the fixed part --------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """How the skip reads its input: as it is, by an index, or with a scatter where pivots share a row."""
+        """Choose how the skip reads its input: as it is, by an index, or with a scatter if pivots share a row."""
         rows, columns, gains = self.pivot_row, self.pivot_column, self.pivot_value * self.skip_scale
         out, into, *kernel = self.weight.shape
         places = [rows, columns % into, *(torch.full_like(rows, size // 2) for size in kernel)]
         self.register_buffer("_place", torch.stack(places), persistent=False)
         several = len(torch.unique(rows)) < len(rows)
         gather, gain = columns, gains
-        if not several:  # a row without pivot reads anything, times 0
+        if not several:  # a row without a pivot reads any channel, times 0
             gather = columns.new_zeros(out).index_put((rows,), columns)
             gain = gains.new_zeros(out).index_put((rows,), gains)
         straight = not several and torch.equal(gather, torch.arange(out, device=gather.device))
@@ -137,7 +139,7 @@ class PathBN(nn.Module):
         self._plan()
 
     def _add_skip(self, normalised: Tensor, x: Tensor) -> Tensor:
-        """``normalised`` + λ Σ m_k z_k; few passes, as each costs about what BatchNorm's does."""
+        """``normalised`` + λ Σ m_k z_k, in few passes, as each pass costs about as much as the BatchNorm."""
         is_linear = isinstance(self._settings[0], nn.Linear)
         z = x if is_linear else self._centre_taps(x, normalised)
         dim = -1 if is_linear else 1
@@ -154,10 +156,10 @@ class PathBN(nn.Module):
         return torch.addcmul(normalised, z, gain)
 
     def _centre_taps(self, x: Tensor, like: Tensor) -> Tensor:
-        """What the kernel's centre reads, [N, in, *spatial of ``like``]."""
+        """The inputs of the kernel's centre tap, [N, in, *spatial dimensions of ``like``]."""
         conv: Any = self._settings[0]
         count = x.dim() - 2
-        padding = conv._reversed_padding_repeated_twice  # [left, right] from the last dimension on
+        padding = conv._reversed_padding_repeated_twice  # [left, right] for each dimension, the last one first
         widths, slices = [], []
         for d in range(count):
             size, dilation, stride = conv.kernel_size[d], conv.dilation[d], conv.stride[d]
@@ -176,24 +178,25 @@ class PathBN(nn.Module):
 
     @torch.no_grad()
     def to_layer(self, *, keep_batch_norm: bool) -> tuple[nn.Module, nn.Module | None, Tensor]:
-        """The layer with its pivots in the weight again; the same function in evaluation mode.
+        """The original kind of layer, with its pivots in the weight; the same function in evaluation mode.
 
         Args:
-            keep_batch_norm: whether a BatchNorm follows it, else it is folded into the layer.
+            keep_batch_norm: keep the BatchNorm, to follow the layer; otherwise it is folded into the layer.
 
         Returns:
-            The layer; the BatchNorm, if kept; and what has to be added to the result, float64 [out]: zero unless the
-            BatchNorm was folded into a layer without bias.
+            The layer; the BatchNorm, or None if it was folded; and what has to be added to the layer's result, float64
+            [out], which is zero unless the BatchNorm was folded into a layer without a bias.
         """
-        gain, shift, deviation = self._affine()
+        gain, shift, deviation = affine_map(self.bn)
         u = self._off_pivot().double()
         pivot = self.skip_scale * self.pivot_value.double()
         bn = copy.deepcopy(self.bn) if keep_batch_norm else None
         per_row = gain
         if bn is not None:
-            # w = u and a = γ' / √(var' + eps) as they are, unless a is too small to hold the pivot: then a = 1
+            # w = u and a = γ' / √(var' + eps) stay as they are, unless a is so small that pivot / a would overflow:
+            # then the row is multiplied by a, and a becomes 1
             in_weight = pivot / gain[self.pivot_row]
-            lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max ** 0.5)  # the sums need room
+            lost = ~(in_weight.abs() < torch.finfo(self.weight.dtype).max ** 0.5)  # the root leaves room for sums
             unit = torch.zeros_like(gain, dtype=torch.bool)
             unit[self.pivot_row[lost]] = True
             per_row = torch.where(unit, gain, 1.0)
@@ -212,11 +215,3 @@ class PathBN(nn.Module):
             bias = torch.zeros_like(bias)
         layer.training = self.training
         return layer, bn, bias
-
-    def _affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        """BN(o) = gain · o + shift in evaluation mode, and √(var + eps); float64 [out]."""
-        bn: Any = self.bn
-        mean, var, gamma, beta = (t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
-        deviation = (var + bn.eps).sqrt()
-        gain = gamma / deviation
-        return gain, beta - gain * mean, deviation

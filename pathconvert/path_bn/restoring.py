@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,15 +12,15 @@ from pathconvert.conversion.rescale import rescale
 from pathconvert.path_bn.form import has_path_bn, leave_path_bn
 
 
-def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """Undo a conversion: a copy of ``model`` with every factor of ``record`` taken back.
+def restore(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """Undo a conversion: a copy of ``model`` without the factors of ``record``.
 
     Args:
-        model: the converted network, in path or Path-BN form, fine-tuned or not; not changed.
+        model: the converted network in path or Path-BN form, which may be fine-tuned; not changed.
         record: :attr:`Conversion.record`, or the ``path_record`` of a network in Path-BN form.
 
     Raises:
-        RecordError: the record is of a newer format, or does not fit the network's tensors.
+        RecordError: the record has another format version, is damaged, or does not fit the network's tensors.
     """
     model = unwrapped(model)
     if has_path_bn(model):
@@ -27,5 +28,5 @@ def restore(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     tensors: dict[str, Tensor] = dict(model.named_buffers()) | dict(model.named_parameters())
     slots, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     restored = rescale(model, slots, scales, inverse=True)
-    vars(restored).pop("path_record", None)  # nor does the original have one
+    vars(restored).pop("path_record", None)  # the original has no record either
     return restored

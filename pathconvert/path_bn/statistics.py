@@ -1,21 +1,22 @@
 """Mean μ' and variance var' of a layer's off-pivot sum: measured on images, or estimated from BatchNorms.
 
-**Images** are streamed in one pass through the network in evaluation mode. Entering Path-BN changes no layer's
-evaluation output, so all layers are measured together; in float64, batches weighted by their size. With the statistics
-of these images training mode computes on them what evaluation mode does. The network before normalised the full sum s
-by its mean m and variance v over the images, where evaluation takes running statistics μ and σ², which may be those of
-many more images or of another data set. For training mode to begin as it was, the measured statistics are *referred*
-to the running ones (nothing changes where m = μ and v = σ²)::
+**With images**: all images go through the network once, in evaluation mode. Entering Path-BN form does not change what
+a layer computes in evaluation mode, so all layers are measured together, in float64, with batches weighted by their
+size. With the statistics of these images, training mode computes on them what evaluation mode computes. In training
+mode the original network normalised the full sum s by its mean m and variance v over the images. In evaluation mode it
+used running statistics μ and σ², which may come from many more images or from another data set. To let training mode
+begin as in the original network, the measured statistics are *referred* to the running ones (this changes nothing if
+m = μ and v = σ²)::
 
     var' + eps ← (var' + eps) (σ² + eps) / (v + eps)      μ' ← μ' + μ − m
 
-**Without images** units are taken for independent Gaussians through ReLU, z_k = max(0, β_k + |γ_k| n) with n ~ N(0, 1)
-and γ, β of the BatchNorms that make the unit::
+**Without images**: units are modelled as independent Gaussians after a ReLU, z_k = max(0, β_k + |γ_k| n) with
+n ~ N(0, 1), where γ and β are those of the BatchNorms that make the unit::
 
-    μ'   = E[full sum] − Σ w_jk E[z_k]          sums over the pivots of row j; the full sum's mean and variance are
-    var' = Var[full sum] − Σ w_jk² Var[z_k]     those that the layer's own BatchNorm has
+    μ'   = E[full sum] − Σ w_jk E[z_k]          the sums go over the pivots of row j; the full sum's mean and variance
+    var' = Var[full sum] − Σ w_jk² Var[z_k]     are the running statistics of the layer's own BatchNorm
 
-and for a layer without BatchNorm of its own, Σ u E[z] and Σ u² Var[z] over all that it reads.
+For a layer without its own BatchNorm, they are Σ u E[z] and Σ u² Var[z] over all units that it reads.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathconvert.conversion.arithmetic import centre_tap, gain_of
 from pathconvert.conversion.groups import Layer, Units
+from pathconvert.conversion.modules import as_arguments, mode_of
 from pathconvert.conversion.pivots import FloatVector
-from pathconvert.conversion.trace import IdVector, as_arguments, mode_of
+from pathconvert.conversion.trace import IdVector
 from pathconvert.errors import PathconvertError, first_line
-from pathconvert.path_bn.form import pivots_of
+from pathconvert.path_bn.form import index_tensor
 from pathconvert.path_bn.layer import PathBN
 
-#: Images of a calibration tensor that go through the network together.
+#: Number of images of a calibration tensor that go through the network together.
 CHUNK = 32
 EXPECTED = (
-    "Give images [N, …], or an iterable of batches; of a loader of (image, label) pairs (x for x, _ in loader); a "
-    "folder is for the command line: --calibrate DIR."
+    "Give images [N, …] or an iterable of batches; for a loader of (image, label) pairs, (x for x, _ in loader). "
+    "On the command line, give a folder: --calibrate DIR."
 )
-#: The estimate of var' is at least this share of the full sum's: pivots and the rest are not quite independent.
+#: The estimate of var' is at least this share of the full sum's variance, as units are not quite independent.
 LEAST_VARIANCE = 0.25
 
 Statistics = tuple[Tensor, Tensor]
@@ -49,7 +52,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Places(NamedTuple):
-    """A layer's pivots: units, rows and columns, [pivots]."""
+    """The places of a layer's pivots: units, rows and columns, [pivots] each."""
 
     units: IdVector
     rows: IdVector
@@ -65,7 +68,7 @@ class _Moments:
         self.squares = torch.zeros(())
 
     def add(self, batch: Tensor) -> None:
-        """``batch``: [N, C, …]."""
+        """Take a batch [N, C, …] into account."""
         if not batch.numel():
             return
         dims = [d for d in range(batch.dim()) if d != 1]
@@ -83,22 +86,26 @@ class _Moments:
 
 
 class Measured(NamedTuple):
-    """Over the calibration images: statistics of a layer's off-pivot sum, and of its output y."""
+    """Statistics of a layer's off-pivot sum and of its output y over the calibration images."""
 
     off_pivot: Statistics
     output: Statistics
 
 
 def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -> tuple[dict[str, Measured], int]:
-    """Statistics of every layer over the calibration images, and how many images there were.
+    """Measure the statistics of every layer over the calibration images.
 
     Args:
-        model: in Path-BN form, evaluation outputs as they were.
-        modules: its layers, by name.
-        calibration: images [N, …], or an iterable of batches (a tensor or a tuple of the forward's arguments each).
+        model: a network in Path-BN form, with the evaluation outputs of the original.
+        modules: its Path-BN layers, by name.
+        calibration: images [N, …], or an iterable of batches, each a tensor or a tuple of the forward's arguments.
+
+    Returns:
+        The statistics of every layer, by name; and the number of images.
 
     Raises:
-        PathconvertError: no image; a layer that they do not reach; sums that are not finite.
+        PathconvertError: there are no images; they are not tensors that the network can run on; a layer does not run
+            on them; or a sum is not finite.
     """
     moments = {name: (_Moments(), _Moments()) for name in modules}
     handles = [
@@ -112,7 +119,7 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
     count = 0
     tensor = next(model.parameters())
     try:
-        with mode_of(model, False), torch.no_grad():
+        with mode_of(model, training=False), torch.no_grad():
             for batch in _batches(calibration):
                 arguments = _arguments(batch, tensor)
                 _run(model, arguments)
@@ -121,11 +128,11 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
         for handle in handles:
             handle.remove()
     if not count:
-        raise PathconvertError("the calibration gave no image", "Give at least one batch.")
+        raise PathconvertError("the calibration contains no images", "Give at least one batch.")
     for name, (off_pivot, _) in moments.items():
         if not off_pivot.count:
             raise PathconvertError(
-                f"the calibration images do not reach {name}", "Give images on which it runs, or none."
+                f"{name} does not run on the calibration images", "Give images on which it runs, or none."
             )
         if not bool(torch.isfinite(off_pivot.var).all()):
             raise PathconvertError(f"the off-pivot sum of {name} is not finite on the calibration images")
@@ -133,17 +140,17 @@ def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -
 
 
 def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) -> Statistics:
-    """The off-pivot sum's statistics, referred to the running ones (see the module's docstring).
+    """The off-pivot sum's statistics, referred to the running statistics (see the module's docstring).
 
     Args:
-        measured: of a layer, y = γ (s − μ) / √(σ² + eps) + β with the full sum s.
+        measured: statistics of a layer; with the full sum s, y = γ (s − μ) / √(σ² + eps) + β.
         bn: the BatchNorm that follows it in path form.
     """
-    tensors: list[Any] = [bn.running_mean, bn.running_var, bn.weight, bn.bias]
-    _, running_var, gamma, beta = (t.detach().double().cpu() for t in tensors)
+    tensors: list[Any] = [bn.running_var, bn.weight, bn.bias]
+    running_var, gamma, beta = (t.detach().double().cpu() for t in tensors)
     (mean, var), (output_mean, output_var) = measured
-    gain = gamma / (running_var + bn.eps).sqrt()
-    kept = gain == 0  # y tells nothing of the sum
+    gain = gain_of(gamma, running_var, bn.eps)
+    kept = gain == 0  # y does not depend on the sum
     gain = gain.masked_fill(kept, 1.0)
     ratio = (running_var + bn.eps) / (output_var / gain**2 + bn.eps)
     referred = ((var + bn.eps) * ratio - bn.eps).clamp(min=0.0)
@@ -151,6 +158,7 @@ def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) ->
 
 
 def _batches(calibration: Any) -> Iterator[Any]:
+    """The batches of a calibration tensor or iterable."""
     if isinstance(calibration, Tensor):
         yield from calibration.split(CHUNK)
     elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping):
@@ -160,7 +168,7 @@ def _batches(calibration: Any) -> Iterator[Any]:
 
 
 def _arguments(batch: Any, tensor: Tensor) -> tuple[Any, ...]:
-    """A batch as the forward's arguments, on the network's device and in its dtype."""
+    """A batch as the forward's arguments, on the device of ``tensor`` and in its dtype."""
     arguments = tuple(_like(argument, tensor) for argument in as_arguments(batch))
     if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].dim():
         raise PathconvertError(f"a calibration batch is a {type(batch).__name__}, not images", EXPECTED)
@@ -168,6 +176,7 @@ def _arguments(batch: Any, tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _run(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Run the network; turn its errors into one that names the size of the batch."""
     try:
         model(*arguments)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -178,6 +187,7 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> None:
 
 
 def _like(value: Any, tensor: Tensor) -> Any:
+    """A tensor on the device of ``tensor``, and in its dtype if it is floating-point; other values as they are."""
     if not isinstance(value, Tensor):
         return value
     return value.to(tensor) if value.is_floating_point() else value.to(tensor.device)
@@ -190,13 +200,13 @@ def estimate_sum(
     tensors: Mapping[str, Tensor],
     moments: tuple[FloatVector, FloatVector],
 ) -> Statistics:
-    """The Gaussian estimate of one layer (see the module's docstring); NaN where a unit's moments are not known.
+    """The Gaussian estimate for one layer (see the module's docstring); NaN where a unit's moments are not known.
 
     Args:
         layer: a layer in path form.
-        bn: the BatchNorm that follows it.
-        pivots: its pivots.
-        tensors: of the network in path form, by name.
+        bn: path of the BatchNorm that follows it; None if there is none.
+        pivots: the layer's pivots.
+        tensors: parameters and buffers of the network in path form, by name.
         moments: E[z] and Var[z], :func:`unit_moments`.
     """
     weight = tensors[layer.parameter].double()
@@ -208,7 +218,11 @@ def estimate_sum(
 
 
 def unit_moments(units: Units, tensors: Mapping[str, Tensor]) -> tuple[FloatVector, FloatVector]:
-    """E and Var of every unit behind its ReLU, [units]; NaN where something else than BatchNorms makes it."""
+    """Mean and variance of every unit after its ReLU.
+
+    Returns:
+        E[z] and Var[z], [units] each; NaN for a unit that is not made by BatchNorms only.
+    """
     mean, var = np.zeros(units.count), np.zeros(units.count)
     known = np.zeros(units.count, dtype=bool)
     rows_of = {slot.parameter: slot for slot in units.slots}
@@ -236,23 +250,21 @@ def unit_moments(units: Units, tensors: Mapping[str, Tensor]) -> tuple[FloatVect
 
 
 def _full_sum_less_pivots(
-    pivots: Places, weight: Tensor, full: tuple[Tensor, Tensor], mean_z: FloatVector, var_z: FloatVector
-) -> tuple[Tensor, Tensor]:
-    for size in weight.shape[2:]:
-        weight = weight.select(2, size // 2)
-    rows = pivots_of(pivots.rows)
-    taps = weight[rows, pivots_of(pivots.columns) % weight.shape[1]]
+    pivots: Places, weight: Tensor, full: Statistics, mean_z: FloatVector, var_z: FloatVector
+) -> Statistics:
+    """The statistics ``full`` of the full sum without the contributions of the pivots."""
+    rows = index_tensor(pivots.rows)
+    taps = centre_tap(weight)[rows, index_tensor(pivots.columns) % weight.shape[1]]
     mean = full[0].index_add(0, rows, -taps * torch.from_numpy(mean_z[pivots.units]))
     var = full[1].index_add(0, rows, -(taps**2) * torch.from_numpy(var_z[pivots.units]))
     return mean, torch.maximum(var, LEAST_VARIANCE * full[1])
 
 
-def _sum_of_inputs(
-    layer: Layer, pivots: Places, weight: Tensor, mean_z: FloatVector, var_z: FloatVector
-) -> tuple[Tensor, Tensor]:
+def _sum_of_inputs(layer: Layer, pivots: Places, weight: Tensor, mean_z: FloatVector, var_z: FloatVector) -> Statistics:
+    """Σ u E[z] and Σ u² Var[z] over all inputs of a layer; u is ``weight`` with zeros at the pivots."""
     centre = tuple(size // 2 for size in weight.shape[2:])
-    columns = pivots_of(pivots.columns) % weight.shape[1]
-    weight = weight.index_put((pivots_of(pivots.rows), columns, *map(torch.tensor, centre)), torch.zeros(()).double())
+    rows, columns = index_tensor(pivots.rows), index_tensor(pivots.columns) % weight.shape[1]
+    weight = weight.index_put((rows, columns, *map(torch.tensor, centre)), torch.zeros(()).double())
     first, second = (
         weight.flatten(2).sum(2) if centre else weight,
         (weight**2).flatten(2).sum(2) if centre else weight**2,

@@ -1,6 +1,6 @@
 """Fine-tuning in path space: G-SGD, its baselines, and the run that trains, evaluates and resumes.
 
-The names below are imported when first used: ``import pathconvert.training`` alone loads no torch.
+The names below are imported when they are first used, so that ``import pathconvert.training`` does not load torch.
 """
 
 from __future__ import annotations
@@ -8,25 +8,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "pathconvert.training":  # by the link at the root: its classes would be others than the package's
+if __name__ != "pathconvert.training":  # imported through the link at the root, which would make second classes
     raise ImportError(f"import it as pathconvert.training, not as {__name__}")
 
 if TYPE_CHECKING:
-    from pathconvert.training.optimizer.gsgd import GSGD, path_parameter_groups
+    from pathconvert.training.optimizer.gsgd import GSGD
+    from pathconvert.training.optimizer.path_groups import path_parameter_groups
     from pathconvert.training.optimizer.path_sgd import PathSGD
 
-_HOMES = {"optimizer.gsgd": ("GSGD", "path_parameter_groups"), "optimizer.path_sgd": ("PathSGD",)}
+_HOMES = {
+    "GSGD": "optimizer.gsgd",
+    "PathSGD": "optimizer.path_sgd",
+    "path_parameter_groups": "optimizer.path_groups",
+}
 
 __all__ = ["GSGD", "PathSGD", "path_parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = getattr(importlib.import_module(f"pathconvert.training.{home}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module 'pathconvert.training' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pathconvert.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pathconvert.training.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -34,7 +34,7 @@ def test_round_trip_of_a_stock_network(stock, here, name, capsys):
     source = stock / f"{name}.pt"
     assert run(["reparam", str(source), "-o", "x.path.safetensors", *SMALL]) == 0
     assert run(["restore", "x.path.safetensors", "-o", "back.pt"]) == 0
-    assert "original file   restored to rounding" in capsys.readouterr().out
+    assert "original file   restored up to rounding" in capsys.readouterr().out
     original, converted, back = (tensors(path) for path in (source, "x.path.safetensors", "back.pt"))
     assert set(original) == set(converted) == set(back)
     assert any(not torch.equal(original[key], converted[key]) for key in original)
@@ -124,7 +124,7 @@ def test_report_is_checked_before_any_work(refused, here):
     before = Path("sq.pt").read_bytes()
     Path("old.json").write_text("old")
     Path("folder").mkdir()
-    place = "is the source or the output, and no place for the report."
+    place = "is the source or the output, so the report cannot be written there."
     for report, message in (
         ("sq.pt", f"sq.pt {place}"),
         ("sq.path.safetensors", f"sq.path.safetensors {place}"),
@@ -222,10 +222,10 @@ def edit(path: str, change) -> None:
         (lambda m: m.update(format_version=9), "has metadata of format version 9; this is pathconvert"),
         (lambda m: m["record"].update(format_version=9), "the conversion record has format version 9"),
         (lambda m: m["record"].pop("scales"), "the conversion record is damaged: KeyError"),
-        (lambda m: m["record"].update(scales=[1.0]), "names a channel that it lacks"),
+        (lambda m: m["record"].update(scales=[1.0]), "names a channel that does not exist"),
         (
             lambda m: m["record"]["tensors"].update(x=m["record"]["tensors"].popitem()[1]),
-            "the conversion record is not of this network: it has no tensor x",
+            "the conversion record belongs to another network: this one has no tensor x",
         ),
         (
             lambda m: m["record"]["tensors"].update({"classifier.1.bias": {"rows": [[-1, 4, 1]]}}),
@@ -260,22 +260,22 @@ def test_verify_tells_changed_networks(here, capsys):
     assert run(["verify", "sq.pt", "changed.pt", *SMALL]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
-    assert printed.err == "error: sq.pt and changed.pt are not the same function\n"
+    assert printed.err == "error: sq.pt and changed.pt do not compute the same function\n"
 
 
 def test_verify_refuses_other_architectures_and_folders(refused, stock, here):
     lines = refused("verify", "sq.pt", stock / "resnet18.pt")
     assert lines[0] == (
-        "error: the networks are of different architectures: squeezenet1_1 {'num_classes': 5} and "
+        "error: the networks have different architectures: squeezenet1_1 {'num_classes': 5} and "
         "resnet18 {'num_classes': 3}"
     )
     for folder in ("empty", "broken"):
         Path(folder).mkdir()
     Path("broken/a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     for folder, message in (
-        ("none", "none is no folder"),
-        ("empty", "empty holds no image"),
-        ("broken", "broken/a.png is no intact image"),
+        ("none", "none is not a folder"),
+        ("empty", "empty contains no images"),
+        ("broken", "broken/a.png is not an intact image"),
     ):
         assert refused("verify", "sq.pt", "sq.pt", "--images", folder, *SMALL)[0].startswith(f"error: {message}")
 
@@ -284,7 +284,7 @@ def test_inspect_tells_plain_from_converted(here, capsys):
     assert run(["inspect", "sq.pt", *SMALL]) == 0
     plain = capsys.readouterr().out
     assert "plain checkpoint" in plain
-    assert "largest / smallest of a group: median" in plain
+    assert "largest / smallest of each group: median" in plain
     assert run(["reparam", "sq.pt", *SMALL]) == 0
     capsys.readouterr()
     assert run(["inspect", "sq.path.safetensors", "--json"]) == 0

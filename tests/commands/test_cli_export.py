@@ -91,7 +91,7 @@ def test_half_inputs_and_outputs(capsys):
     assert {port.type.tensor_type.elem_type for port in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT16}
     assert run(["predict", "sq.onnx", "photos"]) == 0
     assert run(["export", "sq.pt", "-o", "x.onnx", "--io-dtype", "fp16"]) == 2
-    assert "no inputs and outputs in 'fp16' with precision fp32" in capsys.readouterr().err
+    assert "inputs and outputs in 'fp16' are not offered with precision fp32" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")
@@ -112,8 +112,8 @@ def test_a_converted_network_exports_as_it_is(capsys):
     ("options", "message"),
     [
         (["--opset", "13"], "error: opset 13 is not offered: pathconvert writes 18 to 24"),
-        (["--precision", "bf16"], "error: no precision bf16: the exporter writes invalid files for it"),
-        (["--batch", "many"], "error: 'many' is no batch size"),
+        (["--precision", "bf16"], "error: precision bf16 is not offered: the exporter writes invalid files for it"),
+        (["--batch", "many"], "error: 'many' is not a batch size"),
         (["-o", "t.bin"], "error: t.bin has the suffix '.bin'; expected .onnx."),
         (["-o", "gone/t.onnx"], "error: The folder gone of the output gone/t.onnx does not exist."),
     ],
@@ -129,7 +129,8 @@ def test_the_command_refuses(capsys, options, message):
 def test_the_command_fails_with_1_where_the_graph_is_another(capsys, monkeypatch):
     monkeypatch.setattr(onnx_export.verification, "PASSING_NOISE_RATIO", 1e-3)
     assert run(["export", "tiny.pt", *TINY]) == 1
-    assert capsys.readouterr().err.startswith("error: the exported graph is not the network: the largest error is ")
+    message = "error: the exported graph does not compute what the network computes: the largest error is "
+    assert capsys.readouterr().err.startswith(message)
     assert files() == FILES
 
 
@@ -141,8 +142,6 @@ def test_preprocessing_that_is_not_known_is_refused(capsys):
 
 @pytest.mark.usefixtures("here")
 def test_detectors_are_refused():
-    opened = loaded.LoadedNetwork(
-        nn.Identity(), Architecture("ssd300_vgg16", {}, (3, 300, 300), "detection"), None, ()
-    )
+    opened = loaded.LoadedNetwork(nn.Identity(), Architecture("ssd300_vgg16", {}, (3, 300, 300), "detection"), None, ())
     with pytest.raises(PathconvertError, match=r"^ssd300_vgg16 is a detector and is not exported: "):
         loaded.export_network(opened, Path("x.onnx"))

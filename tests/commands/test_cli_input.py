@@ -54,8 +54,8 @@ def test_a_builder_in_the_current_folder(refused, here, capsys):
     torch.save(namespace["grey"](4).state_dict(), "grey.pt")
     named = ("--arch", "cli_test_nets:grey", "--num-classes", "4")
     assert refused("reparam", "grey.pt", *named) == [
-        "error: cli_test_nets:grey does not tell the size of its input",
-        "tip: Give it: --input-size 3x224x224",
+        "error: the input size of cli_test_nets:grey is not known",
+        "tip: Give it, for example --input-size 3x224x224",
     ]
     assert run(["reparam", "grey.pt", *named, "--input-size", "1x20x20"]) == 0
     assert run(["restore", "grey.path.safetensors"]) == 0
@@ -71,7 +71,7 @@ def test_a_builder_in_the_current_folder(refused, here, capsys):
 
 def test_wrong_names(refused):
     assert refused("reparam", "sq.pt", "--arch", "resnet5O") == [
-        "error: 'resnet5O' is no network that pathconvert knows",
+        "error: 'resnet5O' is not a network that pathconvert knows",
         "tip: Did you mean resnet50, resnet152, resnet34?",
     ]
     assert refused("reparam", "resnet5O") == [
@@ -96,16 +96,16 @@ def test_offline_name(refused, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     lines = refused("reparam", "squeezenet1_1")
     assert lines[0].startswith("error: the weights of squeezenet1_1 could not be downloaded")
-    assert lines[1] == "tip: Offline, give a file with them in place of the name."
+    assert lines[1] == "tip: When offline, give a file with the weights instead of the name."
 
 
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("224", "squeezenet1_1 takes no input of size 224"),
-        ("1x64x64", "squeezenet1_1 takes no input of size 1x64x64"),
-        ("3x0x0", "'3x0x0' is no input size"),
-        ("big", "'big' is no input size"),
+        ("224", "squeezenet1_1 does not take inputs of size 224"),
+        ("1x64x64", "squeezenet1_1 does not take inputs of size 1x64x64"),
+        ("3x0x0", "'3x0x0' is not an input size"),
+        ("big", "'big' is not an input size"),
         ("3x1x1", "cannot be followed on shapes alone: Calculated padded input size per channel: (1 x 1)"),
     ],
 )
@@ -188,11 +188,11 @@ HEADERS = {
         "truncated": "truncated.pt is a truncated or damaged torch.save file",
         "random": f"random.pt is unknown binary data (it begins with fa f9 f8 f7 f6 f5 f4 f3); {EXPECTED}",
         "text": f"text.pt is a text file (it begins with 'hello, world'); {EXPECTED}",
-        "zip": f"zip.pt is a zip archive without a checkpoint in it (it holds 'readme.txt'); {EXPECTED}",
+        "zip": f"zip.pt is a zip archive without a checkpoint in it (it contains 'readme.txt'); {EXPECTED}",
         "directory": "directory.pt is a folder without best.path.safetensors",
-        "liar": "liar.safetensors is no intact safetensors file: tensor 'a' needs 8000 bytes, its offsets claim 8.",
-        "overlap": "overlap.safetensors is no intact safetensors file: tensors 'a' and 'b' overlap.",
-        "huge": "huge.safetensors is no intact safetensors file: its header claims 2000000000 bytes, 51 follow.",
+        "liar": "is not an intact safetensors file: tensor 'a' needs 8000 bytes, but its offsets claim 8.",
+        "overlap": "overlap.safetensors is not an intact safetensors file: tensors 'a' and 'b' overlap.",
+        "huge": "is not an intact safetensors file: its header claims 2000000000 bytes, but only 51 follow.",
         "code": "nothing of it was executed.",
         "plain_code": "nothing of it was executed; expected a PyTorch checkpoint",
         "module": "module.pt is a pickled module ('torch.nn.modules.linear.Linear'), which runs code when loaded",

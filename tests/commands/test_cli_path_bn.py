@@ -70,10 +70,11 @@ def test_from_a_file_in_path_form(here, capsys):
 def test_the_table_says_where_statistics_come_from(here, capsys):
     assert run(["reparam", "res.pt", "--form", "path-bn", *SMALL]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "8 layers, 13 left; λ 1; statistics estimated from BatchNorms (Gaussian), no images" in printed
+    statistics = "statistics estimated from the BatchNorms (Gaussian), without images"
+    assert f"8 layers, 13 left as they are; λ 1; {statistics}" in printed
     assert run(["reparam", "sq.pt", "--form", "path-bn", "--calibrate", "photos", *SMALL]) == 0
     printed = capsys.readouterr()
-    assert "16 layers, 10 left; λ 1; calibrated on 8 images" in " ".join(printed.out.split())
+    assert "16 layers, 10 left as they are; λ 1; calibrated on 8 images" in " ".join(printed.out.split())
     assert "no Path-BN: classifier.1 (is the last layer: no normalization comes before an output)" in printed.err
     assert "note: no Path-BN: features.0, features.3.expand3x3, features.4.expand3x3, " in printed.err
     assert " and 4 more (holds no pivot: it begins a chain, or what it reads has its pivots elsewhere)" in printed.err
@@ -82,14 +83,14 @@ def test_the_table_says_where_statistics_come_from(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--calibrate", "photos"], "--calibrate and --skip-scale belong to Path-BN"),
-        (["--skip-scale", "0.1"], "--calibrate and --skip-scale belong to Path-BN"),
+        (["--calibrate", "photos"], "--calibrate and --skip-scale apply only to the Path-BN form"),
+        (["--skip-scale", "0.1"], "--calibrate and --skip-scale apply only to the Path-BN form"),
         (["--form", "path-bn"], "SqueezeNet has no BatchNorm to estimate Path-BN's statistics from"),
-        (["--form", "path-bn", "--calibrate", "nowhere"], "nowhere is no folder"),
-        (["--form", "path-bn", "--calibrate", "empty"], "empty holds no image"),
-        (["--form", "path-bn", "--calibrate", "broken"], "broken/x.png is no intact image"),
-        (["--form", "path-bn", "--skip-scale", "-1"], "skip_scale is -1.0, and has to be positive"),
-        (["--form", "path-bn", "--skip-scale", "nan"], "skip_scale is nan, and has to be positive"),
+        (["--form", "path-bn", "--calibrate", "nowhere"], "nowhere is not a folder"),
+        (["--form", "path-bn", "--calibrate", "empty"], "empty contains no images"),
+        (["--form", "path-bn", "--calibrate", "broken"], "broken/x.png is not an intact image"),
+        (["--form", "path-bn", "--skip-scale", "-1"], "skip_scale is -1.0 but must be positive"),
+        (["--form", "path-bn", "--skip-scale", "nan"], "skip_scale is nan but must be positive"),
     ],
 )
 def test_bad_input(here, refused, arguments, message):
@@ -133,7 +134,7 @@ def test_resume_refuses_another_networks_record():
     from pathconvert.conversion.reparameterize import resume
     from pathconvert.errors import RecordError
 
-    with pytest.raises(RecordError, match="the conversion record is not of this network"):
+    with pytest.raises(RecordError, match="the conversion record belongs to another network"):
         resume(network("resnet34"), x, record)
 
 

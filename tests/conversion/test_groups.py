@@ -1,4 +1,4 @@
-"""groups, pivots, scales, rewrite, record: the pure parts, on units made by hand."""
+"""Groups, pivots, scales, rescale, record: the pure parts, on units made by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_runs_round_trip(pieces: list[tuple[int, int]]) -> None:
         ([5, 6, 7], [[5, 3, 1]]),
         ([0, 0, 1, 1, 2, 2], [[0, 3, 2]]),
         ([-1, -1, 0, 1], [[-1, 1, 2], [0, 2, 1]]),
-        ([-1, 0], [[-1, 1, 1], [0, 1, 1]]),  # FIXED is no unit before unit 0
+        ([-1, 0], [[-1, 1, 1], [0, 1, 1]]),  # FIXED is not the unit before unit 0
         ([2, 1, 0], [[2, 1, 1], [1, 1, 1], [0, 1, 1]]),
     ],
 )

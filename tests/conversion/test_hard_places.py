@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001, ARG005 - every forward takes (network, x), used or not
-"""One small network for every place that is easy to get wrong; each must keep its function, and say what it pinned.
+"""One small network for every case that is easy to get wrong; each must keep its function and say what it pinned.
 
 ``factors_keep`` scales every free unit by a random factor and compares outputs, in evaluation and in training mode: the
 sharpest test of a trace, since no two channels have the same factor by accident.
@@ -26,12 +26,12 @@ from pathconvert.conversion.parts import Traced, trace_network
 from pathconvert.conversion.rescale import rescale
 from pathconvert.errors import EquivalenceError, RecordError, RefusedNetwork, TraceError
 
-RESIDUAL = "is tied by a residual add (scope block leaves those alone; scope network takes them)"
+RESIDUAL = "is tied by a residual add, which scope block does not rescale (scope network does)"
 OUTPUT = "is a network output"
 
 
 class Net(nn.Module):
-    """Layers by name, and a forward over them."""
+    """A network made of named layers and a forward that uses them."""
 
     def __init__(self, forward: Callable[..., Any], **layers: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """float64, normal weights, running statistics that are no identity, evaluation mode."""
+    """float64, normal weights, running statistics other than 0 and 1, evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -69,7 +69,7 @@ def images(channels: int = 3, seed: int = 1, dims: int = 2, batch: int = 3) -> T
 
 
 def leaves(output: Any) -> list[Tensor]:
-    """All tensors of an output, found without pathconvert's help."""
+    """All tensors of an output, found without the code that is tested."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -96,7 +96,7 @@ def assert_same(model: nn.Module, other: nn.Module, x: Any, training: bool = Fal
 
 
 def factors_keep(model: nn.Module, x: Any, training: bool = True) -> tuple[Units, Traced]:
-    """Random factors on every free unit change no output; returns what was found."""
+    """Check that random factors on all free units change no output; returns the units."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     traced = trace_network(model, x)
     units = find_units(traced.trace)
@@ -116,12 +116,12 @@ def factors_keep(model: nn.Module, x: Any, training: bool = True) -> tuple[Units
 
 
 def free(units: Units) -> dict[str, int]:
-    """Free channels by group."""
+    """The number of free channels of each group."""
     return {group.name: group.size for group in units.groups if group.pinned_by is None}
 
 
 def pinned(units: Units) -> dict[str, str]:
-    """The reasons, by group."""
+    """The reason of each pinned group."""
     return {group.name: group.pinned_by for group in units.groups if group.pinned_by is not None}
 
 
@@ -453,7 +453,7 @@ def test_weights_that_hooks_compute_are_pinned_and_copied() -> None:
     def pruned(layer: nn.Module) -> nn.Module:
         return prune.l1_unstructured(layer, "weight", 0.5)
 
-    for wrap in (pruned, torch.nn.utils.weight_norm):  # both keep a computed tensor, which deepcopy refuses
+    for wrap in (pruned, torch.nn.utils.weight_norm):  # both keep a computed tensor, which deepcopy cannot copy
         net = two_convolutions(lambda s, x: F.relu(s.c(F.relu(x))), c=wrap(nn.Conv2d(4, 4, 1)).double())
         before = net.c.weight
         c = pathconvert.reparameterize(net, images())
@@ -508,7 +508,7 @@ def test_batch_norm_on_a_concatenation_pins_what_comes_in_and_makes_new_units() 
     )
     units, _ = factors_keep(randomise(net), images())
     assert free(units) == {"m": 4, "n": 6}
-    # read by BatchNorms alone, a and b have no factor that would do anything
+    # only BatchNorms read a and b, so a factor would have no effect
     assert unit_vector(units, "a.weight", "rows") == [-1] * 4
 
 
@@ -646,7 +646,7 @@ class Both:
 
 
 class OwnDict(dict):
-    """As libraries have them; torch's pytree does not look inside."""
+    """A dict class as libraries define it; torch's pytree does not look inside."""
 
 
 @pytest.mark.parametrize("pack", [
@@ -756,7 +756,7 @@ def test_refused_activations(kind: str) -> None:
     assert str(error.value) == (
         f"body.1 is {kind}, which is not positively homogeneous: Net cannot be moved to path space as a whole"
     )
-    assert error.value.tip == "--partial (partial=True) pins what is not homogeneous and converts the rest"
+    assert error.value.tip == "--partial (partial=True) pins what enters such an activation and converts the rest"
     c = pathconvert.reparameterize(net, images(), partial=True)
     assert {g.name: g.pinned_by for g in c.groups} == {
         "body.0": f"enters body.1 ({kind}), which is not homogeneous", "body.2": None, "body.4": OUTPUT,
@@ -856,7 +856,7 @@ def test_dtypes_are_kept(dtype: torch.dtype, gauge: Any) -> None:
 def test_a_factor_that_would_leave_float16_is_held_back(weight: float, gauge: Any) -> None:
     net = two_convolutions(lambda s, x: F.relu(x)).half()
     net.b.weight.data[:, 1] = weight
-    net.b.weight.data[0, 1, 0, 0] = 1e-3  # its relatives could not follow it by a factor
+    net.b.weight.data[0, 1, 0, 0] = 1e-3  # no single factor suits both this weight and the others
     net.a.weight.data[1] = 1e-4
     c = pathconvert.reparameterize(net, images().half(), gauge=gauge)
     group = c.groups[0]
@@ -930,9 +930,10 @@ def test_record_refusals() -> None:
     )
     assert (
         refusal(c.record | {"scales": [1.0]})
-        == "the conversion record is damaged: a.weight names a channel that it lacks"
+        == "the conversion record is damaged: the entry of a.weight names a channel that does not exist"
     )
     wider = randomise(Net(net._forward, a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 5, 3)))
     assert refusal(c.record, wider) == "the conversion record does not fit the tensor a.weight of shape [6, 3, 3, 3]"
     renamed = Net(net._forward, b=net.b)
-    assert refusal(c.record, renamed) == "the conversion record is not of this network: it has no tensor a.weight"
+    message = "the conversion record belongs to another network: this one has no tensor a.weight"
+    assert refusal(c.record, renamed) == message

@@ -1,4 +1,4 @@
-"""Every torchvision network that is converted, taken apart or refused, with random numbers on small inputs."""
+"""All torchvision networks, whether converted whole, in parts or refused, with random weights on small inputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Counts:
     groups: int
     pinned: tuple[int, int]  # groups, scope block and network
     movable: tuple[int, int]  # channels, scope block and network
-    dead: int = 0  # channels without a live weight behind them: depthwise ones whose BatchNorm has γ = 0
+    dead: int = 0  # channels that no weight other than 0 reads: before depthwise ones whose BatchNorm has γ = 0
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Case:
     def build(self) -> nn.Module:
         model = network(self.name, torch.float32 if self.large else torch.float64, **self.arguments)
         if self.name == "s3d":
-            model.avgpool = nn.AvgPool3d(1)  # its window of 2x7x7 asks for 13 frames of 209x209: seconds a forward
+            model.avgpool = nn.AvgPool3d(1)  # its window of 2x7x7 needs 13 frames of 209x209: seconds per forward
         return model
 
 
 def residual(name: str, groups: int, inner: int, streams: int, **options: Any) -> Case:
-    """A network with four residual streams, ``streams`` channels wide together, which scope block leaves alone."""
+    """A network with four residual streams of ``streams`` channels in total, which scope block does not scale."""
     return Case(name, Counts(groups, (5, 1), (inner, inner + streams)), **options)
 
 
@@ -82,12 +82,12 @@ def plain(name: str, groups: int, movable: int, *, pinned: int = 1, dead: int = 
 
 
 def mnasnet(name: str, inner: int, streams: int) -> Case:
-    """Five residual streams, and 17 depthwise convolutions: the channel whose γ is 0 has no live weight behind it."""
+    """Five residual streams, and 17 depthwise convolutions: no weight other than 0 reads a channel whose γ is 0."""
     return Case(name, Counts(43, (6, 1), (inner, inner + streams), 17))
 
 
 def gated(name: str, groups: int, gates: int, inner: int, streams: int, **options: Any) -> Case:
-    """RegNetY: four residual streams, one pinned squeeze-excitation gate a block."""
+    """RegNetY: four residual streams, and one pinned squeeze-excitation gate per block."""
     return Case(name, Counts(groups, (5 + gates, 1 + gates), (inner, inner + streams)), **options)
 
 
@@ -125,7 +125,7 @@ CASES = [
     residual("wide_resnet101_2", 72, 64 + 4 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
     plain("squeezenet1_0", 26, 2976),
     plain("squeezenet1_1", 26, 2944),
-    # DenseNet: the stem's pooled features are read by BatchNorms alone, which normalise any factor away
+    # DenseNet: only BatchNorms read the stem's pooled features, and they normalise any factor away
     plain("densenet121", 122, 41760, pinned=2),
     plain("densenet161", 162, 109872, pinned=2),
     plain("densenet169", 170, 79136, pinned=2),
@@ -176,7 +176,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _memory() -> Iterator[None]:
-    """Networks are large: what a test leaves behind goes before the next."""
+    """Networks are large, so free the memory of a test before the next one."""
     yield
     gc.collect()
 
@@ -202,7 +202,7 @@ def assert_close(outputs: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def assert_stock(conversion: Conversion, original: nn.Module, case: Case) -> None:
-    """Class, names, shapes and dtypes are the original's, and a stock network takes the tensors."""
+    """Class, names, shapes and dtypes are those of the original, and a stock network can load the tensors."""
     assert type(conversion.model) is type(original)
     kinds = [
         [(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()]
@@ -214,7 +214,7 @@ def assert_stock(conversion: Conversion, original: nn.Module, case: Case) -> Non
 
 
 def assert_restored(conversion: Conversion, original: nn.Module) -> None:
-    """To the bit where factors are powers of two, else by 2 units in the last place: one rounding there, one back."""
+    """Exactly if factors are powers of two, else up to 2 units in the last place: one rounding in each direction."""
     restored = restore(conversion.model, conversion.record).state_dict()
     for name, tensor in original.state_dict().items():
         if conversion.gauge == "pow2":
@@ -240,7 +240,7 @@ def test_converted(case: Case) -> None:
     assert_stock(conversion, original, case)
     assert_restored(conversion, original)
     del conversion
-    if case.large:  # float32 has no sharper check than the bits, and a forward takes seconds
+    if case.large:  # in float32 no check is sharper than equal bits, and a forward takes seconds
         return
 
     small = sum(p.numel() for p in original.parameters()) < MATCHED_PARAMETERS
@@ -254,7 +254,7 @@ def test_converted(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1", "mc3_18"])
 def test_noise(name: str) -> None:
-    """In float32, by :func:`verify`: no more noise than the original's own, in evaluation and in training mode."""
+    """In float32, :func:`verify` finds no more noise than the original has, in evaluation and in training mode."""
     case = next(case for case in CASES if str(case) == name)
     original, inputs = network(name), draw(case.shape)
     conversion = reparameterize(original, inputs)
@@ -265,7 +265,7 @@ def test_noise(name: str) -> None:
 
 
 def test_the_largest_is_traced() -> None:
-    """regnet_y_128gf: its 645 million parameters stay untouched, numbers are in benchmarks/convert.py."""
+    """regnet_y_128gf is only traced, as it has 645 million parameters; its numbers are in benchmarks/convert.py."""
     model = build(Architecture("regnet_y_128gf", {"num_classes": CLASSES}))
     groups = find_units(trace_network(model, draw((2, 3, 64, 64))).trace).groups
     pinned = [group for group in groups if group.pinned_by]
@@ -312,7 +312,7 @@ def test_every_combination(name: str) -> None:
 
 
 def assert_pivots_are_one(conversion: Conversion) -> None:
-    """PBN Theorem 1, on the converted network itself: every chosen effective weight is ±1, its sign kept."""
+    """PBN Theorem 1, read off the converted network: every chosen effective weight is ±1 and has kept its sign."""
     tensors = dict(conversion.model.named_buffers()) | dict(conversion.model.named_parameters())
     for layer in conversion.units.layers:
         hosted = [p for g in conversion.groups for p in g.pivots if p is not None and p.parameter == layer.parameter]
@@ -342,7 +342,7 @@ DENSENET = "enters the BatchNorm features.denseblock1.denselayer1.norm1, which n
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_no_channel_is_left_without_a_reason(name: str) -> None:
-    """Scope network: outputs and gates are pinned, nothing else (but DenseNet's stem, whose factor is of no effect)."""
+    """Scope network: only outputs and gates are pinned (and DenseNet's stem, whose factor has no effect)."""
     case = next(case for case in CASES if str(case) == name)
     model = case.build()
     traced = trace_network(model, draw(case.training_shape or case.shape))
@@ -372,7 +372,7 @@ DETECTORS = {
 
 
 def detector(name: str, side: int = 64, **arguments: Any) -> nn.Module:
-    """A detector for small images, its box offsets small enough for random numbers to give boxes that survive."""
+    """A detector for small images, with box offsets so small that random weights give some valid boxes."""
     model = network(name, **arguments)
     if not name.startswith("ssd"):
         model.transform.min_size, model.transform.max_size = (side,), side
@@ -408,7 +408,7 @@ def test_detectors_are_converted_part_by_part(name: str, frozen: bool) -> None:
     assert report.max_abs > 0
     assert_restored(conversion, model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(not t.is_meta for t in forward_outputs(model, (image(),)))  # nothing of the trace stays in it
+    assert all(not t.is_meta for t in forward_outputs(model, (image(),)))  # the trace leaves no meta tensors in it
 
 
 def test_detectors_in_powers_of_two_detect_the_same() -> None:
@@ -421,7 +421,7 @@ def test_detectors_in_powers_of_two_detect_the_same() -> None:
 
 
 def test_detectors_without_a_box() -> None:
-    """An empty batch reaches the heads: they are parts all the same."""
+    """Heads that receive an empty batch are converted as parts too."""
     model = detector("maskrcnn_resnet50_fpn")
     model.roi_heads.score_thresh = 1.0
     conversion = reparameterize(model, image(), pivot="max")
@@ -465,10 +465,10 @@ def test_refused_and_converted_in_part(name: str) -> None:
     assert str(caught.value) == (
         f"{offender}, which is not positively homogeneous: {kind} cannot be moved to path space as a whole"
     )
-    assert caught.value.tip == "--partial (partial=True) pins what is not homogeneous and converts the rest"
+    assert caught.value.tip == "--partial (partial=True) pins what enters such an activation and converts the rest"
 
     conversion = convert_traced(model, traced, "block", "max", "unit", partial=True)
-    # EfficientNetV2-S has SiLU or a residual add behind every layer: nothing is free
+    # EfficientNetV2-S has SiLU or a residual add after every layer, so no unit is free
     assert (conversion.counts()["channels_rescaled"] > 0) == (name != "efficientnet_v2_s")
     if quick:
         assert_close(forward_outputs(conversion.model, inputs), forward_outputs(model, inputs))
@@ -480,7 +480,7 @@ def test_refused_and_converted_in_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "vovnet39a"])
 def test_timm(name: str) -> None:
-    pytest.importorskip("timm", reason="timm is not installed (it is no dependency of pathconvert)")
+    pytest.importorskip("timm", reason="timm is not installed (pathconvert does not depend on it)")
     architecture = resolve(f"timm/{name}", None, num_classes=CLASSES)
     assert architecture.input_size is not None
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Random networks of the supported operations against a literal oracle, and the properties of a conversion."""
+"""Random networks of supported operations, compared with a literal oracle, and the properties of a conversion."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def examples(count: int) -> Any:
 
 
 class Builder:
-    """Draws nodes one after another; knows every value, so that shapes fit."""
+    """Draws nodes one after another; it keeps every value, so that shapes fit."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
         self.dims = draw(st.sampled_from([2, 2, 2, 1, 3]))
         shape = (2, draw(st.integers(1, 4)), *(4,) * self.dims)
-        self.example = torch.zeros(shape, dtype=torch.float64, device="meta")  # shapes are enough to draw by
+        self.example = torch.zeros(shape, dtype=torch.float64, device="meta")  # drawing only needs shapes
         self.nodes, self.values, self.layers = [Node("input", shape=shape)], [self.example], {}
 
     def pick(self, values: Any) -> Any:
@@ -104,7 +104,7 @@ class Builder:
 
 
 def _step(b: Builder) -> None:
-    """One more operation, or a few that belong together."""
+    """Draw one more operation, or a few that belong together."""
     x = b.pick(b.maps())
     width = b.channels(x)
     kind = b.pick([
@@ -159,7 +159,7 @@ def _step(b: Builder) -> None:
         b.layer("deconv", x, layer)
     elif kind == "norm":
         b.norm(x)
-    elif kind == "again":  # a module called a second time, on another value of its width
+    elif kind == "again":  # call a module a second time, on another value with as many channels
         _call_again(b, [n for n in b.nodes if n.kind in ("conv", "norm")])
     elif kind == "on_itself":
         y = b.conv(x, width, plain=True)
@@ -229,7 +229,7 @@ def deviation(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def match_units(oracle: Oracle, units: Units) -> dict[int, Any]:
-    """Unit → the oracle's unit, after checking that both index every parameter alike."""
+    """Unit → the oracle's unit, after checking that both index every parameter in the same way."""
     unit_to_root: dict[int, Any] = {}
     root_to_unit: dict[Any, int] = {}
     slots = {slot.parameter: slot for slot in units.slots}
@@ -282,7 +282,7 @@ def test_scales_are_the_oracles(drawn: tuple[NodeNetwork, Tensor], rule: Any, sc
     scales, held, _ = choose_scales(units, pivots, tensors, "unit")
     hypothesis.assume(not held.any())
     free = {roots[i] for i in np.flatnonzero(is_free)}
-    # Scope network: which consumers lie outside of a stream is not the oracle's business, their pivots are.
+    # Scope network: the oracle does not know which consumers lie outside a stream, but it knows their pivots.
     hosts = None
     if scope == "network":
         hosts = {roots[i]: units.layers[pivots.layer[i]].parameter for i in np.flatnonzero(pivots.layer >= 0)}
@@ -330,7 +330,7 @@ def test_pivots_are_one_after_the_unit_gauge(drawn: tuple[NodeNetwork, Tensor], 
 @examples(30)
 @hypothesis.given(networks(), st.integers(0, 10**6))
 def test_any_factors_keep_evaluation_and_training(drawn: tuple[NodeNetwork, Tensor], seed: int) -> None:
-    """Rescaling by s and then by t is rescaling by s · t, and neither mode's outputs change."""
+    """Rescaling by s and then by t equals rescaling by s · t, and the outputs of both modes stay."""
     model, x = drawn
     hypothesis.note(describe(model))
     units = find_units(trace_network(model, x).trace)
@@ -345,7 +345,7 @@ def test_any_factors_keep_evaluation_and_training(drawn: tuple[NodeNetwork, Tens
     for name, tensor in twice.state_dict().items():
         torch.testing.assert_close(tensor, product.state_dict()[name], rtol=1e-14, atol=0, msg=name)
     assert deviation(outputs(model, x), outputs(twice, x)) < 1e-10
-    # BatchNorm over two values has a derivative of up to 1 / √eps = 316 a layer
+    # BatchNorm over two values has a derivative of up to 1 / √eps = 316 per layer
     assert deviation(outputs(model, x, training=True), outputs(once, x, training=True)) < 1e-7
 
 

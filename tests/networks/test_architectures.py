@@ -1,4 +1,4 @@
-"""Recognising, naming, building and loading networks: every network of the index, every refusal by its message."""
+"""Recognise, name, build and load networks: every network of the index, and every refusal by its message."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.errors import ArchitectureError
-from pathconvert.networks import architectures, make_index
+from pathconvert.networks import architectures, make_index, pretrained
 from pathconvert.networks.architectures import Architecture, build, load_tensors, modern_names, recognise, resolve
 
 NAMES = [entry.name for entry in architectures.catalogue()]
 SUPPORTED = [entry.name for entry in architectures.catalogue() if entry.supported]
-TWINS = {"fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"}  # the same tensors
+TWINS = {"fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"}  # they have the same tensors
 FAMILIES = [
     *("alexnet", "vgg11 vgg13 vgg16 vgg19 vgg11_bn vgg13_bn vgg16_bn vgg19_bn", "squeezenet1_0 squeezenet1_1"),
     *("resnet18 resnet34 resnet50 resnet101 resnet152", "resnext50_32x4d resnext101_32x8d resnext101_64x4d"),
@@ -37,7 +37,7 @@ PROMISED = " ".join(FAMILIES).split()
 
 
 def tensors_of(name: str, **arguments: object) -> dict[str, Tensor]:
-    """A state dict without memory, made by torchvision and not by the code under test."""
+    """A state dict on the meta device, made by torchvision and not by the code under test."""
     builder = torchvision.models.get_model_builder(name)
     if builder.__module__.rpartition(".")[0] != "torchvision.models":
         arguments["weights_backbone"] = None
@@ -186,7 +186,9 @@ def test_another_number_of_classes_is_believed_and_does_not_fit():
 
 def test_nothing_like_it():
     message, tip = refusal(recognise, {"a.weight": torch.empty(2, 2), "b.weight": torch.empty(2)})
-    assert message.startswith("these 2 tensors are no torchvision network's that pathconvert knows (the closest: ")
+    assert message.startswith(
+        "these 2 tensors are not those of a torchvision network that pathconvert knows (the closest: "
+    )
     assert "--arch package.module:builder" in tip
 
 
@@ -243,7 +245,7 @@ def test_frozen_batch_norm_of_a_detector(name):
 
 def test_misspelt_name():
     assert refusal(resolve, "resnet5", None) == (
-        "'resnet5' is no network that pathconvert knows",
+        "'resnet5' is not a network that pathconvert knows",
         "Did you mean resnet50, resnet152, resnet34?",
     )
 
@@ -257,12 +259,12 @@ def test_named_network_takes_classes_from_tensors():
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_number_of_classes(number):
     message, _ = refusal(recognise, tensors_of("resnet18"), num_classes=number)
-    assert message == f"{number} is no number of classes"
+    assert message == f"{number} is not a number of classes"
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes a module into the current folder; it is forgotten afterwards."""
+    """A function that writes a module into the current folder; Python forgets the module after the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     names = []
@@ -338,8 +340,8 @@ def test_input_size(text, size):
 @pytest.mark.parametrize("text", ["", "3x", "3x0x32", "3x-1x2", "3 x 3", "axb", "3.0x2"])
 def test_no_input_size(text):
     assert refusal(architectures.parse_input_size, text) == (
-        f"{text!r} is no input size",
-        "Write channels and sides: --input-size 3x32x32",
+        f"{text!r} is not an input size",
+        "Give the channels and the side lengths: --input-size 3x32x32",
     )
 
 
@@ -357,7 +359,7 @@ def test_dtypes_are_kept_and_counters_filled(dtype):
     assert loaded.keys() == full.keys()
     for name, value in full.items():
         assert loaded[name].dtype == value.dtype, name
-        assert torch.equal(loaded[name], value), name  # counters too: a new network's are 0
+        assert torch.equal(loaded[name], value), name  # this includes the counters, which are 0 in a new network
     assert "conv1.1.num_batches_tracked" not in tensors
 
 
@@ -409,9 +411,9 @@ def test_pretrained_offline(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.setattr(torch.hub, "urlopen", no_network)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    assert refusal(architectures.pretrained, "squeezenet1_1") == (
+    assert refusal(pretrained.pretrained, "squeezenet1_1") == (
         "the weights of squeezenet1_1 could not be downloaded (<urlopen error Name or service not known>)",
-        "Offline, give a file with them in place of the name.",
+        "When offline, give a file with the weights instead of the name.",
     )
     assert capfd.readouterr().err == ""  # torch.hub says "Downloading" before it tries
 
@@ -428,8 +430,8 @@ def test_pretrained_records_what_the_weights_set(monkeypatch, name, arguments):
     options = {"aux_logits": True} if name == "googlenet" else {}
     state = build(Architecture(name, options | {"num_classes": len(weights.meta["categories"])})).state_dict()
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
-    monkeypatch.setattr(architectures, "_check_reachable", lambda _: None, raising=False)
-    found, model = architectures.pretrained(name)
+    monkeypatch.setattr(pretrained, "_check_reachable", lambda _: None)
+    found, model = pretrained.pretrained(name)
     assert {key: found.arguments.get(key) for key in arguments} == arguments
     rebuilt = load_tensors(found, model.state_dict())
     eps = [[module.eps for module in m.modules() if isinstance(module, FrozenBatchNorm2d)] for m in (model, rebuilt)]

@@ -1,4 +1,4 @@
-"""Networks in files through the Python API: ``save`` and ``load``, and what ``import pathconvert`` brings."""
+"""Save and load networks through the Python API, and check what ``import pathconvert`` imports."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,6 @@ from torch import nn
 import pathconvert
 from pathconvert import cli
 from pathconvert.errors import ArchitectureError, CheckpointError, OutputError, RecordError
-from pathconvert.networks import architectures
 from pathconvert.networks.loading import open_network
 
 BUILDER = """
@@ -35,7 +34,7 @@ def image() -> torch.Tensor:
 
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> nn.Module:
-    """A network of a class that torchvision lacks: ``files_test_nets:Small``."""
+    """A network of a class that torchvision does not have: ``files_test_nets:Small``."""
     (tmp_path / "files_test_nets.py").write_text(BUILDER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -103,8 +102,8 @@ def test_a_class_of_ones_own_is_named_at_load(tmp_path, small, image):
     assert_same(loaded, c.model)
 
 
-def test_what_no_tensor_tells_is_said_or_asked(tmp_path, monkeypatch, capsys):
-    """torchvision's own weights of GoogLeNet and Inception go with transform_input; a file of them says nothing."""
+def test_what_the_weights_do_not_reveal_is_noted(tmp_path, monkeypatch, capsys):
+    """torchvision's weights of GoogLeNet and Inception need ``transform_input``; a file of them does not reveal it."""
     model = network("googlenet", aux_logits=False, transform_input=True, num_classes=5)
     torch.save(model.state_dict(), tmp_path / "gn.pth")
     plain = open_network(tmp_path / "gn.pth")
@@ -120,13 +119,13 @@ def test_what_no_tensor_tells_is_said_or_asked(tmp_path, monkeypatch, capsys):
     digest = hashlib.sha256((tmp_path / "gn.pth").read_bytes()).hexdigest()
     weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
     real = dataclasses.replace(weights.value, url=f"https://example.org/googlenet-{digest[:8]}.pth")
-    monkeypatch.setattr(architectures.torchvision.models, "get_model_weights", lambda _: [real])
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _: [real])
     assert open_network(tmp_path / "gn.pth").model.transform_input
 
 
 @pytest.mark.parametrize("transform_input", [True, False])
 def test_transform_input_comes_back(tmp_path, image, transform_input):
-    """No tensor shows it, and it changes the function."""
+    """The weights do not reveal it, and it changes the function."""
     model = network("googlenet", aux_logits=False, transform_input=transform_input)
     path = pathconvert.save(pathconvert.reparameterize(model, image), tmp_path / "x.safetensors")
     loaded, _ = pathconvert.load(path)
@@ -134,8 +133,8 @@ def test_transform_input_comes_back(tmp_path, image, transform_input):
     assert pathconvert.verify(model, loaded, image).passed
 
 
-def test_settings_that_no_tensor_shows_are_not_lost(tmp_path, image):
-    """A dilated ResNet has the stock one's tensors: the file must not claim to be the stock one."""
+def test_settings_that_the_weights_do_not_reveal_are_not_lost(tmp_path, image):
+    """A dilated ResNet has the same tensors as the stock one, but its file must not claim to be the stock one."""
     model = network("resnet50", replace_stride_with_dilation=[False, True, True])
     path = pathconvert.save(pathconvert.reparameterize(model, image), tmp_path / "x.safetensors")
     with pytest.raises(ArchitectureError, match="does not say how to build its network"):

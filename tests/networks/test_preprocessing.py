@@ -1,6 +1,6 @@
-"""What a network's images and classes are recorded as, and that export, calibration and prediction keep to it."""
+"""A file records how images are prepared and what classes are called; export, calibration and prediction use it."""
 
-# ruff: noqa: ARG001 - fixtures are asked for what they do: `here` is the current folder
+# ruff: noqa: ARG001 - some fixtures are requested for their effect: `here` changes the current folder
 
 import dataclasses
 import json
@@ -24,8 +24,9 @@ from pathconvert.networks import checked
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.images import read_image
 from pathconvert.networks.inputs import load_images
-from pathconvert.networks.loading import LoadedNetwork, open_network, save_converted
+from pathconvert.networks.loading import LoadedNetwork, open_network
 from pathconvert.networks.preprocessing import Preprocessing, labels_for, whole_levels
+from pathconvert.networks.saving import save_converted
 
 OWN = Preprocessing((9, 12), (8, 8), (0.2, 0.3, 0.4), (0.5, 0.25, 0.125), "bicubic")
 LABELS = ("boot", "coat", "hat", "[shirt]")
@@ -62,7 +63,7 @@ def plain(here) -> LoadedNetwork:
 @pytest.fixture
 def tuned(plain, here) -> Path:
     """A converted file that records preprocessing and classes."""
-    conversion = checked.convert_network(plain, "block", "max", "pow2", False)
+    conversion = checked.convert_network(plain, "block", "max", "pow2", partial=False)
     path = here / "tuned.path.safetensors"
     save_converted(conversion, plain, path, force=False, check=lambda _: None, preprocessing=OWN, labels=LABELS)
     return path
@@ -114,11 +115,11 @@ def test_another_size_keeps_the_proportion():
 
 
 def test_torchvisions_own_pixels(here):
-    """The same input as torchvision's transforms give for its weights."""
+    """The input is the one that torchvision's transforms for its weights produce."""
     recipe = Preprocessing.for_architecture(Architecture("resnet18", {}, (3, 224, 224), "classification"))
     transforms = ResNet18_Weights.DEFAULT.transforms()
     pixels = whole_levels(read_image(photos(here)[0]).pixels)
-    # its resizer of version 1 may round to the next level, 1 / (255 · 0.224)
+    # version 1 of its resizing may round to the next level: 1 / (255 · 0.224)
     assert torch.allclose(recipe.normalise(recipe.place(pixels)), transforms(pixels), atol=0.018)
 
 
@@ -135,7 +136,7 @@ def test_plain_pixels_are_not_normalised():
 def test_a_file_records_them_and_old_ones_do_not(tuned, plain, here):
     network_ = open_network(tuned)
     assert (network_.preprocessing, network_.labels, network_.was_trained_here) == (OWN, LABELS, True)
-    conversion = checked.convert_network(plain, "block", "max", "unit", False)
+    conversion = checked.convert_network(plain, "block", "max", "unit", partial=False)
     old = save_converted(conversion, plain, here / "old.safetensors", force=False, check=lambda _: None)
     assert not {"preprocessing", "labels"} & metadata(old).keys()
     network_ = open_network(old)
@@ -171,8 +172,8 @@ def test_they_stay_through_path_bn(tuned, here):
             dataclasses.asdict(OWN) | {"interpolation": "magic"},
             "preprocessing: ValueError: interpolation 'magic' is not known",
         ),
-        ("labels", "boot", "labels are no list of names"),
-        ("labels", [1, 2], "labels are no list of names"),
+        ("labels", "boot", "labels are not a list of names"),
+        ("labels", [1, 2], "labels are not a list of names"),
     ],
 )
 def test_damage_is_refused(tuned, key, value, message):
@@ -195,7 +196,7 @@ def test_images_are_prepared_as_recorded(tuned, here):
 
 
 def test_images_of_networks_that_record_nothing(here):
-    """An own class gets values in [0, 1]; any other is normalised as ImageNet's."""
+    """A network of one's own gets values in [0, 1]; for any other they are normalised with ImageNet's statistics."""
     own = load_images(photos(here), ARCHITECTURE, None)
     assert own.shape == (3, 3, 8, 8)
     assert own.min() >= 0
@@ -203,7 +204,7 @@ def test_images_of_networks_that_record_nothing(here):
     assert torch.equal(own * 255, (own * 255).round())
     other = load_images(photos(here), dataclasses.replace(ARCHITECTURE, task="classification"), None)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert torch.allclose(other, (own - mean) / std, atol=1e-6)  # float32 roundings
+    assert torch.allclose(other, (own - mean) / std, atol=1e-6)  # rounding in float32
 
 
 def test_segmentation_gets_images_of_one_size(here):
@@ -242,12 +243,12 @@ def test_export_and_prediction_use_them(tuned, here, capsys):
         for prediction, row in zip(result["predictions"], expected, strict=True):
             for guess in prediction["classes"]:
                 assert guess["label"] == LABELS[guess["index"]]
-                # float32 through two engines
+                # two engines round differently in float32
                 assert guess["probability"] == pytest.approx(float(row[guess["index"]]), abs=1e-5)
 
 
 def test_the_graph_normalises_as_recorded(tuned, here, capsys):
-    """``--with-preprocessing`` needs a recorded one: a network of an own class has it once it was fine-tuned."""
+    """``--with-preprocessing`` needs a recorded preprocessing, which a network of one's own has after fine-tuning."""
     assert run(["export", "tuned.path.safetensors", "-o", "t.onnx", "--with-preprocessing"]) == 0
     capsys.readouterr()
     probabilities = []
@@ -255,4 +256,4 @@ def test_the_graph_normalises_as_recorded(tuned, here, capsys):
         assert run(["predict", source, "photos", "--device", "cpu", "--json"]) == 0
         classes = [p["classes"] for p in json.loads(capsys.readouterr().out)["predictions"]]
         probabilities.append([[guess["probability"] for guess in row] for row in classes])
-    assert np.allclose(*probabilities, atol=1e-5)  # float32 through two engines
+    assert np.allclose(*probabilities, atol=1e-5)  # two engines round differently in float32

@@ -1,4 +1,4 @@
-"""Entering Path-BN form: statistics, which layers take it, and what is left."""
+"""Entering Path-BN form: the statistics, which layers take it, and why others do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pathconvert
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
-from pathconvert.path_bn.entering import NO_PIVOT
+from pathconvert.path_bn.candidates import NO_PIVOT
 from pathconvert.path_bn.layer import PathBN
 from pathconvert.path_bn.statistics import _Moments
 
@@ -52,7 +52,7 @@ def test_statistics_are_summed_in_float64() -> None:
     var, mean = torch.var_mean(torch.cat(truth).double(), correction=0)
     assert moments.mean.dtype == moments.var.dtype == torch.float64
     assert error(moments.mean, mean) < 1e-13
-    assert error(moments.var, var) < 1e-9  # mean² / var is 1e7, of float64's 1e-16
+    assert error(moments.var, var) < 1e-9  # mean² / var is 1e7, and float64 rounds by 1e-16
 
 
 def test_statistics_are_those_of_the_off_pivot_sum(resnet: tuple[nn.Module, Tensor]) -> None:
@@ -70,14 +70,14 @@ def test_statistics_are_those_of_the_off_pivot_sum(resnet: tuple[nn.Module, Tens
 
 @pytest.fixture(scope="module")
 def estranged() -> tuple[nn.Module, Tensor]:
-    """A network whose running statistics are those of other images, twice as bright, and images of its own."""
+    """A network whose running statistics come from images that are twice as bright, and images for it."""
     x = draw(16, 3, 64, 64, seed=5)
     return with_statistics_of(randomised_resnet(), 2 * x.flip(0) + 0.3), x
 
 
 @pytest.mark.parametrize("scope", ["block", "network"])
 def test_training_mode_begins_as_it_was(estranged: tuple[nn.Module, Tensor], scope: str) -> None:
-    """Within 1 % of the training-mode loss: the pivots alone keep the scale that running statistics gave them."""
+    """Within 1 % of the training-mode loss: only the pivots keep the scale that running statistics gave them."""
     model, x = estranged
     m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, scope=scope), x, calibration=iter(x.split(5)))
     target = torch.arange(16) % 7
@@ -105,7 +105,7 @@ def test_another_beginning_is_refused() -> None:
 
 
 def test_a_constant_channel_keeps_its_statistics() -> None:
-    """γ = 0: the output tells nothing of the sum, and no statistic is NaN."""
+    """γ = 0: the output does not depend on the sum, and no statistic is NaN."""
     model, x = geometry("3x3")
     with torch.no_grad():
         model[4].weight[2] = 0
@@ -115,7 +115,7 @@ def test_a_constant_channel_keeps_its_statistics() -> None:
 
 
 def test_the_gaussian_estimate_is_near_the_measured_one(resnet: tuple[nn.Module, Tensor]) -> None:
-    """Within a third of the deviation in the median: a start for training, recorded as an estimate."""
+    """The median error is below a third of the deviation: good enough to begin training; recorded as an estimate."""
     model, x = resnet
     conversion = pathconvert.reparameterize(model, x)
     measured, estimated = (pathconvert.to_path_bn(conversion, x, calibration=images) for images in (x, None))
@@ -135,9 +135,9 @@ def test_refusals() -> None:
         pathconvert.to_path_bn(network("squeezenet1_1", torch.float64), x)
     assert "--calibrate DIR" in e.value.tip
     resnet18 = network("resnet18", torch.float64)
-    with pytest.raises(PathconvertError, match="skip_scale is 0, and has to be positive"):
+    with pytest.raises(PathconvertError, match="skip_scale is 0 but must be positive"):
         pathconvert.to_path_bn(resnet18, x, skip_scale=0)
-    with pytest.raises(PathconvertError, match="the calibration gave no image"):
+    with pytest.raises(PathconvertError, match="the calibration contains no images"):
         pathconvert.to_path_bn(resnet18, x, calibration=[])
     for calibration, message in (
         (3, "the calibration is a int, not images"),
@@ -161,7 +161,7 @@ def test_refusals() -> None:
 
 
 class Reasons(nn.Module):
-    """One layer for each reason to be left."""
+    """A network with one layer for each reason not to take Path-BN form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Reasons(nn.Module):
 
 
 def test_skip_scale_is_read_only() -> None:
-    """Only to_path_bn sets it: the pivots' size goes with it."""
+    """Only to_path_bn sets it, as the size of the pivots depends on it."""
     model, x = geometry("3x3")
     module = layers(pathconvert.to_path_bn(model, x, calibration=x, skip_scale=0.1))["3"]
     assert module.skip_scale == 0.1
@@ -221,7 +221,7 @@ def test_what_is_left_has_a_reason() -> None:
         "transposed": "is a transposed convolution, whose skip would be spread over the output",
         "free": "is computed by Reasons, not by a convolution or linear layer of torch",
         "no_bias": "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves",
-        "tokens": "reads 3 dimensions, and BatchNorm wants 2",
+        "tokens": "reads inputs of 3 dimensions, but its BatchNorm needs 2",
         "last": "is the last layer: no normalization comes before an output",
     }
     assert list(layers(m)) == ["twice"]
@@ -229,7 +229,7 @@ def test_what_is_left_has_a_reason() -> None:
 
 
 class Odd(nn.Module):
-    """A convolution with everything around it that may go wrong, by name."""
+    """A convolution with one obstacle to Path-BN form, chosen by name."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class ActivatedNorm(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("kind", "left"),
     [
-        ("own BatchNorm", "is followed by bn (ActivatedNorm), which is no BatchNorm of torch's own"),
+        ("own BatchNorm", "is followed by bn (ActivatedNorm), which is not torch's own BatchNorm"),
         ("weight read elsewhere", "has a weight that other code reads too"),
         (
             "bias behind a ReLU",
@@ -273,7 +273,7 @@ class ActivatedNorm(nn.BatchNorm2d):
 )
 def test_what_would_change_the_function_is_left(kind: str, left: str) -> None:
     model, x = randomised(Odd(kind)), draw(2, 3, 6, 6)
-    if kind == "bias behind a ReLU":  # nothing of it reaches the output now; after training it would
+    if kind == "bias behind a ReLU":  # it does not reach the output now, but would after training
         nn.init.zeros_(model.bn.weight)
         nn.init.zeros_(model.other.weight)
     with pytest.raises(PathconvertError, match="no layer of Odd can take Path-BN") as refusal:
@@ -285,7 +285,7 @@ def test_what_would_change_the_function_is_left(kind: str, left: str) -> None:
 def test_what_is_odd_but_right(kind: str) -> None:
     model, x = randomised(Odd(kind)), draw(2, 3, 6, 6)
     m = pathconvert.to_path_bn(model, x, calibration=x)
-    assert list(layers(m)) == ["conv"]  # the classifier before a softmax is none either
+    assert list(layers(m)) == ["conv"]  # the classifier before a softmax does not take the form either
     assert error(output(m, x), output(model, x)) < 1e-10
 
 

@@ -1,4 +1,4 @@
-"""Path-BN form: in, out, and what it is for."""
+"""Path-BN form: entering it, leaving it, and its effect on training."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_every_geometry_keeps_the_function_both_ways(name: str, pivot: str) -> N
 
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "no bias"])
 def test_without_batch_norm(name: str) -> None:
-    """Path-BN where there was none; leaving folds it into weight and bias."""
+    """Path-BN for layers without BatchNorm; leaving folds it into weight and bias."""
     model, x = geometry(name, bn=False)
     model = with_statistics_of(model, x)
     m = pathconvert.to_path_bn(model, x, calibration=x)
     assert list(layers(m)) == ["3"]
     assert error(output(m, x), output(model, x)) < 1e-10
     assert error(output(m, x, training=True), output(m, x)) < 1e-10
-    var = layers(m)["3"].bn.running_var  # 0 where the pivot is all that a row has
-    assert (var[var > 0].log2().abs() <= 1 + 1e-9).all()  # near 1: eps is small beside it
+    var = layers(m)["3"].bn.running_var  # 0 for a row that has only a pivot
+    assert (var[var > 0].log2().abs() <= 1 + 1e-9).all()  # near 1, so that eps is small compared to it
     with torch.no_grad():
         for module in layers(m).values():  # as training does
             module.bn.bias.add_(draw(len(module.bn.bias)))
@@ -75,7 +75,7 @@ def test_without_batch_norm(name: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if name not in ("same", "3d")])
 def test_against_the_formula(name: str, training: bool) -> None:
-    """PBN eq. 8-10 by the letter, in both modes, with a λ of its own."""
+    """PBN eq. 8-10 literally, in both modes, with λ other than 1."""
     model, x = geometry(name)
     m = pathconvert.to_path_bn(model, x, calibration=x, skip_scale=0.3)
     module = m[3].train(training)
@@ -88,7 +88,7 @@ def test_against_the_formula(name: str, training: bool) -> None:
 @pytest.mark.parametrize(("scope", "pivot", "gauge"), COMBINATIONS)
 @pytest.mark.parametrize("skip_scale", [1.0, 0.1])
 def test_every_combination(scope: str, pivot: str, gauge: str, skip_scale: float) -> None:
-    """ResNet-18 with γ of either sign, tiny and zero."""
+    """ResNet-18 with positive, negative, tiny and zero γ."""
     model, x = network("resnet18", torch.float64), draw(2, 3, 64, 64)
     conversion = pathconvert.reparameterize(model, x, scope, pivot, gauge)
     m = pathconvert.to_path_bn(conversion, x, skip_scale=skip_scale)
@@ -112,9 +112,9 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
-    """All families, on calibration images; DenseNet's second convolutions have neither BatchNorm nor bias."""
+    """All families, with calibration images; DenseNet's second convolutions have neither BatchNorm nor bias."""
     size = {"inception_v3": (75, 75), "r3d_18": (4, 32, 32), "vgg11_bn": (32, 32)}.get(name, (64, 64))
-    arguments = {"aux_logits": False} if name == "inception_v3" else {}  # its auxiliary head wants 299 pixels
+    arguments = {"aux_logits": False} if name == "inception_v3" else {}  # its auxiliary head needs 299 pixels
     model, x = network(name, torch.float64, **arguments), draw(2, 3, *size)
     if name in ("alexnet", "vgg11_bn"):
         model = narrow_classifier(model)
@@ -155,7 +155,7 @@ def resnet() -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("factor", [1e-2, 3.0, 1e3])
 def test_the_trained_weights_scale_is_free(resnet: tuple[nn.Module, Tensor], factor: float) -> None:
-    """PBN Proposition 2: u → c u leaves the training-mode output, up to BatchNorm's eps."""
+    """PBN Proposition 2: u → c u does not change the training-mode output, except through BatchNorm's eps."""
     model, x = resnet
     m = pathconvert.to_path_bn(model, x, calibration=x)
     before = output(m, x, training=True)
@@ -199,7 +199,7 @@ def test_training_loss_agrees_with_the_original(resnet: tuple[nn.Module, Tensor]
 
 @pytest.mark.parametrize("kind", ["straight", "gather", "scatter"])
 def test_gradients(kind: str) -> None:
-    """gradcheck, through batch statistics and every kind of skip."""
+    """torch's gradcheck, through batch statistics and every kind of skip."""
     conv = nn.Conv2d(3, 3, 3, padding=1, stride=2, bias=False).double()
     rows = {"straight": [0, 1, 2], "gather": [0, 2], "scatter": [1, 1, 2]}[kind]
     columns = {"straight": [0, 1, 2], "gather": [1, 0], "scatter": [0, 1, 2]}[kind]
@@ -219,7 +219,7 @@ def test_gradients(kind: str) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes what is computed; views are no computation."""
+    """Records what is computed; views do not count as computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kind", "extra"), [("straight", ["add"]), ("gather", ["index_select", "add"])])
 def test_what_the_skip_costs(kind: str, extra: list[str], stride: int) -> None:
-    """Beside the convolution and its BatchNorm: an identity map is one addition, at any stride."""
+    """Besides the convolution and its BatchNorm, an identity skip costs one addition, at any stride."""
     conv = nn.Conv2d(4, 4, 3, stride=stride, padding=1, bias=False)
     rows = torch.arange(4)
     m = PathBN(conv, nn.BatchNorm2d(4), rows, rows if kind == "straight" else rows.flip(0), torch.ones(4), 1.0)
@@ -290,7 +290,7 @@ def test_autocast(small: tuple[nn.Module, Tensor]) -> None:
 
 
 def test_compile_and_export(small: tuple[nn.Module, Tensor]) -> None:
-    """No graph break: fullgraph raises at one. The compiler itself is left out, tracing is what is tested."""
+    """There is no graph break (fullgraph raises at one). Only tracing is tested, so the compiler is left out."""
     m, x = small
     compiled = torch.compile(m.train(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), copy.deepcopy(m)(x))
@@ -332,5 +332,5 @@ def test_a_newer_or_foreign_record_is_refused(tmp_path: Any) -> None:
     change_metadata(
         path, lambda metadata: metadata["record"]["path_bn"].update(format_version=1, layers=[{"name": "x"}])
     )
-    with pytest.raises(RecordError, match="the Path-BN record is not of this network"):
+    with pytest.raises(RecordError, match="the Path-BN record belongs to another network"):
         pathconvert.load(path)

@@ -1,1 +1,1 @@
-"""From a network to one proven .onnx file."""
+"""Turn a network into one .onnx file that is proven to be equal."""

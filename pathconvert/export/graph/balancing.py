@@ -1,16 +1,18 @@
-"""The balanced gauge: powers of two that even out the ranges of channels, so that float16 holds them.
+"""The balanced gauge: scale channels by powers of two so that their ranges fit into float16.
 
-Scaling a hidden unit by s > 0 on its way in and by 1/s on its way out changes no function (positive scale invariance);
-with s a power of two every product is exact, and the network in float32 is the same to the bit as long as nothing
-leaves float32's range. float16 has eleven bits between 2⁻¹⁴ and 2¹⁶. Every free unit gets an exponent e:
+Multiplying the weights that produce a hidden unit by s > 0, and those that read it by 1/s, does not change the
+network's function (positive scale invariance). If s is a power of two, every product is exact, and the network in
+float32 gives the same bits as long as nothing leaves float32's range. float16 has eleven bits of precision between 2⁻¹⁴
+and 2¹⁶. Every unit that is not pinned is scaled by s = 2ᵉ:
 
-1. e = 5 − log₂ z, with z its largest |result| of a convolution, linear layer or BatchNorm on a batch: its largest
-   activation comes near 2⁵, eleven binades below overflow, so that an ``add``, and inputs other than the batch, have
-   room, and nineteen above the end of the subnormals. Units that an ``add`` ties share one factor, by the largest.
-2. A unit that is always 0 has no z: e = ½ log₂(c / p) makes the largest weights that produce it (p, with the bias)
-   and that read it (c) equally large.
-3. Where the largest producing weight is above 2¹² now, e is lowered to it (a unit that is nearly always 0). That
-   enlarges the weights that read the unit, so it is looked at again until all fit.
+1. e = 5 − log₂ z, where z is the largest |result| for this unit of a convolution, linear layer or BatchNorm on a batch.
+   Its largest activation is then near 2⁵. This is eleven binades below overflow, which leaves room for an ``add`` and
+   for other inputs than the batch, and nineteen above the subnormal numbers. Units that an ``add`` ties share one
+   factor, which the largest of them decides.
+2. A unit that is always 0 has no z. For it e = ½ log₂(c / p), which makes the largest weight that produces it (p,
+   including the bias) and the largest weight that reads it (c) equally large.
+3. If the largest producing weight is now above 2¹² (for a unit that is nearly always 0), e is lowered until it is not.
+   This enlarges the weights that read the unit, which may produce other units, so the step is repeated until all fit.
 """
 
 from __future__ import annotations
@@ -24,33 +26,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathconvert.conversion.groups import Units, find_units
+from pathconvert.conversion.modules import as_arguments, mode_of
 from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.rescale import rescale
-from pathconvert.conversion.trace import Slot, as_arguments, mode_of
+from pathconvert.conversion.trace import Slot
 from pathconvert.export.graph.verification import hooked
 
-#: log₂ of a channel's largest activation.
+#: log₂ of the largest activation that a channel is scaled to.
 TARGET = 5
-#: log₂ of the largest weight; float16 ends at 2^16.
+#: log₂ of the largest weight allowed; float16 ends at 2^16.
 WEIGHT_TOP = 12
-#: No exponent is larger, as float32's own; in path space channels of 2^±100 are common.
+#: The largest exponent, which is float32's own; in path space, channels of 2^±100 are common.
 LARGEST_EXPONENT = 126
-#: Rounds of the third step; a chain of layers that are all too large needs one each, in practice there are one or two.
+#: Rounds of the third step. Consecutive layers that are all too large need one each; in practice one or two suffice.
 ROUNDS = 20
 
 
 def balanced(model: nn.Module, example_input: Any, calibration: Tensor | None = None) -> nn.Module:
-    """A copy of ``model`` whose channels have even ranges (see the module's docstring); its function is the same.
+    """Return a copy of ``model`` whose channels have even ranges (see the module's docstring), and the same function.
 
     Args:
-        model: a folded network in float32 usually; not changed.
+        model: usually a folded network in float32; not changed.
         example_input: a tensor, or a tuple of positional arguments.
         calibration: images to measure activations on, [N, C, H, W]; None for standard normal noise of
             ``example_input``'s shape.
 
     Raises:
-        TraceError: the forward cannot be followed.
+        TraceError: the forward cannot be traced.
     """
     units = find_units(trace_network(model, example_input).trace)
     batch = as_arguments(example_input if calibration is None else calibration)
@@ -70,7 +73,7 @@ def balanced(model: nn.Module, example_input: Any, calibration: Tensor | None = 
 
 
 def _largest_results(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """The largest |result| of every channel of every leaf module with a weight, [channels], over all its calls."""
+    """Leaf module with a weight → the largest |result| of each of its channels over all its calls, [channels]."""
     largest: dict[str, Tensor] = {}
     kinds = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
 
@@ -83,26 +86,26 @@ def _largest_results(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Ten
 
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     cast = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-    with torch.no_grad(), mode_of(model, False), hooked(model, note):
+    with torch.no_grad(), mode_of(model, training=False), hooked(model, note):
         model(*cast)
     return largest
 
 
 def _free(units: Units) -> NDArray[np.bool_]:
-    """Which units may be scaled, [units]."""
+    """Which units can be scaled, because they are not pinned, [units]."""
     sizes = [group.size for group in units.groups]
     return np.repeat([group.pinned_by is None for group in units.groups], sizes).astype(bool)
 
 
 def _log2_up(values: FloatVector) -> FloatVector:
-    """⌈log₂ v⌉, and 0 where v is 0 or not finite."""
+    """⌈log₂ v⌉ for every value; 0 if v is 0 or not finite."""
     usable = np.isfinite(values) & (values > 0)
     rounded: FloatVector = np.where(usable, np.ceil(np.log2(np.where(usable, values, 1.0))), 0.0)
     return rounded
 
 
 def _by_activations(units: Units, results: Mapping[str, Tensor]) -> FloatVector:
-    """The first step: exponents [units]; NaN for free units that are always 0."""
+    """The exponents of the first step, [units]; NaN for units that are not pinned and always 0."""
     peaks = np.zeros(units.count + 1)  # the last entry takes FIXED = -1
     for slot in units.slots:
         module = slot.parameter.rpartition(".")[0]
@@ -115,7 +118,7 @@ def _by_activations(units: Units, results: Mapping[str, Tensor]) -> FloatVector:
 
 
 def _for_dead_units(model: nn.Module, units: Units, exponents: FloatVector) -> FloatVector:
-    """The second step, on top of the first."""
+    """The exponents of the second step, which replace the NaN of the first, [units]."""
     dead = np.isnan(exponents)
     exponents = np.where(dead, 0.0, exponents)
     if not dead.any():
@@ -127,7 +130,11 @@ def _for_dead_units(model: nn.Module, units: Units, exponents: FloatVector) -> F
 
 
 def _weight_peaks(model: nn.Module, units: Units) -> tuple[FloatVector, FloatVector]:
-    """The largest |weight| that produces a unit, and that reads it, [units] each."""
+    """The largest weights of every unit.
+
+    Returns:
+        The largest |weight| that produces each unit, [units]; and the largest one that reads it, [units].
+    """
     produced, read = np.zeros(units.count + 1), np.zeros(units.count + 1)
     tensors = dict(model.named_buffers()) | dict(model.named_parameters())
     for slot in units.slots:
@@ -139,7 +146,11 @@ def _weight_peaks(model: nn.Module, units: Units) -> tuple[FloatVector, FloatVec
 
 
 def _slot_peaks(tensor: Tensor, slot: Slot) -> tuple[FloatVector, FloatVector]:
-    """The largest |weight| of every row and of every column."""
+    """The largest weights of a slot.
+
+    Returns:
+        The largest |weight| of every row, [rows]; and of every column, [columns] (empty if it has none).
+    """
     magnitude = tensor.detach().abs().double()
     if slot.columns is None:
         return magnitude.flatten().numpy(), np.zeros(0)

@@ -1,7 +1,8 @@
-"""torch's exporter and the float16 converter, with their habits undone.
+"""torch's exporter and ONNX Runtime's float16 converter, without their side effects.
 
-A file of weights beside the graph, an opset other than the one asked for, text on stdout, the exporting machine's paths
-in the metadata of nodes, a dynamic axis lost with a log line, casts behind the nodes that read them.
+Left alone, they would write the weights to a second file, choose another opset than the one asked for, print to
+stdout, store paths of this machine in the metadata of nodes, fix a dynamic axis with only a log line, and place casts
+behind the nodes that read them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -27,21 +28,35 @@ GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def to_onnx(
-    exported: nn.Module, x: Tensor, axes: dict[int, str], opset: int, several: bool
+    exported: nn.Module, x: Tensor, axes: dict[int, str], opset: int, output_names: Sequence[str]
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The graph without the exporter's metadata, and for every node's result the module that it came from."""
+    """Export a network to a graph without the exporter's metadata.
+
+    Args:
+        exported: a network that is wrapped as in ``wrapping.py``.
+        x: an input, [N, …].
+        axes: dimension of the input → the name of its dynamic axis.
+        opset: the opset to ask for.
+        output_names: names of the graph's outputs.
+
+    Returns:
+        The graph; and result of a node → path of the module that it came from.
+
+    Raises:
+        PathconvertError: the exporter fails.
+    """
     if 0 in axes and len(x) == 1:
-        x = torch.cat([x, x])  # a size of 1 may be taken for a constant
+        x = torch.cat([x, x])  # the exporter may take a size of 1 for a constant
     try:
         with _quiet():
             program = torch.onnx.export(
                 exported, (x,), dynamo=True, optimize=True, external_data=False, verbose=False, opset_version=opset,
                 dynamic_shapes=(axes,) if axes else None, input_names=["input"],
-                output_names=["out", "aux"] if several else ["logits"],
+                output_names=list(output_names),
             )  # fmt: skip
-    except Exception as error:  # the exporter, dynamo and sympy each have their own classes
+    except Exception as error:  # the exporter, dynamo and sympy each have exception classes of their own
         why = " ".join(first_line(error).split())
-        tip = "Try it without --dynamic-size." if len(axes) > 1 else "Report it with --debug's output."
+        tip = "Leave --dynamic-size out." if len(axes) > 1 else "Run it again with --debug, and report the output."
         raise PathconvertError(f"{type(exported.network).__name__} cannot be exported: {why}", tip) from error
     assert program is not None
     proto = program.model_proto
@@ -52,7 +67,7 @@ def to_onnx(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's text, log lines and warnings go nowhere."""
+    """Discard the exporter's output, log lines and warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -67,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _layers(proto: onnx.ModelProto) -> dict[str, str]:
-    """Result of a node → path of the module that it came from, by the exporter's metadata."""
+    """Result of a node → path of the module that it came from, as the exporter's metadata says."""
     layers = {}
     for node in proto.graph.node:
         scopes = next((e.value for e in node.metadata_props if e.key == "pkg.torch.onnx.name_scopes"), "[]")
@@ -78,7 +93,7 @@ def _layers(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def _clean(proto: onnx.ModelProto) -> None:
-    """Remove metadata (it holds the paths of this machine), and the wrapper's name from the weights'."""
+    """Remove metadata, which holds paths of this machine, and the wrapper's prefix from the names of weights."""
     proto.producer_name, proto.producer_version, proto.doc_string = "pathconvert", __version__, ""
     del proto.metadata_props[:]
     graph = proto.graph
@@ -118,7 +133,10 @@ def _clean_nodes(nodes: Any, renamed: dict[str, str]) -> None:
 
 
 def to_half(proto: onnx.ModelProto, io_dtype: str) -> onnx.ModelProto:
-    """float16 weights and operators. Weights above 65504 or below 6e-8 are clipped; the proof decides on them."""
+    """Convert weights and operators to float16.
+
+    Weights whose magnitude is above 65504 or below 6e-8 are clipped; the proof shows whether that matters.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with _quiet():
@@ -130,7 +148,7 @@ def to_half(proto: onnx.ModelProto, io_dtype: str) -> onnx.ModelProto:
 
 
 def _sort(graph: onnx.GraphProto) -> None:
-    """Put every node after those whose results it reads: the float16 converter appends its casts at the end."""
+    """Put every node after those whose results it reads, because the float16 converter appends its casts at the end."""
     nodes = list(graph.node)
     made_by = {name: i for i, node in enumerate(nodes) for name in node.output}
     order: dict[int, None] = {}
@@ -147,7 +165,7 @@ def _sort(graph: onnx.GraphProto) -> None:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node reads, those that its subgraphs read included."""
+    """The names that a node reads, including those that its subgraphs read."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs) if attribute.type in GRAPH_ATTRIBUTES else ():
@@ -156,15 +174,19 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def assert_as_asked(proto: onnx.ModelProto, opset: int, axes: dict[int, str]) -> None:
-    """The exporter logs where it does not do what it was asked for: here it is an error."""
+    """Check the opset and the dynamic axes, because the exporter only logs that it wrote others.
+
+    Raises:
+        PathconvertError: the graph has another opset, or lacks a dynamic axis.
+    """
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found != {"": opset}:
-        raise PathconvertError(f"opset {opset} was asked for, the exporter wrote {found}", "Ask for --opset 20.")
+        raise PathconvertError(f"opset {opset} was asked for, but the exporter wrote {found}", "Use --opset 20.")
     (taken,) = proto.graph.input
     written = {i: d.dim_param for i, d in enumerate(taken.type.tensor_type.shape.dim) if d.dim_param}
     if written != axes:
         lost = ", ".join(name for i, name in axes.items() if written.get(i) != name)
         raise PathconvertError(
-            f"the network does not take a dynamic {lost}: the exporter fixed it",
-            "Fix it: --batch N, no --dynamic-size.",
+            f"the network cannot be exported with a dynamic {lost}: the exporter made it a fixed size",
+            "Give a fixed batch size (--batch N), and leave --dynamic-size out.",
         )

@@ -1,17 +1,18 @@
-"""A network without the BatchNorms that its layers can take in, for evaluation only.
+"""Fold BatchNorms into the layers next to them, for evaluation only.
 
-A BatchNorm in evaluation mode is z ↦ a·z + b with a = γ/√(var + eps), b = β − a·mean, channel by channel. Then
+In evaluation mode, a BatchNorm computes z ↦ a·z + b in every channel, with a = γ/√(var + eps) and b = β − a·mean. For a
+layer with weight W and bias c:
 
 ==================  =========================================================================================
-BatchNorm after     a·(W x + c) + b = (a W) x + (a c + b): rows of W, in every layer, any padding
-BatchNorm before    W (a x + b) + c = (W a) x + (W b + c): columns of W; where a layer pads, x is 0 there and
-                    not −b/a, so only a layer that does not pad takes it
+BatchNorm after     a·(W x + c) + b = (a W) x + (a c + b): scales rows of W, in every layer, with any padding
+BatchNorm before    W (a x + b) + c = (W a) x + (W b + c): scales columns of W. Only in layers that do not pad,
+                    because padding adds 0 to x, where −b/a would be needed after folding
 ==================  =========================================================================================
 
-A BatchNorm folds if in *every* call of either one the layer's result goes into it alone, channel by channel, and the
-layer and the BatchNorm are torch's own code on parameters that nothing else uses. Whatever does not is left. *Every*
-call is every one on the example: a forward that runs otherwise with other arguments, or on inputs of another rank, is
-folded for the example's.
+A BatchNorm is folded if, in *every* call of the two, the layer's result goes into the BatchNorm only, channel by
+channel, and if both are torch's own code on parameters that nothing else uses. Other BatchNorms are left as they are.
+*Every* call means every call on the example input: a forward that does something else with other arguments, or on
+inputs of another rank, is only folded correctly for the example's.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from pathconvert.conversion.arithmetic import affine_map
 from pathconvert.conversion.equivalence import run_dtype
+from pathconvert.conversion.modules import as_arguments, computed_tensors, meta_inputs, output_tensors
 from pathconvert.conversion.parts import TrainingError, trace_network
 from pathconvert.conversion.record import unwrapped
 from pathconvert.conversion.rules import rule_of
-from pathconvert.conversion.trace import Trace, Tracer, as_arguments, computed_tensors, meta_inputs, output_tensors, run
+from pathconvert.conversion.trace import Trace, Tracer, run
 from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError, first_line
 from pathconvert.networks import architectures
 
@@ -42,26 +45,28 @@ BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _FORWARDS = {kind.forward for kind in (*_LAYERS, _BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm2d)}
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-#: Largest error of the folded network in float64, relative to an output's largest value; exact arithmetic gives 1e-15
-#: per layer, and a network of a thousand layers stays below.
+#: Largest error of the folded network in float64, relative to an output's largest value. Rounding costs about 1e-15 per
+#: layer, so that even a network of a thousand layers stays below it.
 TOLERANCE = 1e-9
 
 
 def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
-    """A copy of ``model`` in evaluation mode, with every BatchNorm folded that can be (see the module's docstring).
+    """Return a copy of ``model`` in evaluation mode, with every BatchNorm folded that can be (see the module).
 
-    A Path-BN network is first taken out of that form. Folded BatchNorms become ``nn.Identity``, their layers get a
-    bias. The arithmetic is in float64, and checked there by running both networks; weights return to their dtype.
+    A Path-BN network is taken out of that form first. Folded BatchNorms become ``nn.Identity``, and their layers get a
+    bias. The arithmetic is in float64, and is checked there by running both networks; the weights are then cast back to
+    their own dtype.
 
     Args:
         model: not changed.
-        example_input: a tensor, or a tuple of the forward's positional arguments; None where the network is one of
+        example_input: a tensor, or a tuple of the forward's positional arguments; None if the network is one of
             torchvision's, whose input size is known.
 
     Raises:
-        ArchitectureError: ``example_input`` is needed.
-        TraceError: the forward cannot be followed, or not be run in float64.
-        PathconvertError: a folded weight does not fit the network's dtype.
+        ArchitectureError: ``example_input`` is None, but the network is not one of torchvision's.
+        TraceError: the forward cannot be traced, or cannot be run in float64.
+        PathconvertError: a folded weight does not fit the network's dtype, or the network's outputs are not finite.
+        EquivalenceError: folding changed an output.
     """
     from pathconvert.path_bn.form import has_path_bn, leave_path_bn
 
@@ -77,30 +82,30 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 
 def unfolded(model: nn.Module) -> tuple[str, ...]:
-    """The names of the BatchNorms in ``model``: in a folded network, those that are left."""
+    """Return the names of the BatchNorms in ``model``; in a folded network, those that could not be folded."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS))
 
 
 def example_for(model: nn.Module) -> Tensor:
-    """A random input, [2, …], of the size that torchvision's network of these tensors takes.
+    """Return a random input, [2, …], of the size that a torchvision network takes.
 
     Raises:
-        ArchitectureError: it is none.
+        ArchitectureError: the network is not one of torchvision's.
     """
     try:
         size = architectures.recognise(model.state_dict()).input_size
     except ArchitectureError as error:
-        message = f"{type(model).__name__} is no torchvision network, so the size of its input is not known"
+        message = f"{type(model).__name__} is not a torchvision network, so the size of its input is not known"
         raise ArchitectureError(message, "Pass example_input, a tensor such as torch.zeros(1, 3, 224, 224).") from error
     assert size is not None
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _trace(model: nn.Module, inputs: Any) -> Trace | None:
-    """The trace of the whole network; None where only parts can be traced: other code may use their layers too."""
+    """The trace of the whole network; None if only parts can be traced, because other code may use their layers too."""
     try:
         traced = trace_network(model, inputs)
-    except TrainingError:  # an auxiliary head, which the input is too small for, is not there in evaluation
+    except TrainingError:  # the input may be too small for an auxiliary head, which does not run in evaluation mode
         trace, arguments = Trace(), meta_inputs(as_arguments(inputs), run_dtype(model))
         run(Tracer(model, trace, rule_of), model, arguments, {}, training=False)
         return trace
@@ -108,9 +113,9 @@ def _trace(model: nn.Module, inputs: Any) -> Trace | None:
 
 
 def _fold_traced(folded: nn.Module, trace: Trace, inputs: Any) -> None:
-    """Fold in place, and check that the outputs stayed."""
+    """Fold in place, and check that the outputs did not change."""
     before, foreign = _run_observed(folded, inputs)
-    taken = _Chains(folded, trace, foreign).fold()
+    taken = _Folder(folded, trace, foreign).fold()
     for name, module in list(folded.named_modules(remove_duplicate=False)):
         if name in taken:
             assert isinstance(module, BATCH_NORMS)
@@ -121,16 +126,21 @@ def _fold_traced(folded: nn.Module, trace: Trace, inputs: Any) -> None:
         _check(before, after)
 
 
-# ---- what may fold ---------------------------------------------------------------------------------------------
+# ---- what can be folded ----------------------------------------------------------------------------------------
 
 
-class _Chains:
-    """Layers, and the BatchNorms next to them.
+class _Folder:
+    """Folds BatchNorms into the layers next to them.
 
     Args:
-        model: evaluation mode, float64; its layers are changed in place.
-        trace: of ``model``.
+        model: the network in evaluation mode and float64; its layers are changed in place.
+        trace: the trace of ``model``.
         foreign: ids of tensors that code outside of their own module uses.
+
+    Attributes:
+        batch_norms: name → BatchNorm that can be folded.
+        layers: name of the weight → layer that a BatchNorm can be folded into.
+        after, before: the neighbour that a layer or BatchNorm feeds, or is fed by, channel by channel.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, foreign: set[int]) -> None:
@@ -145,24 +155,28 @@ class _Chains:
         self.before = {sink: name for name, sink in self.after.items()}
 
     def fold(self) -> set[str]:
-        """Fold into every layer the BatchNorms directly after it, then those directly before it; their names."""
+        """Fold into every layer the BatchNorms directly after it, then those directly before it.
+
+        Returns:
+            The names of the BatchNorms that were folded.
+        """
         taken: set[str] = set()
         for weight_name, layer in self.layers.items():
             name = self.after.get(weight_name, "")
-            while name in self.batch_norms and _take_after(layer, *_affine(self.batch_norms[name])):
+            while name in self.batch_norms and _take_after(layer, *affine_map(self.batch_norms[name])[:2]):
                 taken.add(name)
                 name = self.after.get(name, "")
         for weight_name, layer in self.layers.items():
             name = self.before.get(weight_name, "")
             while name in self.batch_norms and name not in taken and _pads_nothing(layer):
-                _take_before(layer, *_affine(self.batch_norms[name]))
+                _take_before(layer, *affine_map(self.batch_norms[name])[:2])
                 taken.add(name)
                 name = self.before.get(name, "")
         return taken
 
 
 def _is_plain(module: nn.Module, barred: set[int]) -> bool:
-    """Whether a module is torch's own code, without hooks, on parameters of its own that are not computed."""
+    """Whether a module is torch's own code without hooks, and its parameters are its own and are not computed."""
     kind = type(module)
     if kind.forward not in _FORWARDS or "forward" in vars(module):
         return False
@@ -173,20 +187,22 @@ def _is_plain(module: nn.Module, barred: set[int]) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or nn.utils.parametrize.is_parametrized(module):
         return False
     if isinstance(module, _LAYERS) and not isinstance(module._parameters.get("weight"), Tensor):
-        return False  # weight_norm and pruning keep a computed tensor there
+        return False  # weight_norm and pruning store a computed tensor there
     return not any(id(tensor) in barred for tensor in (*module.parameters(False), *module.buffers(False)))
 
 
 def _is_fixed(module: nn.Module) -> bool:
-    """Whether a BatchNorm uses running statistics, so that it is an affine map with finite numbers."""
+    """Whether a BatchNorm uses running statistics and its affine map is finite."""
     if module.training or not isinstance(module.running_mean, Tensor) or not isinstance(module.running_var, Tensor):
         return False
-    return all(bool(part.isfinite().all()) for part in _affine(module))
+    return all(bool(part.isfinite().all()) for part in affine_map(module)[:2])
 
 
 def _channelwise(trace: Trace, name: str, sink: str) -> bool:
-    """Whether the channels that ``sink`` reads are those that ``name`` makes: a BatchNorm1d after a linear layer on
-    [N, L, F] normalises along L."""
+    """Whether ``sink`` reads exactly the channels that ``name`` produces.
+
+    A BatchNorm1d after a linear layer on [N, L, F], for example, normalises along L, not along the layer's channels.
+    """
     calls = [(slot.parameter, slot.rows, slot.columns) for slot in trace.slots if slot.parameter in (name, sink)]
     calls += [(call.name, call.rows, call.columns) for call in trace.batch_norms if call.name in (name, sink)]
     made = {rows.tobytes() for of, rows, _ in calls if of == name}
@@ -206,18 +222,12 @@ def _pads_nothing(layer: nn.Module) -> bool:
 # ---- the arithmetic --------------------------------------------------------------------------------------------
 
 
-def _affine(batch_norm: Any) -> tuple[Tensor, Tensor]:
-    """a = γ/√(var + eps) and b = β − a·mean, [C] float64."""
-    mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
-    a = (var + batch_norm.eps).rsqrt()
-    if batch_norm.weight is not None:
-        a = a * batch_norm.weight.detach().double()
-    b = -a * mean
-    return a, b if batch_norm.bias is None else b + batch_norm.bias.detach().double()
-
-
 def _take_after(layer: Any, a: Tensor, b: Tensor) -> bool:
-    """W ← a W, c ← a c + b; False, and nothing done, where the channels do not match."""
+    """Fold a BatchNorm after a layer: W ← a W, c ← a c + b.
+
+    Returns:
+        Whether it was folded; if the numbers of channels differ, nothing is changed.
+    """
     weight = layer.weight.detach()
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if len(a) != out:
@@ -233,7 +243,7 @@ def _take_after(layer: Any, a: Tensor, b: Tensor) -> bool:
 
 
 def _take_before(layer: Any, a: Tensor, b: Tensor) -> None:
-    """W ← W a, c ← W b + c."""
+    """Fold a BatchNorm before a layer: W ← W a, c ← W b + c."""
     weight = layer.weight.detach()
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     blocks = weight.view(groups, len(weight) // groups, weight.shape[1], -1)  # [groups, out / groups, in / groups, k]
@@ -253,7 +263,7 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes the tensors that code outside of their own module uses: ``F.conv2d(x, self.conv.weight)``."""
+    """Notes which tensors are used outside of their own module, such as in ``F.conv2d(x, self.conv.weight)``."""
 
     def __init__(self, model: nn.Module, stack: list[nn.Module]) -> None:
         super().__init__()
@@ -274,7 +284,7 @@ class _Uses(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _running(stack: list[nn.Module]) -> Iterator[None]:
-    """Keeps the modules that run in ``stack``, outermost first."""
+    """Keep in ``stack`` the modules that are running, outermost first."""
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -291,7 +301,14 @@ def _running(stack: list[nn.Module]) -> Iterator[None]:
 
 
 def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]]:
-    """The outputs on ``inputs`` in float64, and the ids of tensors that code outside of their module uses."""
+    """Run a network on ``inputs`` in float64.
+
+    Returns:
+        The outputs, and the ids of tensors that code outside of their own module uses.
+
+    Raises:
+        TraceError: the network cannot be run in float64.
+    """
     wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, as_arguments(inputs))
     stack: list[nn.Module] = []
     uses = _Uses(model, stack)
@@ -302,23 +319,34 @@ def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]
     except (RuntimeError, TypeError, ValueError) as error:
         raise TraceError(
             f"the network cannot be run in float64 on the example input: {first_line(error)}",
-            "Its forward must follow its input's dtype.",
+            "Make its forward compute in the dtype of its input.",
         ) from error
     return [output for output in outputs if output.is_floating_point()], uses.foreign
 
 
 def _check(before: list[Tensor], after: list[Tensor]) -> None:
-    """The last guard: folding must not have changed any output."""
+    """Check that folding did not change any output.
+
+    Raises:
+        PathconvertError: the outputs are not finite.
+        EquivalenceError: an output changed.
+    """
     for old, new in zip(before, after, strict=True):
         if not bool(old.isfinite().all()):
-            raise PathconvertError("the network's own outputs are not finite", "Its weights hold NaN or infinity.")
+            raise PathconvertError(
+                "the network's own outputs are not finite", "Check its weights for NaN and infinity."
+            )
         error = float((old - new).abs().max()) if old.numel() else 0.0
         if not error <= TOLERANCE * float(old.abs().max() if old.numel() else 0.0):
             raise EquivalenceError(f"folding changed an output by {error:.1e}; please report this network")
 
 
 def _in_dtypes_of(folded: nn.Module, model: nn.Module) -> nn.Module:
-    """``folded`` with every tensor in the dtype that it has in ``model``."""
+    """Cast every tensor of ``folded`` to the dtype that it has in ``model``.
+
+    Raises:
+        PathconvertError: a weight is finite, but not in that dtype.
+    """
     dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     usual = run_dtype(model)
     for name, tensor in (*folded.named_parameters(), *folded.named_buffers()):

@@ -1,4 +1,4 @@
-"""Export a network that was loaded from a file: its card, an example input, images to compare on."""
+"""Export a network that was loaded from a file, with its model card, an example input and images to compare on."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ from pathconvert.networks.loading import LoadedNetwork
 
 
 def card_of(network: LoadedNetwork) -> ModelCard:
-    """What a file exported from ``network`` says about itself."""
+    """The model card of a file that is exported from ``network``."""
     file = network.checkpoint
     return ModelCard(
-        network.architecture,
-        network.form,
-        file.path.name if file else None,
-        file.sha256 if file else None,
-        network.preprocessing,
-        network.labels,
+        architecture=network.architecture,
+        form=network.form,
+        source_name=file.path.name if file else None,
+        source_sha256=file.sha256 if file else None,
+        preprocessing=network.preprocessing,
+        labels=network.labels,
     )
 
 
 def parse_batch(text: str) -> int | None:
-    """``dynamic`` → None, ``4`` → 4.
+    """Parse a batch size: ``dynamic`` → None, ``4`` → 4.
 
     Raises:
-        PathconvertError: it is neither.
+        PathconvertError: the text is neither ``dynamic`` nor a positive number.
     """
     if text == "dynamic":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise PathconvertError(f"{text!r} is no batch size", "Write --batch dynamic, or a number: --batch 1")
+        raise PathconvertError(f"{text!r} is not a batch size", "Give --batch dynamic, or a number such as --batch 1.")
     return int(text)
 
 
 def check_export(path: Path, opset: int, precision: str, io_dtype: str, *, force: bool, source: Path | None) -> None:
-    """Check, before any work, that this is offered and that ``path`` may be written.
+    """Check, before any work, that the options are offered and that ``path`` can be written.
 
     Raises:
-        PathconvertError, OutputError: as their messages say.
+        PathconvertError: an option is not offered.
+        OutputError: the path cannot be written.
     """
     check_options(opset, precision, io_dtype)
     prepare_output(path, force=force, source=source, suffixes=SUFFIXES)
@@ -60,24 +61,30 @@ def export_network(
     images: Path | None = None,
     **options: Any,
 ) -> tuple[ExportReport, ModelCard]:
-    """:func:`~pathconvert.export.graph.export.export_onnx` of a loaded network.
+    """Call :func:`~pathconvert.export.graph.export.export_onnx` with a loaded network.
 
     Args:
-        network: in any form.
+        network: a network in any form.
         path: the file to write.
         batch: the fixed batch size; None for a dynamic one.
         with_preprocessing: put the recorded normalisation into the graph.
-        images: a folder to compare on too.
-        **options: as of ``export_onnx``.
+        images: a folder of images to compare on, besides random inputs.
+        **options: further options of ``export_onnx``.
+
+    Returns:
+        The report, and the card that was written into the file.
 
     Raises:
-        PathconvertError: a detector, or a network whose preprocessing is not known; and as ``export_onnx``.
+        PathconvertError: the network is a detector, its preprocessing is not known but was asked for, or
+            ``export_onnx`` refuses it.
+        OutputError: the path cannot be written.
+        EquivalenceError: the graph does not compute what the network computes.
     """
     architecture, card = network.architecture, card_of(network)
     if architecture.task == "detection":
         raise PathconvertError(
-            f"{architecture.name} is a detector and is not exported: how many boxes it finds depends on numbers, which "
-            "a graph of standard operators cannot follow",
+            f"{architecture.name} is a detector and is not exported: the number of boxes depends on the image, "
+            "which a graph of standard operators cannot follow",
             "Export its backbone from Python: pathconvert.export.export_onnx(model.backbone.body, …).",
         )
     if with_preprocessing and card.preprocessing is None:
@@ -103,7 +110,7 @@ def export_network(
 
 
 def report_rows(report: ExportReport, card: ModelCard) -> dict[str, str]:
-    """A report as lines of a table."""
+    """The report as the rows of a table, title → text."""
     left = f", {report.batch_norms_left} of them BatchNorms left" if report.batch_norms_left else ", no BatchNorm"
     size = f"{report.file_bytes / 1e6:.1f} MB, {report.file_bytes / max(1, report.weight_bytes):.3f} × the weights"
     shapes = ", ".join("×".join(map(str, shape)) for shape in report.checked_shapes)

@@ -1,16 +1,18 @@
 """The proof that an ``.onnx`` file computes what the network computes, before the file takes its name.
 
-ONNX Runtime's CPU provider runs the file; the reference is the network itself in float64.
+ONNX Runtime's CPU provider runs the file; the reference is the network itself in float64. Let x be an input, a₃₂(x) and
+a₆₄(x) the network's output in float32 and float64. The file passes if:
 
 =====  ===========================================================================================================
-fp32   error ≤ 8 · noise. *Noise* is what float32 costs PyTorch: max |a₃₂(x) − a₆₄(x)| over all inputs together,
-       never less than one rounding of the largest output. Folding and other kernels round other numbers of the
+fp32   error ≤ 8 · noise. *Noise* is the error of float32 in PyTorch: max |a₃₂(x) − a₆₄(x)| over all inputs together,
+       but at least one rounding of the largest output. Folding and other kernels round different numbers of the
        same size; 8 leaves room for blocked and Winograd convolutions.
-fp16   error ≤ 1e-2 · max(1, max |a₆₄(x)|), and the same top-1 wherever its margin exceeds the error
+fp16   error ≤ 1e-2 · max(1, max |a₆₄(x)|), and the top-1 class is the same wherever its margin exceeds the error
 =====  ===========================================================================================================
 
-ONNX Runtime's CPU provider computes float16 graphs in float32 and may keep what lies between two operators wide, so
-an overflow on a GPU would not show: for fp16 the network is run in PyTorch too, every layer's result rounded to half.
+ONNX Runtime's CPU provider computes float16 graphs in float32, and may keep results between two operators in float32,
+so it would not show an overflow that happens on a GPU. For fp16, the network is therefore run in PyTorch as well, with
+every layer's result rounded to float16.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +33,15 @@ from torch import Tensor, nn
 
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export.runtime.diagnosis import runtime_line
+from pathconvert.export.runtime.session import ort, session_options
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, by the import
-import onnxruntime as ort
-
-#: Highest ratio of error over noise that passes for fp32.
+#: The highest ratio of error to noise that passes for fp32.
 PASSING_NOISE_RATIO = 8.0
-#: Highest error that passes for fp16, relative to max(1, largest output).
+#: The highest error that passes for fp16, relative to max(1, largest output).
 HALF_TOLERANCE = 1e-2
-#: From what relative error on a layer is named as the one that differs.
+#: The relative error above which a layer is named as the one that differs.
 LAYER_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
-#: Operators whose result is that of one torch module.
+#: Operators whose result is the result of one torch module.
 LAYER_OPERATORS = {"Conv", "ConvTranspose", "Gemm", "BatchNormalization"}
 
 Run = Callable[[Tensor], list[Tensor]]
@@ -50,12 +49,12 @@ Run = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared.
+    """The outcome of a comparison that passed.
 
     Attributes:
-        max_error: largest |file(x) − a₆₄(x)| over all outputs.
-        noise_ratio: largest error over noise (see the module's docstring).
-        checked_shapes: of the inputs.
+        max_error: the largest |file(x) − a₆₄(x)| over all outputs.
+        noise_ratio: the largest ratio of error to noise (see the module's docstring).
+        checked_shapes: the shapes of the inputs.
     """
 
     max_error: float
@@ -64,19 +63,16 @@ class Proof:
 
 
 def session(source: Path | bytes) -> Any:
-    """An ONNX Runtime session on the CPU provider, with as many threads as torch has.
+    """Open an ONNX Runtime session on the CPU provider, with as many threads as torch has.
 
     Raises:
         PathconvertError: ONNX Runtime cannot load the model.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised; this one prints them too
+    options = session_options(torch.get_num_threads())
     model = source if isinstance(source, bytes) else str(source)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exception classes are private, one for every status code
+    except Exception as error:  # its exception classes are private, one per status code
         raise PathconvertError(
             f"ONNX Runtime {ort.__version__} cannot load the graph: {runtime_line(error)}",
             "Try another --opset; 20 is the default.",
@@ -84,7 +80,16 @@ def session(source: Path | bytes) -> Any:
 
 
 def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
-    """A function that runs a model on one input, [N, …], and returns its outputs in float64."""
+    """Return a function that runs a model on one input, [N, …], and returns its outputs in float64.
+
+    Args:
+        source: the file, or the serialised model.
+        names: the outputs to return; None for all.
+
+    Raises:
+        PathconvertError: ONNX Runtime cannot load the model.
+        EquivalenceError: raised by the returned function if ONNX Runtime cannot run the graph on its input.
+    """
     loaded = session(source)
     (taken,) = loaded.get_inputs()
     kind = {"tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}.get(taken.type, torch.float32)
@@ -97,8 +102,8 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
             sized = any(isinstance(side, str) for side in taken.shape[1:])
             raise EquivalenceError(
                 f"ONNX Runtime cannot run the graph on an input of {shape}: {runtime_line(error)}",
-                "Leave --dynamic-size out: an operation has one size alone, such as an adaptive pooling to more than "
-                "one pixel."
+                "Leave --dynamic-size out: an operation only works at one size, such as an adaptive pooling to more "
+                "than one pixel."
                 if sized
                 else "",
             ) from error
@@ -108,7 +113,7 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
 
 
 def torch_runner(model: nn.Module, dtype: torch.dtype) -> Run:
-    """A function that runs a copy of ``model`` in ``dtype``; a tensor or tuple of tensors comes back in float64."""
+    """Return a function that runs a copy of ``model`` in ``dtype`` on one input, and returns its outputs in float64."""
     model = copy.deepcopy(model).to(dtype).eval()
 
     def run(x: Tensor) -> list[Tensor]:
@@ -123,40 +128,43 @@ def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: s
     """Compare a file with the network that it came from.
 
     Args:
-        file: :func:`runner` of the file, or any other function to hold against the network.
+        file: :func:`runner` of the file, or another function to compare with the network.
         original: the network, in its own form and dtype; not changed.
         inputs: each [N, …].
         precision: ``fp32`` or ``fp16``.
 
     Raises:
-        Differs: an output is not the network's; it carries the input.
+        Differs: an output differs from the network's; the error carries the input.
+        EquivalenceError: the network's own outputs are not finite.
     """
     exact, narrow = torch_runner(original, torch.float64), torch_runner(original, torch.float32)
     results = [(x, file(x), exact(x), narrow(x) if precision == "fp32" else None) for x in inputs]
     for _, _, reference, _ in results:
         if not all(bool(torch.isfinite(expected).all()) for expected in reference):
-            raise EquivalenceError("the network's own outputs are not finite", "Its weights hold NaN or infinity.")
+            raise EquivalenceError(
+                "the network's own outputs are not finite", "Check its weights for NaN and infinity."
+            )
     worst_error = worst_ratio = 0.0
     noises = _noises([(reference, rounded) for _, _, reference, rounded in results])
     for x, got, reference, _ in results:
         if [t.shape for t in got] != [t.shape for t in reference]:
-            raise Differs(f"its outputs are {_shapes(got)}, the network's {_shapes(reference)}", x)
+            raise Differs(f"its outputs have the shapes {_shapes(got)}, but the network's have {_shapes(reference)}", x)
         for value, expected, noise in zip(got, reference, noises, strict=True):
             error = _largest(value - expected)
             worst_error, worst_ratio = max(worst_error, error), max(worst_ratio, error / noise if noise else 0.0)
             if precision == "fp32" and not error <= PASSING_NOISE_RATIO * noise:
-                raise Differs(f"the largest error is {error:.2e}, {_times(error, noise)} float32's own noise", x)
+                raise Differs(f"the largest error is {error:.2e}, {_times(error, noise)}", x)
             if precision == "fp16":
                 _check_half(value, expected, error, x)
     return Proof(worst_error, worst_ratio, tuple(dict.fromkeys(tuple(x.shape) for x in inputs)))
 
 
 def _times(error: float, noise: float) -> str:
-    return f"{error / noise:.0f} times" if noise else "and there should be none:"
+    return f"{error / noise:.0f} times float32's own noise" if noise else "but float32 itself causes no error here"
 
 
 class Differs(Exception):
-    """An output that is not the network's, on ``x``; becomes an EquivalenceError that names the layer."""
+    """An output differs from the network's on ``x``. ``export.py`` turns it into an error that names the layer."""
 
     def __init__(self, message: str, x: Tensor) -> None:
         super().__init__(message)
@@ -164,7 +172,7 @@ class Differs(Exception):
 
 
 def _noises(results: list[tuple[list[Tensor], list[Tensor] | None]]) -> list[float]:
-    """Noise of every output over all inputs (see the module's docstring)."""
+    """The noise of every output over all inputs (see the module's docstring)."""
     noises = [0.0] * len(results[0][0])
     for reference, rounded in results:
         for i, exact in enumerate(reference):
@@ -175,7 +183,7 @@ def _noises(results: list[tuple[list[Tensor], list[Tensor] | None]]) -> list[flo
 
 
 def _largest(tensor: Tensor) -> float:
-    """max |t|; infinite for NaN."""
+    """max |t|; infinity if there is a NaN."""
     value = float(tensor.abs().max()) if tensor.numel() else 0.0
     return math.inf if math.isnan(value) else value
 
@@ -185,15 +193,20 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 
 def _check_half(value: Tensor, expected: Tensor, error: float, x: Tensor) -> None:
+    """Check one output of a float16 file (see the module's docstring).
+
+    Raises:
+        Differs: the error is too large, or a top-1 class changed that should not.
+    """
     limit = HALF_TOLERANCE * max(1.0, _largest(expected))
     if not error <= limit:
-        raise Differs(f"the largest error is {error:.2e}, more than {limit:.2e}", x)
+        raise Differs(f"the largest error is {error:.2e}, which is more than {limit:.2e}", x)
     if expected.dim() < 2 or expected.shape[1] < 2:
         return
     top = expected.topk(2, dim=1).values
     certain = top[:, 0] - top[:, 1] > error
     if bool((certain & (value.argmax(1) != expected.argmax(1))).any()):
-        raise Differs("the top-1 class changes where its margin exceeds the error", x)
+        raise Differs("the top-1 class changes although its margin exceeds the error", x)
 
 
 # ---- float16 in PyTorch ----------------------------------------------------------------------------------------
@@ -201,7 +214,7 @@ def _check_half(value: Tensor, expected: Tensor, error: float, x: Tensor) -> Non
 
 @contextlib.contextmanager
 def hooked(model: nn.Module, note: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """``note`` gets every leaf module's name and result, and may replace it."""
+    """Call ``note`` with the name and result of every leaf module that runs; it may return another result."""
     handles = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
@@ -218,14 +231,16 @@ def hooked(model: nn.Module, note: Callable[[str, Tensor], Tensor | None]) -> It
 
 
 def half_runner(exported: nn.Module, tip: str = "") -> Run:
-    """Runs a network with weights and every layer's result rounded to float16, sums in float32 as GPUs do.
+    """Return a function that runs a network with its weights and every layer's result rounded to float16.
+
+    Sums are computed in float32, as GPUs do.
 
     Args:
-        exported: not changed.
-        tip: what to do where it overflows.
+        exported: the network; not changed.
+        tip: the tip of the error if a layer overflows.
 
-    Raises (when run):
-        EquivalenceError: a layer's result leaves float16's range.
+    Raises:
+        EquivalenceError: raised by the returned function if a layer's result exceeds float16's range.
     """
     model = copy.deepcopy(exported).float().eval()
     for parameter in model.parameters():
@@ -237,8 +252,8 @@ def half_runner(exported: nn.Module, tip: str = "") -> Run:
         rounded = result.half()
         if not bool(rounded.isfinite().all()):
             raise EquivalenceError(
-                f"fp16 overflows in {layer_title(name)}: its largest result is {_largest(result):.1e}, float16 ends "
-                "at 65504",
+                f"fp16 overflows in {layer_title(name)}: its largest result is {_largest(result):.1e}, but float16 "
+                "ends at 65504",
                 tip,
             )
         return rounded.float()
@@ -253,25 +268,26 @@ def half_runner(exported: nn.Module, tip: str = "") -> Run:
 
 # ---- the first layer that differs ------------------------------------------------------------------------------
 
+#: What the names of modules and weights begin with in the wrapped network (``wrapping.py``).
 PREFIX = "network."
 
 
 def layer_title(name: str) -> str:
-    """A module's path in the exported network, without the wrapper's own name."""
+    """The path of a module without the wrapper's prefix."""
     return name.removeprefix(PREFIX)
 
 
 def first_difference(
     model: onnx.ModelProto, layers: Mapping[str, str], exported: nn.Module, x: Tensor, precision: str
 ) -> str:
-    """Where a file and the network that was exported part, in words: the first layer whose result differs on ``x``.
+    """Say in words which layer is the first whose result in the file differs from the exported network's on ``x``.
 
     Args:
         model: the graph; not changed.
-        layers: result of a node → path of the torch module that it came from.
-        exported: the module that was exported (folded).
+        layers: result of a node → path of the module that it came from.
+        exported: the module that was exported, after folding.
         x: an input, [N, …].
-        precision: decides from what relative error on results differ.
+        precision: ``fp32`` or ``fp16``, which decides above which relative error results differ.
     """
     made = {output for node in model.graph.node if node.op_type in LAYER_OPERATORS for output in node.output[:1]}
     names = [name for node in model.graph.node for name in node.output[:1] if name in made and name in layers]
@@ -293,12 +309,12 @@ def first_difference(
 
 
 def _module_results(exported: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
-    """Every leaf module's results in float64, call by call."""
+    """Leaf module → its results in float64, one per call."""
     model = copy.deepcopy(exported).double().eval()
     results: dict[str, list[Tensor]] = {}
 
     def note(name: str, result: Tensor) -> None:
-        results.setdefault(name, []).append(result.clone())  # what follows may change it in place
+        results.setdefault(name, []).append(result.clone())  # the next module may change it in place
 
     with torch.no_grad(), hooked(model, note):
         model(x.double() if x.is_floating_point() else x)

@@ -1,4 +1,4 @@
-"""What ``predict`` runs: a loaded ONNX file, or a network in PyTorch, behind one interface."""
+"""One interface for everything that ``predict`` runs: loaded ONNX files, and networks in PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
-from pathconvert.export.runtime.providers import require_size
+from pathconvert.export.runtime.providers import DEVICES, require_size
 from pathconvert.export.runtime.session import Session, shape_text
 from pathconvert.networks import architectures
 from pathconvert.networks.architectures import Architecture
@@ -19,7 +19,7 @@ from pathconvert.networks.inputs import size_of
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.preprocessing import Preprocessing
 
-#: Images a call, where the file does not fix it.
+#: Images per call if the file does not fix their number.
 BATCH = 8
 
 Array = np.ndarray[Any, Any]
@@ -27,17 +27,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Classifier:
-    """A loaded network.
+    """A network that gives class scores for images.
 
     Attributes:
-        name: the file.
+        name: the file or network.
         engine, device: onnxruntime or torch, and where it runs.
-        fallback: why ``auto`` took the CPU.
-        run: [N, C, H, W] → class scores, [N, classes].
+        fallback: why ``auto`` chose the CPU; None if it did not.
+        run: images [N, C, H, W] → class scores [N, classes].
         input_size: C, H, W.
-        batch: images a call, exactly so many with ``fixed_batch``.
-        preprocessing, labels: as recorded; None where nothing is.
-        gives_probabilities: whether the scores are probabilities; None where nothing tells.
+        batch: images per call: at most so many, or exactly so many with ``fixed_batch``.
+        preprocessing, labels: as recorded for the network; None if nothing is recorded.
+        gives_probabilities: whether the scores are probabilities; None if it is not known.
         takes_pixels: whether it takes uint8 values, which the graph normalises.
     """
 
@@ -56,15 +56,16 @@ class Classifier:
 
 
 def session_classifier(session: Session, input_size: tuple[int, ...] | None = None) -> Classifier:
-    """A loaded ``.onnx`` file as a classifier.
+    """Make a classifier of a loaded ``.onnx`` file.
 
     Args:
         session: the file.
-        input_size: channels, height and width, where the graph leaves them free.
+        input_size: channels, height and width; needed if the graph leaves them free and the file records none.
 
     Raises:
-        CheckpointError: it takes no images, or gives no class scores; the message says what it takes and gives.
-        PathconvertError: the size is missing, or does not fit.
+        CheckpointError: the graph does not take images or does not give class scores; the message names its inputs or
+            outputs.
+        PathconvertError: the input size is missing, or does not fit.
     """
     card = session.card
     size = _session_size(session, input_size)
@@ -72,20 +73,20 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
     takes_pixels = session.input_dtype == np.uint8
     if takes_pixels and not (card and card.preprocessing_in_graph):
         raise CheckpointError(
-            f"{session.path} takes uint8 values, and nothing recorded in it says which",
-            "Export it with a floating-point input.",
+            f"{session.path} takes uint8 values, but does not record how it normalises them",
+            "Export the network with a floating-point input.",
         )
     if card is None and (len(session.outputs) != 1 or not _is_scores(session.outputs[0].shape)):
         shapes = ", ".join(f"{port.name} {shape_text(port.shape)}" for port in session.outputs)
         raise CheckpointError(
-            f"{session.path} has the outputs {shapes}; class scores [batch, classes] are needed",
-            "Export it with its class scores as the only output.",
+            f"{session.path} has the outputs {shapes}, but one output of class scores [batch, classes] is needed",
+            "Export the network with its class scores as the only output.",
         )
     if card and card.preprocessing and len(card.preprocessing.mean) != size[0]:
         raise CheckpointError(
-            f"{session.path} has damaged pathconvert metadata: it takes {size[0]} channels, and mean and std are of "
-            f"{len(card.preprocessing.mean)}",
-            "Export it again.",
+            f"{session.path} has damaged pathconvert metadata: it takes {size[0]} channels, but mean and std have "
+            f"{len(card.preprocessing.mean)} values",
+            "Export the network again.",
         )
     batch = session.input_shape[0]
     return Classifier(
@@ -99,47 +100,49 @@ def session_classifier(session: Session, input_size: tuple[int, ...] | None = No
         fixed_batch=isinstance(batch, int),
         preprocessing=card.preprocessing.at(size[1:]) if card and card.preprocessing else None,
         labels=card.labels if card else None,
-        gives_probabilities=_gives_probabilities(card.architecture, card.softmax) if card else None,
+        gives_probabilities=_gives_probabilities(card.architecture, softmax=card.softmax) if card else None,
         takes_pixels=takes_pixels,
     )
 
 
-def _gives_probabilities(architecture: Architecture | None, softmax: bool) -> bool | None:
-    """Whether a softmax comes last; None where nothing tells: a network of one's own may end in one."""
+def _gives_probabilities(architecture: Architecture | None, *, softmax: bool) -> bool | None:
+    """Whether a softmax comes last; None if it is not known: a network that is not torchvision's may end in one."""
     if softmax:
         return True
     return False if architecture and architectures.is_known(architecture.name) else None
 
 
 def _is_scores(shape: tuple[int | str | None, ...]) -> bool:
+    """Whether an output of this shape can be class scores: [batch, classes], or with further sides of 1."""
     return len(shape) >= 2 and all(side == 1 for side in shape[2:])
 
 
 def _session_size(session: Session, wanted: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """The input's channels, height and width: the graph's; where it leaves them free the wanted or recorded ones."""
+    """Channels, height and width of the input: the graph's or, if it leaves them free, wanted or recorded ones."""
     shape = session.input_shape
     own = tuple(side if isinstance(side, int) else None for side in shape[1:])
     if len(shape) != 4 or own[0] not in (1, 3):
         raise CheckpointError(
-            f"{session.path} takes inputs of size {shape_text(shape)}; images are [batch, 1 or 3, height, width]",
-            "Export it for images in that layout.",
+            f"{session.path} takes inputs of size {shape_text(shape)}, but images have the size "
+            "[batch, 1 or 3, height, width]",
+            "Export the network for images in that layout.",
         )
     size = wanted or (own if None not in own else recorded_size(session, own[0]))
     if size is None:
         raise PathconvertError(
-            f"{session.path} takes images of any size ({shape_text(shape)}) and records none",
-            f"Say which: --input-size {own[0]}x224x224",
+            f"{session.path} takes images of any size ({shape_text(shape)}) and does not record one",
+            f"Give one, such as --input-size {own[0]}x224x224.",
         )
     if len(size) != 3 or any(a not in (None, b) for a, b in zip(own, size, strict=True)):
         raise PathconvertError(
             f"{session.path} takes images of size {shape_text(own)}, not {shape_text(size)}",
-            "Leave --input-size out, or export it for that size.",
+            "Leave --input-size out, or export the network for that size.",
         )
     return int(size[0] or 0), int(size[1] or 0), int(size[2] or 0)
 
 
 def recorded_size(session: Session, channels: int | None) -> tuple[int | None, ...] | None:
-    """The input's size without the batch dimension that the file's card names; None without one."""
+    """The input size in the file's card, without the batch dimension; None if it has none."""
     card = session.card
     if card and card.preprocessing and card.preprocessing.crop:
         return (channels, *card.preprocessing.crop)
@@ -147,27 +150,32 @@ def recorded_size(session: Session, channels: int | None) -> tuple[int | None, .
 
 
 def torch_classifier(name: str, network: LoadedNetwork, device: str) -> Classifier:
-    """A checkpoint as a classifier, in float32.
+    """Make a classifier of a checkpoint, in float32.
 
     Raises:
-        CheckpointError: it is no image classifier.
-        RuntimeUnavailable: the device that was asked for is not there.
+        CheckpointError: the network is not an image classifier.
+        RuntimeUnavailable: the device that was asked for cannot be used.
     """
     architecture = network.architecture
     size = size_of(architecture)
     if architecture.task in ("detection", "segmentation", "video") or len(size) != 3 or size[0] not in (1, 3):
         raise CheckpointError(
-            f"{name} is no image classifier: {architecture.name}, {architecture.task}, inputs of {shape_text(size)}",
-            "Give a network that gives class scores for an image.",
+            f"{name} is not an image classifier: {architecture.name} is for {architecture.task} and takes inputs of "
+            f"size {shape_text(size)}",
+            "Choose a network that gives class scores for an image.",
         )
-    where, fallback = _torch_device(name, device)
+    if device == "tensorrt":
+        raise RuntimeUnavailable(
+            f"tensorrt only runs .onnx files, and {name} is not one", "Export it first, or use --device cuda."
+        )
+    where, fallback = torch_device(name, device)
     model = network.model.eval().to(where, torch.float32)
 
     def run(array: Array) -> Array:
         with torch.inference_mode():
             output = model(torch.from_numpy(array).to(where))
         if not isinstance(output, Tensor):
-            raise CheckpointError(f"{name} gives a {type(output).__name__}, no class scores")
+            raise CheckpointError(f"{name} gives a {type(output).__name__}, not class scores")
         scores: Array = output.cpu().numpy()
         return scores
 
@@ -187,14 +195,23 @@ def torch_classifier(name: str, network: LoadedNetwork, device: str) -> Classifi
     )
 
 
-def _torch_device(name: str, device: str) -> tuple[str, str | None]:
-    """Where torch runs, and why not on a GPU."""
-    if device == "tensorrt":
-        raise RuntimeUnavailable(f"tensorrt runs .onnx files alone, not {name}", "Export it, or take --device cuda.")
+def torch_device(name: str, device: str) -> tuple[str, str | None]:
+    """Choose where torch runs a network.
+
+    Args:
+        name: the network, for the message.
+        device: auto (a GPU if torch finds one, else the CPU), cuda or cpu.
+
+    Returns:
+        ``cuda`` or ``cpu``; and why ``auto`` chose the CPU, or None if it did not.
+
+    Raises:
+        RuntimeUnavailable: there is no such device, or torch finds no GPU.
+    """
     if device in ("cuda", "auto") and torch.cuda.is_available():
         return "cuda", None
     if device == "cuda":
-        raise RuntimeUnavailable("torch cannot use cuda: it finds no GPU here", "Run on --device cpu.")
+        raise RuntimeUnavailable(f"{name} cannot run on cuda: torch finds no GPU here", "Run on --device cpu.")
     if device not in ("auto", "cpu"):
-        raise RuntimeUnavailable(f"there is no device {device!r}", "Devices: auto, cuda, tensorrt, cpu.")
+        raise RuntimeUnavailable(f"there is no device {device!r}", f"Devices: {', '.join(DEVICES)}.")
     return "cpu", "torch finds no GPU" if device == "auto" else None

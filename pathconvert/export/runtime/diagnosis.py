@@ -1,4 +1,4 @@
-"""Why ONNX Runtime could not load a file."""
+"""Explain why ONNX Runtime could not load a file."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import re
 from pathlib import Path
 
 from pathconvert.errors import CheckpointError, first_line
-from pathconvert.files import filetypes
+from pathconvert.files import filetypes, refusals
 
 EXPECTED = "expected an ONNX file"
 ONNX = "an ONNX file"
 
 
 def runtime_line(error: BaseException) -> str:
-    """An error of ONNX Runtime's in one line, without its prefix, signatures and places in its source."""
+    """An error of ONNX Runtime in one line, without its prefix, C++ signatures and source locations."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", first_line(error))
     return re.sub(r"/?\S*onnxruntime_src\S*:\d+ .*?\) (?=[A-Z])", "", text)[:300]
 
 
 def check_is_onnx(path: Path) -> None:
-    """Tell an ONNX file from all else by its content.
+    """Check by its content that a file is an ONNX file.
 
     Raises:
-        CheckpointError: no file, or something else; the message says what.
+        CheckpointError: the file does not exist, or is something else, which the message names.
     """
     try:
         filetypes.recognise(path)
     except CheckpointError as error:
-        what = str(error).removesuffix(".").removesuffix(f"; {filetypes.EXPECTED}")
+        what = str(error).removesuffix(".").removesuffix(f"; {refusals.EXPECTED}")
         if what == f"{path} is {ONNX}":
             return
         tip = "" if "checkpoint" in error.tip else error.tip
@@ -36,15 +36,15 @@ def check_is_onnx(path: Path) -> None:
 
 
 def explain_load_failure(path: Path, error: Exception) -> CheckpointError:
-    """The refusal of a file that ONNX Runtime did not load with ``error``.
+    """The error to raise for a file that ONNX Runtime failed to load with ``error``.
 
     Raises:
-        CheckpointError: the file is no ONNX file.
+        CheckpointError: the file is not an ONNX file.
     """
     check_is_onnx(path)
     text = str(error)
     if "parsing failed" in text:
-        return CheckpointError(f"{path} is a truncated or damaged ONNX file.", filetypes.AGAIN)
+        return CheckpointError(f"{path} is a truncated or damaged ONNX file.", refusals.AGAIN)
     if "IR version" in text or "Opset" in text or "opset" in text:
         return _too_new(path, text)
     operation = re.search(r"(\S+?)\(-?\d+\) is not a registered function/op", text)
@@ -52,17 +52,20 @@ def explain_load_failure(path: Path, error: Exception) -> CheckpointError:
         name = operation[1].lstrip(":")
         return CheckpointError(
             f"{path} needs the operation {name}, which ONNX Runtime does not have.",
-            "Export it with operations of the ONNX standard alone.",
+            "Export the network with standard ONNX operations only.",
         )
     if "external data" in text.lower() or "External data" in text:
         return CheckpointError(
             f"{path} keeps its weights in another file, which is missing or damaged: {runtime_line(error)}",
-            "Put the file beside it under its own name (often .onnx.data), or export to one file.",
+            "Put that file beside it under its original name (often .onnx.data), or export to a single file.",
         )
-    return CheckpointError(f"{path} cannot be loaded by ONNX Runtime: {runtime_line(error)}", "Export it again.")
+    return CheckpointError(
+        f"{path} cannot be loaded by ONNX Runtime: {runtime_line(error)}", "Export the network again."
+    )
 
 
 def _too_new(path: Path, text: str) -> CheckpointError:
+    """The error for a file whose opset or format this ONNX Runtime is too old for; ``text`` is its own error."""
     opset = re.search(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", text, re.DOTALL)
     version = re.search(r"IR version: (\d+), max supported IR version: (\d+)", text)
     if opset:
@@ -71,4 +74,6 @@ def _too_new(path: Path, text: str) -> CheckpointError:
         what = f"ONNX's file format {version[1]}; this ONNX Runtime reads formats up to {version[2]}"
     else:
         what = f"an opset that this ONNX Runtime does not support: {text.splitlines()[0][-200:]}"
-    return CheckpointError(f"{path} is written in {what}.", "Update onnxruntime, or export it with a lower --opset.")
+    return CheckpointError(
+        f"{path} is written in {what}.", "Update onnxruntime, or export the network with a lower --opset."
+    )

@@ -1,8 +1,8 @@
-"""The classes that a network sees in images, with the preprocessing and labels that are recorded for it.
+"""Classify images with the preprocessing and labels that are recorded for a network.
 
-What is recorded: in an ``.onnx`` file by pathconvert its model card; for a checkpoint what torchvision's weights of
-that network expect. Where nothing is recorded the pixels are resized to the input's size and scaled to [0, 1], and the
-report says so: normalisation is never guessed.
+For an ``.onnx`` file that pathconvert wrote, they are in its model card; for a checkpoint, they are what torchvision's
+weights of that network expect. If nothing is recorded, the pixels are resized to the input's size and scaled to [0, 1],
+and the report says so: normalisation is never guessed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.export.runtime.classifiers import Array, Classifier, session_classifier, torch_classifier
 from pathconvert.export.runtime.providers import open_session
+from pathconvert.export.runtime.scoring import look_like_probabilities
 from pathconvert.export.runtime.session import shape_text
 from pathconvert.networks.images import Picture, folder_images, read_image
 from pathconvert.networks.loading import LoadedNetwork, open_network
@@ -29,7 +30,7 @@ NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} 
 
 @dataclass(frozen=True)
 class Guess:
-    """A class: its place in the output, its name (None where no labels are recorded), its probability."""
+    """A class: its index in the output, its label (None if no labels are recorded) and its probability."""
 
     index: int
     label: str | None
@@ -38,7 +39,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image, best first, and remarks on how the image was read."""
+    """The most probable classes of one image, best first, and remarks on how the image was read."""
 
     image: str
     classes: tuple[Guess, ...]
@@ -60,11 +61,11 @@ class PredictReport:
     Attributes:
         model: the file or network.
         engine, device: onnxruntime or torch, and where it ran.
-        fallback: why ``auto`` took the CPU; None if it did not have to.
-        preprocessing: as recorded; None where nothing is.
+        fallback: why ``auto`` chose the CPU; None if it did not.
+        preprocessing: as recorded; None if nothing is recorded.
         notes: remarks that hold for all images.
-        predictions: one an image that could be read, in the order given.
-        unread: the others.
+        predictions: one per image that could be read, in the order given.
+        unread: the images that could not be read.
     """
 
     model: str
@@ -77,7 +78,7 @@ class PredictReport:
     unread: tuple[Unread, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The report as a JSON object."""
         return asdict(self)
 
 
@@ -95,21 +96,25 @@ def predict(
     Args:
         model: an ``.onnx`` file, a checkpoint of any form, or a torchvision name.
         images: files, or folders of them.
-        top: classes an image; fewer where the network has fewer.
-        device: auto, cuda, tensorrt (``.onnx`` alone) or cpu.
-        input_size: without the batch dimension, where the file does not tell.
-        load: opens a checkpoint; default :func:`pathconvert.networks.loading.open_network`.
+        top: number of classes per image; fewer if the network has fewer.
+        device: auto, cuda, tensorrt (``.onnx`` files only) or cpu.
+        input_size: size of one input, without the batch dimension; needed if the file does not record it.
+        load: opens a checkpoint; default: :func:`pathconvert.networks.loading.open_network`.
 
     Raises:
-        CheckpointError: the file or every image cannot be read, or the network classifies no images.
-        RuntimeUnavailable: the device that was asked for is not there.
-        PathconvertError: an input size is missing or does not fit, or the network gives no numbers.
+        CheckpointError: the file cannot be read, none of the images can be read, or the network is not an image
+            classifier.
+        RuntimeUnavailable: the device that was asked for cannot be used.
+        PathconvertError: an input size is missing or does not fit, the network's outputs are not finite, or there are
+            no images.
     """
     if top < 1:
-        raise PathconvertError(f"top {top} classes are none", "Give --top 1 or more.")
+        raise PathconvertError(
+            f"the number of classes to show is {top}, but must be 1 or more", "Give --top 1 or more."
+        )
     paths = [path for image in images for path in _paths(Path(image))]
     if not paths:
-        raise PathconvertError("no images to classify", "Give images or folders of them.")
+        raise PathconvertError("there are no images to classify", "Give image files, or folders of images.")
     if Path(model).suffix.lower() == ".onnx":
         classifier = session_classifier(open_session(model, device), input_size)
     else:
@@ -121,9 +126,15 @@ def predict(
     unread: list[Unread] = []
     predictions = tuple(_predictions(classifier, _pictures(paths, classifier.input_size[0], unread), top, notes))
     return PredictReport(
-        str(model), classifier.engine, classifier.device, classifier.fallback,
-        classifier.preprocessing, tuple(notes), predictions, tuple(unread),
-    )  # fmt: skip
+        model=str(model),
+        engine=classifier.engine,
+        device=classifier.device,
+        fallback=classifier.fallback,
+        preprocessing=classifier.preprocessing,
+        notes=tuple(notes),
+        predictions=predictions,
+        unread=tuple(unread),
+    )
 
 
 def _paths(image: Path) -> list[Path]:
@@ -131,10 +142,10 @@ def _paths(image: Path) -> list[Path]:
 
 
 def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterator[tuple[Path, Picture]]:
-    """One after the other; adds to ``unread`` what is no picture.
+    """Read images one after the other; those that cannot be read are added to ``unread``.
 
     Raises:
-        CheckpointError: of the first file, where none is one.
+        CheckpointError: none of the images could be read; the error is that of the first one.
     """
     first: CheckpointError | None = None
     for path in paths:
@@ -152,7 +163,7 @@ def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterato
 def _predictions(
     classifier: Classifier, pictures: Iterator[tuple[Path, Picture]], top: int, notes: dict[str, None]
 ) -> Iterator[Prediction]:
-    """Batch by batch; adds to ``notes``."""
+    """Classify images batch by batch; remarks are added to ``notes``."""
     while part := list(itertools.islice(pictures, classifier.batch)):
         batch = [prepare(picture.pixels, classifier) for _, picture in part]
         if classifier.fixed_batch:
@@ -166,28 +177,34 @@ def _predictions(
 
 
 def _labels(classifier: Classifier, count: int, notes: dict[str, None]) -> tuple[str, ...] | None:
+    """The labels of ``count`` outputs; None, and a remark in ``notes``, if another number of labels is recorded."""
     if classifier.labels and len(classifier.labels) != count:
-        notes[f"{len(classifier.labels)} labels are recorded for {count} outputs: classes are numbered"] = None
+        remark = f"{len(classifier.labels)} labels are recorded, but there are {count} outputs, so labels are not shown"
+        notes[remark] = None
         return None
     return classifier.labels
 
 
 def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]) -> Array:
-    """[N, classes] → probabilities in float64.
+    """Turn scores [N, classes] into probabilities in float64; remarks are added to ``notes``.
 
     Raises:
-        PathconvertError: the scores are no numbers, or there are none for a class.
+        CheckpointError: the outputs are not class scores.
+        PathconvertError: the scores are not finite.
     """
     values = scores.astype(np.float64)
     values = values.reshape(values.shape[:2]) if values.ndim > 2 and set(values.shape[2:]) == {1} else values
     if values.ndim != 2:
-        raise CheckpointError(f"{classifier.name} gives outputs of size {shape_text(scores.shape)}, no class scores")
+        raise CheckpointError(f"{classifier.name} gives outputs of size {shape_text(scores.shape)}, not class scores")
     if not np.isfinite(values).all():
-        raise PathconvertError(f"{classifier.name} gives outputs that are not finite", "fp16 may overflow: try fp32.")
+        raise PathconvertError(
+            f"{classifier.name} gives outputs that are not finite", "fp16 may overflow; try a network in fp32."
+        )
     are = classifier.gives_probabilities
     if are is None:
-        are = bool((values >= 0).all() and (abs(values.sum(1) - 1) < 1e-3).all())
-        notes[f"the outputs were taken for {'probabilities' if are else 'logits'}: nothing recorded tells"] = None
+        are = look_like_probabilities(values)
+        kind = "probabilities" if are else "logits"
+        notes[f"the file does not record what its outputs are; they were taken for {kind}"] = None
     if are:
         return values
     powers = np.exp(values - values.max(1, keepdims=True))
@@ -196,7 +213,7 @@ def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]
 
 
 def prepare(pixels: Tensor, classifier: Classifier) -> Array:
-    """Pixels [C, H, W] in [0, 1] → an input [C, height, width], uint8 where the graph normalises."""
+    """Turn pixels [C, H, W] in [0, 1] into an input [C, height, width]: uint8 if the graph normalises, else float32."""
     recipe = classifier.preprocessing or Preprocessing.plain(classifier.input_size)
     placed = recipe.place(whole_levels(pixels))
     array: Array = (placed if classifier.takes_pixels else recipe.normalise(placed)).numpy()

@@ -1,6 +1,8 @@
-"""A network that ONNX Runtime has loaded: what it takes, and running it.
+"""A network that ONNX Runtime has loaded: its inputs and outputs, and how to run it.
 
-ONNX Runtime's telemetry is switched off unless ``ORT_DISABLE_TELEMETRY`` says otherwise.
+Every import of ``onnxruntime`` in the package goes through this module, as ``ort``, because its telemetry has to be
+switched off before it is imported. It stays off unless the environment variable ``ORT_DISABLE_TELEMETRY`` is
+already set to another value.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.export.card import ModelCard
 from pathconvert.export.runtime.diagnosis import runtime_line
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which starts it
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, which starts the telemetry
 import onnxruntime as ort
 
-__all__ = ["DTYPES", "RUNTIME_ERRORS", "Port", "Session", "ort", "shape_text"]
+__all__ = ["DTYPES", "RUNTIME_ERRORS", "Port", "Session", "ort", "session_options", "shape_text"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -37,8 +39,8 @@ class Port:
 
     Attributes:
         name: the graph's name for it.
-        shape: a number or, where it is free, the dimension's name (None where it has none).
-        kind: ONNX Runtime's name of its type, such as ``tensor(float)``.
+        shape: one entry per dimension: its size if it is fixed, else its name, or None if it has no name.
+        kind: ONNX Runtime's name of the type, such as ``tensor(float)``.
     """
 
     name: str
@@ -48,7 +50,13 @@ class Port:
 
 @dataclass(frozen=True)
 class _Captured:
-    """What a CUDA graph was captured with: the input's place on the device, the binding, and the call that runs it."""
+    """A captured CUDA graph.
+
+    Attributes:
+        input: the input's memory on the device, from which the graph reads.
+        binding: the inputs and outputs that the graph was captured with.
+        call: runs the graph.
+    """
 
     input: Any
     binding: Any
@@ -61,15 +69,15 @@ class Session:
 
     Attributes:
         path: the file.
-        device: cuda, tensorrt or cpu: where it runs.
-        providers: those of the session, in order of preference.
-        fallback: why ``auto`` took the CPU, or which heavy nodes a GPU leaves to it; None if all is as asked.
-        nodes: nodes by provider, as they were assigned.
-        card: what pathconvert recorded in the file; None in another tool's.
-        inputs, outputs: the graph's.
+        device: where the network runs: cuda, tensorrt or cpu.
+        providers: the execution providers of the session, in order of preference.
+        fallback: why ``auto`` chose the CPU, or which heavy nodes run on the CPU beside a GPU; else None.
+        nodes: execution provider → number of nodes that were assigned to it.
+        card: what pathconvert recorded in the file; None if another tool wrote it.
+        inputs, outputs: the inputs and outputs of the graph.
         io_binding: whether :meth:`run` binds its inputs and outputs to the device.
-        cuda_graph: whether runs are captured and replayed.
-        inference: ONNX Runtime's own object.
+        cuda_graph: whether runs are captured as a CUDA graph and replayed.
+        inference: the ``onnxruntime.InferenceSession``.
     """
 
     path: Path
@@ -87,22 +95,22 @@ class Session:
 
     @property
     def input_shape(self) -> tuple[int | str | None, ...]:
-        """Of the only input.
+        """The shape of the graph's only input.
 
         Raises:
-            CheckpointError: the graph has several inputs, or none.
+            CheckpointError: the graph does not have exactly one input.
         """
         return self._input.shape
 
     @property
     def input_dtype(self) -> np.dtype[Any]:
-        """Of the only input.
+        """The dtype of the graph's only input.
 
         Raises:
-            CheckpointError: the graph has several inputs, or none, or one that holds no numbers of these kinds.
+            CheckpointError: the graph does not have exactly one input, or the input's type is not in :data:`DTYPES`.
         """
         if self._input.kind not in DTYPES:
-            raise CheckpointError(f"{self.path} takes a {self._input.kind} named {self._input.name}, no image")
+            raise CheckpointError(f"{self.path} takes a {self._input.kind} named {self._input.name}, not images")
         return DTYPES[self._input.kind]
 
     @property
@@ -110,16 +118,16 @@ class Session:
         if len(self.inputs) != 1:
             names = ", ".join(port.name for port in self.inputs) or "none"
             raise CheckpointError(
-                f"{self.path} has {len(self.inputs)} inputs ({names}); a network of one input is needed",
+                f"{self.path} has {len(self.inputs)} inputs ({names}), but only one input is supported",
                 "Export it with its images as the only input.",
             )
         return self.inputs[0]
 
     def run(self, array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """All outputs for one batch.
+        """Return all outputs for one batch.
 
         Raises:
-            PathconvertError: the array does not fit the input, or ONNX Runtime fails (out of memory, for one).
+            PathconvertError: the array does not fit the input, or ONNX Runtime fails (for example, out of memory).
         """
         if self.io_binding:
             binding, call = self._bound(array)
@@ -130,12 +138,12 @@ class Session:
             return [np.asarray(value) for value in self.inference.run(None, feed)]
 
     def runner(self, array: np.ndarray[Any, Any]) -> Callable[[], None]:
-        """A function that runs ``array`` and returns when the outputs are computed; for timing.
+        """Return a function that runs ``array`` and returns once the outputs are computed; for timing.
 
-        With ``io_binding`` the input is copied to the device now and the outputs stay there.
+        With ``io_binding`` the input is copied to the device now, and the outputs stay on the device.
 
         Raises:
-            PathconvertError: as :meth:`run`.
+            PathconvertError: the array does not fit the input. The returned function raises it if ONNX Runtime fails.
         """
         if self.io_binding:
             return self._bound(array)[1]
@@ -148,10 +156,13 @@ class Session:
         return call
 
     def _bound(self, array: np.ndarray[Any, Any]) -> tuple[Any, Callable[[], None]]:
-        """A binding of inputs and outputs on the device, and a call that runs it.
+        """Bind the inputs and outputs to memory on the device.
 
-        A CUDA graph replays the addresses that it was captured with: one for every input shape is kept, and a new
-        array of that shape is copied to its place.
+        A CUDA graph always reads and writes the addresses that it was captured with. One binding per input shape is
+        therefore kept, and a new array of that shape is copied into its input.
+
+        Returns:
+            The binding, and a function that runs it.
         """
         fitting = self._fitting(array)
         kept = self._captured.get(fitting.shape) if self.cuda_graph else None
@@ -186,7 +197,7 @@ class Session:
         return binding, call
 
     def _fitting(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The array in the input's dtype; refused where its shape does not fit."""
+        """Convert the array to the input's dtype; refuse it if its shape does not fit."""
         shape = self.input_shape
         fits = len(shape) == array.ndim and all(
             not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=True)
@@ -194,7 +205,7 @@ class Session:
         if not fits:
             raise PathconvertError(
                 f"{self.path} takes inputs of size {shape_text(shape)}, not {shape_text(array.shape)}",
-                "Give inputs of that size, or export it for others (--dynamic-size, or without a fixed batch).",
+                "Give inputs of that size, or export the network again with --dynamic-size or --batch dynamic.",
             )
         dtype = self.input_dtype
         if (dtype == np.uint8) != (array.dtype == np.uint8):
@@ -203,6 +214,7 @@ class Session:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
+        """Turn errors of ONNX Runtime into one-line errors that name the file and the device."""
         try:
             yield
         except RUNTIME_ERRORS as error:
@@ -212,7 +224,7 @@ class Session:
             ) from None
 
 
-#: What ONNX Runtime raises: classes of its own per status, RuntimeError and ValueError.
+#: What ONNX Runtime raises: one class of its own per status code, RuntimeError and ValueError.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -224,12 +236,26 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
+def session_options(threads: int | None = None) -> Any:
+    """The ``SessionOptions`` that all sessions of the package start from.
+
+    Args:
+        threads: number of CPU threads; None for ONNX Runtime's default of one per core.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, so the log would only repeat them
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
+
+
 def shape_text(shape: Sequence[int | str | None]) -> str:
     """``(None, 3, 224, 224)`` → ``?x3x224x224``."""
     return "x".join("?" if side is None else str(side) for side in shape)
 
 
 def _sized(shape: tuple[int | str | None, ...], batch: int) -> tuple[int, ...] | None:
-    """An output's shape for a batch size; None where more than its first dimension is free."""
+    """The shape of an output at a batch size; None if a dimension other than the first one is free."""
     rest = [side for side in shape[1:] if isinstance(side, int)]
     return (batch, *rest) if shape and len(rest) == len(shape) - 1 else None

@@ -1,6 +1,6 @@
-"""From stored pixels to inputs: the recorded preprocessing, and what chance does to training images before it.
+"""From stored pixels to inputs: the recorded preprocessing, and the random augmentation of training images.
 
-Both give uint8 pixels of the input's size first, then whole batches are normalised: one call in place of N.
+Each image is first brought to the input's size, as uint8 pixels; then whole batches are normalised with one call.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ from pathconvert.training.data.labelled import Data
 from pathconvert.training.settings import Augmentation
 
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+#: The largest input size, in pixels, for which ``auto`` is ``crop-flip``.
 SMALL = 64
-#: What CIFAR's recipe pads on every side of 32 pixels.
+#: Padding on every side, as a share of the size: CIFAR's recipe pads images of 32 pixels by 4.
 PADDING = 4 / 32
 
 
 @dataclass(frozen=True)
 class Transform:
-    """uint8 [C, H, W] → float32 [C, height, width].
+    """Turns an image, uint8 [C, H, W], into an input, float32 [C, height, width].
 
     Attributes:
-        preprocessing: with a crop, which is the input's size.
-        augmentation: ``none`` is the evaluation's transform. ``crop-flip``: padded by 4 pixels in 32 after the
-            preprocessing, cropped at random, flipped. ``resized-crop``: a random part of 8 % to 100 %, flipped.
+        preprocessing: the network's preprocessing; its crop is the input's size.
+        augmentation: ``none`` is the transform of evaluation. ``crop-flip`` pads the preprocessed image by 4 pixels in
+            32, takes a random crop and flips it at random. ``resized-crop`` resizes a random part of 8 % to 100 % of
+            the image and flips it at random. ``auto`` is ``crop-flip`` up to ``SMALL`` pixels, else ``resized-crop``.
+
+    Raises:
+        DataError: the augmentation is unknown, or the preprocessing has no crop.
     """
 
     preprocessing: Preprocessing
@@ -42,28 +47,33 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.augmentation not in AUGMENTATIONS:
-            raise DataError(f"there is no augmentation {self.augmentation!r}", f"There are {', '.join(AUGMENTATIONS)}.")
+            raise DataError(
+                f"there is no augmentation {self.augmentation!r}", f"Choose one of {', '.join(AUGMENTATIONS)}."
+            )
         if self.preprocessing.crop is None:
-            raise DataError("preprocessing without a crop gives inputs of many sizes", "Give a size: --size 224")
+            raise DataError(
+                "preprocessing without a crop gives inputs of different sizes", "Give a size, such as --size 224."
+            )
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        """One image, uint8 [C, H, W] → float32 [C, height, width]."""
         return self.many([pixels])[0]
 
     def many(self, pixels: Sequence[Tensor], seeds: Sequence[int] | None = None) -> Tensor:
-        """Many images of any sizes → float32 [N, C, height, width].
+        """Transform many images, which may differ in size, into one batch, float32 [N, C, height, width].
 
         Args:
-            pixels: uint8 [C, H, W] each.
-            seeds: from which chance for each image follows alone; None goes on with torch's own generator, which
-                seeds change.
+            pixels: the images, uint8 [C, H, W] each.
+            seeds: one seed per image, which alone determines its augmentation; they are set in torch's default
+                generator. None draws from that generator as it is.
         """
         placed = self._placed(pixels) if self._chosen != "resized-crop" else pixels
         varied = [self._varied(image, None if seeds is None else seeds[i]) for i, image in enumerate(placed)]
         return self.preprocessing.normalise(torch.stack(varied))
 
     def _placed(self, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
-        """uint8 [C, height, width] each."""
-        if len({image.shape for image in pixels}) == 1:  # one call in place of N, the same values
+        """Images resized and cropped to the input's size, uint8 [C, height, width] each."""
+        if len({image.shape for image in pixels}) == 1:  # one call instead of N, with the same values
             return self.preprocessing.place(torch.stack(list(pixels))).unbind()
         return [self.preprocessing.place(image) for image in pixels]
 
@@ -75,13 +85,13 @@ class Transform:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of an input."""
+        """Height and width of an input."""
         assert self.preprocessing.crop is not None
         return self.preprocessing.crop
 
     @property
     def is_random(self) -> bool:
-        """Whether two calls may differ."""
+        """Whether two calls with the same image may differ."""
         return self._chosen != "none"
 
     @property
@@ -104,7 +114,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A preprocessing, and what is to be said of how it was found; empty where it is simply the network's own."""
+    """A preprocessing, and a note for the user on how it was chosen; empty where it is simply the network's own."""
 
     preprocessing: Preprocessing
     note: str = ""
@@ -118,16 +128,24 @@ def preprocessing_of(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Chosen:
-    """How a network's images are to be prepared: see :func:`choose_preprocessing`.
+    """Choose how images are prepared for a network, as :func:`choose_preprocessing` does.
+
+    Args:
+        network: tells the recorded preprocessing and, without ``size``, the input size.
+        data: the images; None where they are not known.
+        size: height and width of the input, in place of the network's own.
+        mean, std: one value, or one per channel, in place of the recorded ones.
 
     Raises:
-        DataError: an option has no sense.
-        PathconvertError: the network takes no images, or does not tell its input's size.
+        DataError: the network does not take images, or ``mean`` or ``std`` is not usable.
+        PathconvertError: the network's input size is not known.
     """
     input_size = size_of(network.architecture) if size is None else (_channels(network, data), *size)
     if len(input_size) != 3 or input_size[0] not in (1, 3):
         shown = "x".join(map(str, input_size))
-        raise DataError(f"{network.architecture.name} takes inputs of size {shown}, no images", "Give another network.")
+        raise DataError(
+            f"{network.architecture.name} takes inputs of size {shown}, which are not images", "Give another network."
+        )
     channels, height, width = input_size
     whole = None if data is None or network.was_trained_here else data.image_size
     return choose_preprocessing(network.preprocessing, (channels, height, width), image_size=whole, mean=mean, std=std)
@@ -146,17 +164,17 @@ def choose_preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Chosen:
-    """What is recorded, at the input's size; where nothing is, values in [0, 1]; ``mean`` and ``std`` over both.
+    """Choose a preprocessing: the recorded one at the input's size, or else resizing and scaling to [0, 1].
 
     Args:
-        recorded: for the network; None where nothing is.
-        input_size: channels, height and width.
-        image_size: (height, width) of the images: those that are no larger than the input are resized to it whole, in
-            place of a recipe that resizes further and cuts the edges off. None keeps the recipe.
-        mean, std: one value, or one a channel, for values in [0, 1].
+        recorded: the preprocessing that is recorded for the network; None where there is none.
+        input_size: channels, height and width of the input.
+        image_size: height and width of the images. Images that are no larger than the input are resized to it whole,
+            where the recipe would resize them further and cut the edges off. None keeps the recipe.
+        mean, std: one value, or one per channel, for pixels in [0, 1]; they replace those of the preprocessing.
 
     Raises:
-        DataError: ``mean`` or ``std`` are no normalisation.
+        DataError: ``mean`` or ``std`` has the wrong number of values, or values out of range.
     """
     size = input_size[1:]
     chosen, notes = (recorded or Preprocessing.plain(input_size)).at(size), []
@@ -164,7 +182,7 @@ def choose_preprocessing(
         chosen = replace(chosen, resize=max(size), crop=size)
     if recorded and image_size and image_size[0] <= size[0] and image_size[1] <= size[1] and chosen.resize != max(size):
         chosen = replace(chosen, resize=max(size))
-        notes.append(f"images of {_shown(image_size)} are resized to {_shown(size)}, no edges cut off")
+        notes.append(f"images of {_shown(image_size)} are resized to {_shown(size)}, and no edges are cut off")
     if mean is not None or std is not None:
         chosen = replace(
             chosen,
@@ -172,7 +190,9 @@ def choose_preprocessing(
             std=_values(std, "--std", input_size[0]) or chosen.std,
         )
         if min(chosen.std) <= 0:
-            raise DataError(f"a standard deviation of {min(chosen.std):g} is none", "Give positive numbers: --std 0.25")
+            raise DataError(
+                f"--std must be positive, not {min(chosen.std):g}", "Give positive numbers, such as --std 0.25."
+            )
     elif recorded is None:
         notes.append(
             f"no preprocessing is recorded: images are resized to {_shown(size)} and scaled to [0, 1], not normalised"
@@ -181,12 +201,15 @@ def choose_preprocessing(
 
 
 def _values(given: Sequence[float] | None, option: str, channels: int) -> tuple[float, ...] | None:
-    """One value a channel."""
+    """One value per channel, from an option that gives one value or as many; None where it is not given."""
     if given is None:
         return None
     values = tuple(map(float, given)) * (channels if len(given) == 1 else 1)
-    if len(values) != channels or not all(abs(value) < 1e6 for value in values):
-        raise DataError(f"{option} has {len(given)} values for {channels} channels", f"Give one, or {channels}.")
+    if not all(abs(value) < 1e6 for value in values):
+        shown = ",".join(f"{value:g}" for value in given)
+        raise DataError(f"{option} {shown} is out of range", f"Give values for pixels in [0, 1], such as {option} 0.5.")
+    if len(values) != channels:
+        raise DataError(f"{option} has {len(given)} values for {channels} channels", f"Give one value, or {channels}.")
     return values
 
 

@@ -1,8 +1,8 @@
-"""Batches of one epoch, or of the rest of one, that do not depend on how many processes make them.
+"""Batches of one epoch, or of the rest of an epoch, which do not depend on the number of processes that make them.
 
-The order is that of :class:`torch.utils.data.DistributedSampler`. Chance for sample i of epoch e follows from (seed,
-e, i) alone, so that a run taken up in the middle of an epoch goes on with the same bits, with any number of workers.
-Nothing here draws from torch's own generator, nor leaves it changed.
+The order is that of :class:`torch.utils.data.DistributedSampler`. The augmentation of sample i in epoch e follows from
+(seed, e, i) alone, so that a run that is resumed in the middle of an epoch continues bit for bit, with any number of
+workers. This module does not draw from torch's default generator, and leaves its state unchanged.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """(images float32 [N, C, H, W], labels int64 [N]), batch by batch; each iteration reads anew.
+    """Iterates over batches: images float32 [N, C, H, W] and labels int64 [N]. Each iteration reads the images anew.
 
     Attributes:
-        samples: the indices of the images of every batch.
+        samples: the indices of the images in each batch.
     """
 
     samples: list[list[int]]
@@ -40,11 +40,14 @@ class Batches:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Read.
+        """Read the batches.
+
+        Yields:
+            Images, float32 [N, C, H, W], and labels, int64 [N].
 
         Raises:
-            CheckpointError: a file is no intact image, whichever process found out.
-            DataError: a worker process was ended from outside.
+            CheckpointError: a file is not an intact image, whichever process found out.
+            DataError: a worker process was killed.
         """
         with _lost_workers():
             for batch in self._loader:
@@ -71,27 +74,30 @@ def batches(
     """The batches of one epoch from ``start_batch`` on.
 
     Args:
-        dataset: raw images.
-        transform: what is done to each.
-        batch_size: images a batch of one process.
-        epoch: gives another order and other chance each.
-        start_batch: leave so many out, without reading them.
-        seed: not negative.
-        shuffle: False keeps the dataset's order; then no image comes twice, and processes may have one batch less.
-        rank, world_size: of this process. With ``shuffle`` all have equally many batches: what is missing to that is
-            filled up with images of the epoch's beginning, or with ``drop_last`` left out.
-        workers: processes that read, of one thread each; 0 reads in this one.
-        drop_last: leave an incomplete batch out.
-        pin_memory: for quicker copies to a GPU.
+        dataset: the stored images.
+        transform: what turns them into inputs.
+        batch_size: images per batch in one process.
+        epoch: every epoch has its own order and augmentation.
+        start_batch: number of batches to skip without reading them.
+        seed: of the order and the augmentation, not negative.
+        shuffle: False keeps the dataset's order; then no image occurs twice, and a process may have one batch less than
+            another.
+        rank, world_size: the number of this process, and of all. With ``shuffle`` all processes have equally many
+            batches: images from the start of the epoch fill the gaps, or, with ``drop_last``, surplus images are
+            left out.
+        workers: processes that read images, with one thread each; 0 reads in this process.
+        drop_last: leave an incomplete last batch out.
+        pin_memory: put batches into pinned memory, from which copies to a GPU are faster.
 
     Raises:
-        DataError: there is not one whole batch.
+        DataError: ``drop_last`` is set, and the images are too few for one batch.
     """
-    order = _order(len(dataset), shuffle, seed, epoch, rank, world_size, drop_last)
+    order = _order(len(dataset), seed, epoch, rank, world_size, shuffle=shuffle, drop_last=drop_last)
     whole = len(order) - len(order) % batch_size if drop_last else len(order)
     if drop_last and whole == 0:
         raise DataError(
-            f"{len(dataset)} images are fewer than {world_size * batch_size}, one batch", "Give a smaller --batch-size."
+            f"{len(dataset)} images are fewer than one batch, which has {world_size * batch_size}",
+            "Give a smaller --batch-size.",
         )
     samples = [order[i : i + batch_size] for i in range(0, whole, batch_size)][start_batch:]
     loader = DataLoader(
@@ -102,13 +108,15 @@ def batches(
         pin_memory=pin_memory,
         # forked processes share what is decoded; the default elsewhere
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # it draws a number that nobody needs, else from torch's own
+        generator=torch.Generator(),  # the loader draws a number from it, and would else draw it from torch's default
     )
     return Batches(samples, loader)
 
 
-def _order(count: int, shuffle: bool, seed: int, epoch: int, rank: int, world_size: int, drop_last: bool) -> list[int]:
-    """The indices of one process."""
+def _order(
+    count: int, seed: int, epoch: int, rank: int, world_size: int, *, shuffle: bool, drop_last: bool
+) -> list[int]:
+    """Indices of the images that one process gets."""
     numbers: Dataset[int] = _Numbers(count)
     sampler: DistributedSampler[int] = DistributedSampler(
         numbers, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last and shuffle
@@ -116,12 +124,12 @@ def _order(count: int, shuffle: bool, seed: int, epoch: int, rank: int, world_si
     sampler.set_epoch(epoch)
     order = [int(index) for index in sampler]
     if not shuffle and rank + world_size * (len(order) - 1) >= count:
-        order.pop()  # the sampler filled up
+        order.pop()  # the sampler repeats an image to give all processes equally many
     return order
 
 
 class _Numbers(Dataset[int]):
-    """What the sampler wants to know of a dataset."""
+    """A dataset that only has a length, which is all that the sampler needs."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -131,7 +139,7 @@ class _Numbers(Dataset[int]):
 
 
 class _Prepared(Dataset[Batch]):
-    """Whole batches; a refusal is handed on as a value, as the loader would wrap it in many lines."""
+    """Gives out whole batches. Errors are returned as values: the loader would wrap a raised one in many lines."""
 
     def __init__(self, images: Images, transform: Transform, seed: int, epoch: int) -> None:
         self._images, self._transform = images, transform
@@ -148,17 +156,19 @@ class _Prepared(Dataset[Batch]):
 
 
 def _as_it_is(batch: Any) -> Any:
+    """No collation: the dataset gives out whole batches."""
     return batch
 
 
 @contextlib.contextmanager
 def _lost_workers() -> Iterator[None]:
+    """Turn the loader's error for a killed worker into a DataError."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a process that reads images was ended: {str(error).splitlines()[0]}",
-            "Memory may be short: give fewer --workers.",
+            f"a process that reads images was killed: {str(error).splitlines()[0]}",
+            "Memory may be short: try fewer --workers.",
         ) from error

@@ -1,7 +1,7 @@
 """Labelled images to train and to measure on: a folder of class folders, or one of torchvision's data sets.
 
-Everything that is chosen by chance (the held-out part, a limit) follows from a seed and the order of the names, so that
-a run that is taken up again finds the same images in the same order; ``Data.digest`` tells whether it did.
+All random choices (the held-out part, a limited number of images) follow from a seed and the order of the names, so a
+resumed run finds the same images in the same order; ``Data.digest`` tells whether it did.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Data:
     """Labelled images in two parts.
 
     Attributes:
-        name: what was asked for.
-        classes: their names, in the order of the labels.
-        train, val: what to train on, and what is held out.
-        channels: of every image, 1 or 3.
-        image_size: (height, width) of the first training image; others may differ.
-        digest: SHA-256 of the classes and, of both parts, all names and labels in their order.
-        split: whether chance chose what is held out, from one folder.
+        name: the specification that they were found by.
+        classes: names of the classes, in the order of the labels.
+        train, val: the images to train on, and the held-out images.
+        channels: channels of every image, 1 or 3.
+        image_size: height and width of the first training image; others may differ.
+        digest: SHA-256 of the classes and of the names and labels of all images, in their order.
+        split: whether the held-out images were chosen at random, because the source has only one part.
     """
 
     name: str
@@ -55,20 +55,22 @@ def open_data(
     """Find labelled images.
 
     Args:
-        spec: a folder with ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``), each of class folders; one
-            folder of class folders; or ``NAME:ROOT`` of a torchvision data set, which is never downloaded.
-        val_fraction: of one folder of class folders, the share of every class that is held out, at least one image.
+        spec: a folder with ``train/`` and ``val/`` (or ``valid``, ``validation``, ``test``), each with one folder per
+            class; one folder with a folder per class; or ``NAME:ROOT``, a torchvision data set in the folder ROOT,
+            which is never downloaded.
+        val_fraction: share of every class that is held out, at least one image, where the source has only one part.
         seed: of that choice and of the limits.
-        limit_train, limit_val: take so many images, as evenly from the classes as can be; None for all.
+        limit_train, limit_val: take at most this many images, as evenly as possible from all classes; None takes all.
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        DataError: it is not there, empty, its parts do not go together, or an option has no sense.
+        DataError: the images are missing, a class has none, the two parts have different classes, or an option is out
+            of range.
         CheckpointError: the first image of a part cannot be read.
     """
     for limit, option in ((limit_train, "--limit-train"), (limit_val, "--limit-val")):
         if limit is not None and limit < 1:
-            raise DataError(f"{limit} images are none", f"Give {option} 1 or more.")
+            raise DataError(f"{option} must be at least 1, not {limit}", f"Give {option} 1 or more.")
     source = _source(spec, channels)
     train, val = (source.train, source.val) if source.val else _split(source, val_fraction, seed)
     train, val = (_limited(part, limit, seed) for part, limit in ((train, limit_train), (val, limit_val)))
@@ -78,6 +80,11 @@ def open_data(
 
 
 def _source(spec: str | Path, channels: int) -> Source:
+    """Find the images that ``spec`` names.
+
+    Raises:
+        DataError: there are none, or they cannot be used.
+    """
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return from_folder(folder, channels)
@@ -85,25 +92,32 @@ def _source(spec: str | Path, channels: int) -> Source:
     if named and not folder.exists():
         return from_torchvision(named[1].lower(), Path(named[2]).expanduser(), channels)
     if str(spec).lower() in NAMED:
-        raise DataError(f"where the files of {spec} are is missing", f"Add the folder: {spec}:ROOT")
+        raise DataError(f"{spec} needs the folder that its files are in", f"Add the folder: {spec}:ROOT")
     raise DataError(
-        f"{spec} is {'a file' if folder.exists() else 'not there'}; a folder of class folders is needed",
-        f"It has train/ and one of {', '.join(f'{name}/' for name in HELD_OUT)}, or class folders alone; "
-        f"else name a data set: NAME:ROOT, NAME one of {', '.join(NAMED)}.",
+        f"{spec} {'is a file' if folder.exists() else 'does not exist'}; a folder of class folders is needed",
+        f"Give a folder with train/ and one of {', '.join(f'{name}/' for name in HELD_OUT)}, or with class folders; "
+        f"or a data set, NAME:ROOT, where NAME is one of {', '.join(NAMED)}.",
     )
 
 
 def _split(source: Source, fraction: float, seed: int) -> tuple[Images, Images]:
-    """Hold out a share of every class; both parts keep the order."""
+    """Hold out a random share of every class.
+
+    Returns:
+        The images to train on and the held-out images, both in the order of the source.
+
+    Raises:
+        DataError: ``fraction`` is not between 0 and 1, or a class has only one image.
+    """
     if not 0 < fraction < 1:
-        raise DataError(f"{fraction:g} of the images cannot be held out", "Give --val-fraction between 0 and 1.")
+        raise DataError(f"--val-fraction must be between 0 and 1, not {fraction:g}", "Give a share such as 0.1.")
     held_out = torch.zeros(len(source.train), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for label, name in enumerate(source.classes):
         members = (source.train.labels == label).nonzero().flatten()
         if len(members) < 2:
             raise DataError(
-                f"the class {name!r} has one image, which cannot be split into training and validation",
+                f"the class {name!r} has only one image, so it cannot be split into training and validation",
                 "Add images, or make train/ and val/ folders yourself.",
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -112,13 +126,13 @@ def _split(source: Source, fraction: float, seed: int) -> tuple[Images, Images]:
 
 
 def _limited(part: Images, limit: int | None, seed: int) -> Images:
-    """So many images, drawn in turn from the classes, whose order is drawn too; they keep their order."""
+    """``limit`` images, drawn from the classes in turn, which are in random order; the images keep their order."""
     if limit is None or limit >= len(part):
         return part
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(part), generator=generator)
     classes = int(part.labels.max()) + 1
-    turn = torch.randperm(classes, generator=generator)[part.labels]  # of each image's class, in every round
+    turn = torch.randperm(classes, generator=generator)[part.labels]  # the turn of each image's class within a round
     rounds = torch.empty_like(part.labels)
     for label in range(classes):
         members = drawn[part.labels[drawn] == label]
@@ -127,5 +141,6 @@ def _limited(part: Images, limit: int | None, seed: int) -> Images:
 
 
 def _digest(classes: tuple[str, ...], *parts: Images) -> str:
+    """SHA-256 of the classes and of the names and labels of ``parts``."""
     content: list[object] = [list(classes), *([list(part.names), part.labels.tolist()] for part in parts)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Where labelled images come from: folders of class folders, and torchvision's data sets in a folder.
+"""Where labelled images come from: folders with one folder per class, and torchvision's data sets.
 
-A *part* is a list of images with their labels; a source has a training part and a held-out one, or one that is still to
-be split. The classes are numbered in the order of their folders' names, or as torchvision does.
+A *part* is a list of images with their labels. A source has a training part and a held-out part, or a single part that
+is still to be split. Classes are numbered in the order of their folders' names, or as torchvision numbers them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pathconvert.errors import DataError
 from pathconvert.networks.images import IMAGE_SUFFIXES
 from pathconvert.training.data.images import Array, Files, Images
 
-#: Names of the folder of held-out images, the preferred first.
+#: Names that the folder of held-out images may have, the preferred name first.
 HELD_OUT = ("val", "valid", "validation", "test")
 _LAYOUT = "Put the images of each class into a folder of its own: flowers/train/rose/1.jpg, flowers/val/rose/2.jpg"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found.
+    """Labelled images as they were found.
 
     Attributes:
-        classes: names, in the order of the labels.
+        classes: names of the classes, in the order of the labels.
         train: the training part.
-        val: the held-out part; None where ``train`` holds all.
+        val: the held-out part; None where ``train`` holds all images and is still to be split.
     """
 
     classes: tuple[str, ...]
@@ -48,10 +48,14 @@ class Source:
 
 
 def from_folder(folder: Path, channels: int) -> Source:
-    """Class folders below ``train/`` and one of ``HELD_OUT``, or in the folder itself.
+    """Images in class folders: below ``train/`` and one of ``HELD_OUT``, or in the folder itself.
+
+    Args:
+        folder: an existing folder.
+        channels: 1 for grey, 3 for RGB.
 
     Raises:
-        DataError: there are none, one alone, one without images, or not the same in both parts.
+        DataError: there are fewer than two class folders, one holds no images, or the two parts have different classes.
         CheckpointError: the first image cannot be read.
     """
     train = folder / "train"
@@ -59,11 +63,11 @@ def from_folder(folder: Path, channels: int) -> Source:
     val = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None) if parted else None
     parts = {"train", *HELD_OUT}
     if train.is_dir() and not parted and {path.name for path in _folders(folder)} <= parts:
-        raise DataError(f"{train} holds no folders of images, one a class", _LAYOUT)
+        raise DataError(f"{train} does not hold one folder of images per class", _LAYOUT)
     first = _class_files(train if parted else folder)
     if len(first) == 1:
         where = train if parted else folder
-        raise DataError(f"{where} holds one class alone: {next(iter(first))}", f"Two are needed. {_LAYOUT}")
+        raise DataError(f"{where} holds only one class: {next(iter(first))}", f"Two are needed. {_LAYOUT}")
     if val is None:
         return Source(tuple(first), _images(folder, first, channels), None)
     second = _class_files(val)
@@ -72,26 +76,32 @@ def from_folder(folder: Path, channels: int) -> Source:
 
 
 def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, without hidden ones, by name."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """Class → its images, all in the order of their names."""
+    """The image files of every class folder in a folder, all in the order of their names.
+
+    Raises:
+        DataError: there is no class folder, or one holds no images.
+    """
     files = {path.name: _image_files(path) for path in _folders(folder)}
     if not files:
         loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
-        raise DataError(f"{folder} holds {'images, but ' if loose else ''}no folders of images, one a class", _LAYOUT)
+        but = "holds images, but not" if loose else "does not hold"
+        raise DataError(f"{folder} {but} one folder of images per class", _LAYOUT)
     empty = [name for name, paths in files.items() if not paths]
     if empty:
         raise DataError(
-            f"{folder / empty[0]} holds no image{_and_more(empty)}",
-            f"Add some, or remove the folder. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
+            f"{folder / empty[0]} holds no images{_and_more(empty)}",
+            f"Add some, or remove the folder. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
         )
     return files
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The images in a folder and those below it, each folder once: links may lead back."""
+    """The image files in a folder and below it. Every folder is visited once, as links may lead back to one."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, below, names in os.walk(folder, followlinks=True):
@@ -106,6 +116,11 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _require_same(train: Path, first: Iterable[str], val: Path, second: Iterable[str]) -> None:
+    """Refuse parts with different classes.
+
+    Raises:
+        DataError: a class of one part is missing in the other.
+    """
     for there, here, names in (
         (train, val, sorted(set(first) - set(second))),
         (val, train, sorted(set(second) - set(first))),
@@ -118,7 +133,8 @@ def _require_same(train: Path, first: Iterable[str], val: Path, second: Iterable
 
 
 def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more such)" if len(names) > 1 else ""
+    """How many more there are than the first of ``names``, which a message tells."""
+    return f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
 
 
 def _images(root: Path, files: dict[str, list[Path]], channels: int) -> Images:
@@ -136,28 +152,33 @@ def _from_files(root: Path, paths: list[Path], labels: list[int], channels: int)
 
 
 def from_torchvision(name: str, root: Path, channels: int) -> Source:
-    """One of ``NAMED`` below ``root``; nothing is ever downloaded.
+    """One of torchvision's data sets in ``NAMED``; nothing is ever downloaded.
+
+    Args:
+        name: its name, in lower case.
+        root: the folder that torchvision's class takes as ``root``.
+        channels: 1 for grey, 3 for RGB.
 
     Raises:
-        DataError: there is none of that name, or its files are not there.
+        DataError: the name is unknown, or files of the data set are missing or damaged.
     """
     if name not in NAMED:
         close = difflib.get_close_matches(name, NAMED, 2, 0.5)
         guess = f"Did you mean {' or '.join(close)}? " if close else ""
-        raise DataError(f"there is no data set {name!r}", f"{guess}There are {', '.join(NAMED)}.")
+        raise DataError(f"there is no data set {name!r}", f"{guess}Choose one of {', '.join(NAMED)}.")
     dataset, opener = NAMED[name]
     try:
         return opener(dataset, root, channels)
     except (RuntimeError, OSError, ValueError, EOFError, LookupError, zlib.error) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name} is not whole in {root}: {said}",
-            f"Let torchvision put it there, torchvision.datasets.{dataset.__name__}, or name the folder that it is in.",
+            f"{name} in {root} is incomplete: {said}",
+            f"Let torchvision.datasets.{dataset.__name__} prepare it there, or give the folder that it is in.",
         ) from error
 
 
 def _fashion_mnist(dataset: Any, root: Path, channels: int) -> Source:
-    """Its four files, unpacked (what torchvision reads) or not (what it downloads, and what distributions have)."""
+    """Fashion-MNIST: its four files, unpacked, as torchvision reads them, or packed, as they are distributed."""
     raw = root / "FashionMNIST" / "raw"
     train, val = (
         _from_array(_idx(raw / f"{part}-images-idx3-ubyte"), _idx(raw / f"{part}-labels-idx1-ubyte"), channels)
@@ -167,7 +188,7 @@ def _fashion_mnist(dataset: Any, root: Path, channels: int) -> Source:
 
 
 def _idx(path: Path) -> Tensor:
-    """An array in MNIST's format: two zeros, 8 for uint8, the number of dimensions, each as 4 bytes, the values."""
+    """An array in MNIST's format: two zero bytes, 8 for uint8, the number of dimensions, 4 bytes for each, values."""
     packed = path.with_name(f"{path.name}.gz")
     content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     shape = np.frombuffer(content, ">u4", content[3], offset=4)
@@ -185,8 +206,10 @@ def _from_array(pixels: Tensor, labels: Tensor | list[int], channels: int) -> Im
 
 
 def _flowers(dataset: Any, root: Path, channels: int) -> Source:
-    """102 flowers: its train and val parts (1020 images each)."""
-    parts = [dataset(root, split=split, loader=Path) for split in ("train", "val")]  # a path in place of its image
+    """Flowers102: its train and val parts, with 1020 images each."""
+    parts = [
+        dataset(root, split=split, loader=Path) for split in ("train", "val")
+    ]  # gives the path instead of the image
     train, val = (
         _from_files(root, [path for path, _ in pairs], [label for _, label in pairs], channels)
         for pairs in ([part[i] for i in range(len(part))] for part in parts)
@@ -195,16 +218,16 @@ def _flowers(dataset: Any, root: Path, channels: int) -> Source:
 
 
 def _pets(dataset: Any, root: Path, channels: int) -> Source:
-    """37 pets: its trainval and test parts."""
+    """Oxford-IIIT Pet, with 37 classes: its trainval and test parts."""
     parts = [dataset(root, split=split) for split in ("trainval", "test")]
-    # the data set has no public list of its files and reads them by itself, without read_image's care
+    # torchvision's class has no public list of its files, and would read them without the checks of read_image
     train, val = (_from_files(root, list(part._images), list(part._labels), channels) for part in parts)
     return Source(tuple(parts[0].classes), train, val)
 
 
 def _imagenet(dataset: Any, root: Path, channels: int) -> Source:
     missing = [name for name in ("meta.bin", "train", "val") if not (root / name).exists()]
-    if missing:  # torchvision would unpack archives of 150 GB here
+    if missing:  # otherwise torchvision would begin to unpack archives of 150 GB
         raise FileNotFoundError(f"{missing[0]} is missing")
     parts = [dataset(root, split=split) for split in ("train", "val")]
     train, val = (

@@ -1,4 +1,4 @@
-"""The optimizers that a run can take, and their learning rate over time."""
+"""The optimizers that a run can use, and the schedule of their learning rate."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-from pathconvert.training.optimizer.gsgd import GSGD, path_parameter_groups
+from pathconvert.training.optimizer.gsgd import GSGD
+from pathconvert.training.optimizer.path_groups import path_parameter_groups
 from pathconvert.training.optimizer.path_sgd import PathSGD
 from pathconvert.training.settings import Settings
 
 
 def make_optimizer(model: nn.Module, settings: Settings, input_size: tuple[int, ...]) -> torch.optim.Optimizer:
-    """The optimizer that ``settings`` name, for ``model``, which is not yet wrapped by DDP or ``torch.compile``.
+    """The optimizer that ``settings`` name.
+
+    Args:
+        model: the network, before DDP or ``torch.compile`` wraps it.
+        settings: of the run.
+        input_size: size of one input, such as (3, 32, 32).
 
     Raises:
-        RecordError: G-SGD, and ``model`` carries no record of its conversion.
-        PathconvertError: Path-SGD, and the network is none that it can do.
+        RecordError: G-SGD is asked for, and ``model`` carries no record of its conversion.
+        PathconvertError: G-SGD's ``weight_norm`` is asked for, and a transposed convolution lies on a chain.
     """
     common: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
     if settings.optimizer == "sgd":
@@ -37,19 +43,23 @@ def make_optimizer(model: nn.Module, settings: Settings, input_size: tuple[int, 
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps: int) -> LRScheduler:
-    """The rate of ``steps`` steps: a linear rise, then constant, × 0.1 at 1/2 and 3/4 (PBN-A F.1), or a cosine to 0."""
+    """The learning rate of each of ``steps`` steps.
+
+    It rises linearly during the warm-up; then it stays constant, is multiplied by 0.1 at 1/2 and 3/4 of the remaining
+    steps (PBN-A F.1), or follows a cosine to 0.
+    """
     warmup = min(settings.warmup_steps, steps - 1)
     after = steps - warmup
     main: LRScheduler
     if settings.schedule == "cosine":
         main = CosineAnnealingLR(optimizer, T_max=after)
-    elif settings.schedule == "step":  # from the second step on, one × 0.1 at a time
+    elif settings.schedule == "step":  # with few steps, still two different steps, neither the first
         main = MultiStepLR(optimizer, sorted({max(1, after // 2), max(2, after * 3 // 4)}))
     else:
         main = ConstantLR(optimizer, factor=1.0, total_iters=0)
     if not warmup:
         return main
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SequentialLR itself calls its parts in the way that torch warns of
+        warnings.simplefilter("ignore")  # SequentialLR calls its parts in a way that torch warns about
         rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
         return SequentialLR(optimizer, [rise, main], milestones=[warmup])

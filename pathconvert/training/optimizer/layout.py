@@ -1,4 +1,4 @@
-"""Chains as steps use them: on the parameters' device, for the parameters that have gradients, as few long vectors."""
+"""Chains in the form that steps use: few long vectors on the parameters' device, for the parameters with gradients."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class StartPlace:
     """The starts that one parameter holds.
 
     Attributes:
-        name: of the parameter.
-        chain: their chains, int64 [starts].
-        index: where they are in it; None where they are all of it, in order.
+        name: the parameter's name.
+        chain: the chains that start here, int64 [starts].
+        index: where the starts are in the parameter; None where they are all of its elements, in order.
         trained: whether the parameter has a gradient.
     """
 
@@ -33,7 +33,7 @@ class StartPlace:
         return tensor if self.index is None else tensor[self.index]
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
-        """Put ``values`` [starts] at the starts."""
+        """Write ``values`` [starts] to the places of the starts."""
         if self.index is None:
             tensor.copy_(values)
         else:
@@ -41,27 +41,27 @@ class StartPlace:
 
 
 class Layout:
-    """The chains of one group of parameters.
+    """The chains of one parameter group.
 
     Args:
-        chains: of the network.
-        gauge: S of every unit, or what coordinates of rows are multiplied by and of columns divided by in its place,
-            float64 [units + 1]; None where all are 1.
-        params: of the group, by name, all on one device; not kept.
-        trained: names of those that have gradients; all others are constants.
+        chains: the network's chains.
+        gauge: S of every unit, float64 [units + 1], or other factors in its place: coordinates are multiplied by the
+            factor of their row and divided by that of their column. None where all are 1.
+        params: the group's parameters by name, all on one device; not kept.
+        trained: names of the parameters that have gradients; all others are constants.
 
     Attributes:
         count: number of chains.
         weights: the trained weights that leave chains or hold pivots.
-        metric: 1 / S_r² of every trained parameter where it is not 1, by name, broadcastable, in the parameter's dtype.
+        metric: 1 / S_r² of the trained parameters where it is not 1, by name, broadcastable, in the parameter's dtype.
         chain: the chain that every column of ``weights`` leaves, int64 [columns of all weights].
-        column_gauge: S_c of every column, likewise; None where it is 1.
-        starts: by the parameter that holds them.
+        column_gauge: S_c of every column, float64 [columns of all weights]; None where it is 1.
+        starts: the starts, grouped by the parameter that holds them.
         order: chains in the order of ``starts``, [chains]; ``place`` is its inverse.
         scale, ancestors: as in :class:`~pathconvert.training.optimizer.chains.Chains`.
-        home: [chains + 1], the chain that each moves with: itself, or, where its start is constant, that of its parent.
+        home: the chain that each chain moves with, [chains + 1]: itself, or its parent's home if its start is constant.
         home_of_parent: ``home`` of every chain's parent, [chains].
-        trained: whether each chain's start is trained, [chains]; None where all are.
+        trained: whether each chain's start is trained, bool [chains]; None where all are.
     """
 
     def __init__(
@@ -74,60 +74,88 @@ class Layout:
         self.count = chains.count
         device = next(iter(params.values())).device
         gauge = None if gauge is None else gauge.cpu()
-        named = {name: tensor for name, tensor in chains.tensors.items() if name in trained}
-        tensors = {name: tensor for name, tensor in named.items() if self._has_columns(tensor, gauge)}
+        on_chains = {name: tensor for name, tensor in chains.tensors.items() if name in trained}
+        self.metric = _metric(on_chains, gauge, params)
+        self._place_columns(on_chains, gauge, params, device)
+        self._place_starts(chains, params, trained, device)
+        self.scale = chains.scale.to(device)
+        self.ancestors = tuple(above.to(device) for above in chains.ancestors())
+        self._find_homes(chains, trained, device)
+
+    def _place_columns(
+        self,
+        on_chains: Mapping[str, PathTensor],
+        gauge: Tensor | None,
+        params: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        """Set ``weights``, ``chain`` and ``column_gauge``."""
+        tensors = {name: tensor for name, tensor in on_chains.items() if self._has_columns(tensor, gauge)}
         self.weights = [_weight_place(name, tensor, params[name]) for name, tensor in tensors.items()]
-        self.metric: dict[str, Tensor] = {}
-        if gauge is not None:
-            rows = {name: gauge[tensor.row_unit] for name, tensor in named.items()}
-            self.metric = {name: (row**-2).to(params[name]) for name, row in rows.items() if bool((row != 1).any())}
         columns = [w.columns for w in self.weights]
         self.chain = _joined([t.chain for t in tensors.values()], columns, torch.int64).to(device)
         self.column_gauge = None
         if gauge is not None:
             units = _joined([t.column_unit for t in tensors.values()], columns, torch.int64)
             self.column_gauge = gauge[units].to(device)
+
+    def _place_starts(
+        self, chains: Chains, params: Mapping[str, Tensor], trained: frozenset[str], device: torch.device
+    ) -> None:
+        """Set ``starts``, ``order`` and ``place``."""
         held: dict[str, list[int]] = {}
         for chain, name in enumerate(chains.parameter):
             held.setdefault(name, []).append(chain)
         self.starts = [
-            _start_place(name, torch.tensor(mine), chains.element[mine], params[name], name in trained)
+            _start_place(name, torch.tensor(mine), chains.element[mine], params[name], trained=name in trained)
             for name, mine in held.items()
         ]
         self.order = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *(s.chain for s in self.starts)])
         self.place = torch.argsort(self.order)
-        self.scale = chains.scale.to(device)
-        self.ancestors = tuple(above.to(device) for above in chains.ancestors())
+
+    def _find_homes(self, chains: Chains, trained: frozenset[str], device: torch.device) -> None:
+        """Set ``home``, ``home_of_parent`` and ``trained``; needs ``ancestors``."""
         moves = torch.tensor([name in trained for name in chains.parameter] + [True])
         parent = torch.cat([chains.parent, torch.tensor([self.count])])
         home = torch.where(moves, torch.arange(self.count + 1), parent)
-        for _ in self.ancestors:
+        for _ in self.ancestors:  # each round doubles how far up a chain has looked, as each of the ancestors does
             home = home[home]
         self.home, self.home_of_parent = home.to(device), home[chains.parent].to(device)
         self.trained = None if bool(moves.all()) else moves[:-1].to(device)
 
     def _has_columns(self, tensor: PathTensor, gauge: Tensor | None) -> bool:
-        """Whether its steps are others than plain ones along the step gradient."""
+        """Whether a tensor needs more than plain steps along the step gradient."""
         scaled = gauge is not None and bool((gauge[tensor.column_unit] != 1).any())
         return scaled or bool((tensor.chain < self.count).any()) or tensor.skeleton.numel() > 0
 
     def gather(self, parts: list[Tensor]) -> Tensor:
-        """What every parameter of ``starts`` says of its starts → of every chain, float64 [chains]."""
+        """Values per parameter of ``starts``, [its starts] each → values per chain, float64 [chains]."""
         return torch.cat(parts)[self.place].double() if parts else self.scale
 
     def scatter(self, per_chain: Tensor) -> tuple[Tensor, ...]:
-        """The inverse of :meth:`gather`."""
+        """Values per chain → values per parameter of ``starts``: the inverse of :meth:`gather`; keeps the dtype."""
         parts: tuple[Tensor, ...] = per_chain[self.order].split([len(s.chain) for s in self.starts])
         return parts
 
     def of_those_that_move(self, flow: Tensor) -> Tensor:
-        """Sums over what leaves each chain, [chains + 1] → over all that moves with it, [chains]."""
+        """Sums over the weights that leave each chain, [chains + 1] → over all that move with the chain, [chains]."""
         if self.trained is not None:
             flow = torch.zeros_like(flow).index_add_(0, self.home, flow)
         return flow[:-1]
 
 
+def _metric(
+    on_chains: Mapping[str, PathTensor], gauge: Tensor | None, params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """1 / S_r² of the trained parameters where it is not 1 (see :class:`Layout`)."""
+    if gauge is None:
+        return {}
+    rows = {name: gauge[tensor.row_unit] for name, tensor in on_chains.items()}
+    return {name: (row**-2).to(params[name]) for name, row in rows.items() if bool((row != 1).any())}
+
+
 def _weight_place(name: str, tensor: PathTensor, weight: Tensor) -> WeightPlace:
+    """Where a weight's columns and pivots are."""
     columns = _columns(tensor.chain.shape, weight.shape)
     skeleton = tensor.skeleton.to(weight.device)
     return WeightPlace(
@@ -139,20 +167,21 @@ def _weight_place(name: str, tensor: PathTensor, weight: Tensor) -> WeightPlace:
 
 
 def _columns(chain: torch.Size, weight: torch.Size) -> tuple[int, ...]:
-    """The shape of a weight's columns: that of its chains, which are written out along the kernel where this is cheap.
+    """The shape of a weight's columns: that of its chains, repeated along the kernel where that takes little memory.
 
-    Element by element, a vector as long as the rows is several times as fast as one value for every nine elements.
+    To multiply a weight by a vector as long as its rows is several times as fast as by one value per kernel.
     """
     return (1, *weight[1:]) if chain[0] == 1 and len(weight) > 1 else tuple(chain)
 
 
 def _joined(parts: list[Tensor], columns: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
-    """``parts``, each broadcast to its weight's columns, one after another; [columns of all weights]."""
+    """``parts``, each broadcast to the columns of its weight, joined into one vector [columns of all weights]."""
     flat = [part.to(dtype).broadcast_to(shape).reshape(-1) for part, shape in zip(parts, columns, strict=True)]
     return torch.cat([torch.zeros(0, dtype=dtype), *flat])
 
 
-def _start_place(name: str, chain: Tensor, element: Tensor, param: Tensor, trained: bool) -> StartPlace:
+def _start_place(name: str, chain: Tensor, element: Tensor, param: Tensor, *, trained: bool) -> StartPlace:
+    """Where a parameter holds the starts of ``chain``, given their places in row-major order."""
     whole = param.dim() == 1 and torch.equal(element, torch.arange(len(param)))
     index = None if whole else tuple(torch.unravel_index(element.to(param.device), param.shape))
     return StartPlace(name, chain.to(param.device), index, trained)

@@ -5,9 +5,9 @@ paths through it of the product of the other squared weights (their eq. 9, secti
 
     w ← w − η · ∂loss/∂w / κ(w)        κ(w) = ∂π / ∂(w²)
 
-π is what the network makes of an input of ones when all weights are squared (all activations are positive then, so
-that ReLU lets them through) and BatchNorm is left out; so κ takes one forward and one backward pass of a single input.
-Max pooling takes the largest of its paths. What no path goes through (γ, β) takes plain steps.
+π is the network's output for an input of ones if all weights are squared and BatchNorm is left out (all activations are
+positive then, so that ReLU changes none). So κ costs one forward and one backward pass of a single input. Max pooling
+passes on the largest of its paths. Parameters that no path goes through (γ, β) take plain steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
-from pathconvert.conversion.trace import mode_of
+from pathconvert.conversion.modules import mode_of
 from pathconvert.errors import PathconvertError
 from pathconvert.path_bn.layer import PathBN
 
@@ -33,12 +33,11 @@ class PathSGD(Optimizer):
 
     Args:
         model: ReLU network of convolutions and linear layers, with or without BatchNorm or Path-BN.
-        input_size: of one input, such as (3, 32, 32).
-        lr, momentum, weight_decay: as of ``torch.optim.SGD``, after the division.
+        input_size: size of one input, such as (3, 32, 32).
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``; they apply after the division by κ.
 
     Raises:
-        ValueError: a setting out of its range.
-        PathconvertError: at a step, where path norms leave the range of float64: the network is too deep or wide.
+        ValueError: a setting is out of its range.
     """
 
     def __init__(
@@ -69,13 +68,13 @@ class PathSGD(Optimizer):
         }
         device = next(model.parameters()).device
         ones = torch.ones(1, *self._input_size, dtype=torch.float64, device=device)
-        with mode_of(model, False), torch.enable_grad():
+        with mode_of(model, training=False), torch.enable_grad():
             output = functional_call(model, squared | self._neutral(norms), (ones,))
             found = torch.autograd.grad(output.sum(), list(squared.values()), allow_unused=True)
         return {name: kappa for name, kappa in zip(squared, found, strict=True) if kappa is not None}
 
     def _neutral(self, norms: set[str]) -> dict[str, Tensor]:
-        """Parameters and buffers with which BatchNorms do nothing, and Path-BN's skips squared."""
+        """Parameters and buffers that turn BatchNorms into the identity, and the squares of Path-BN's pivot factors."""
         found: dict[str, Tensor] = {}
         for name in norms:
             bn: Any = self._model.get_submodule(name)
@@ -89,7 +88,17 @@ class PathSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; ``closure`` computes the loss again, if given."""
+        """Take one step.
+
+        Args:
+            closure: computes the loss and its gradients again; None uses the gradients that are there.
+
+        Returns:
+            The loss that ``closure`` computed; None without it.
+
+        Raises:
+            PathconvertError: κ leaves the range of float64, because the network is too deep or too wide.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -118,6 +127,6 @@ class PathSGD(Optimizer):
         if not bool(torch.isfinite(kappa).all()):
             raise PathconvertError(
                 f"the path norm of this {type(self._model).__name__} leaves the range of float64",
-                "Path-SGD is for multilayer perceptrons and small CNNs; take --optimizer gsgd.",
+                "Path-SGD is meant for multilayer perceptrons and small CNNs; use --optimizer gsgd.",
             )
         return torch.where(kappa > 0, grad / kappa, 0.0).to(grad.dtype)

@@ -1,22 +1,22 @@
-"""One step of SGD on path-values, written as an update of weights (PBN-A eq. 20-21; docs/design.md, "G-SGD").
+"""One step of SGD on path-values, written as an update of the weights (PBN-A eq. 20-21; docs/design.md, "G-SGD").
 
 A chain k has the coordinate d_k, and a weight w that leaves one of its units the coordinate v::
 
-    v   = w · D              with D = d_k · S_r / S_c  (d_k = 1 for what leaves no chain)
+    v   = w · D              with D = d_k · S_r / S_c  (d_k = 1 for a weight that leaves no chain)
     w_s = d_k / (d_p · S)    for the start weight of chain k, which leaves chain p
 
-so that, with g = ∂loss/∂w and the sum over all trained weights that leave units of chain k::
+With g = ∂loss/∂w, and the sum over all trained weights that leave units of chain k, it follows that::
 
     ∂loss/∂v   = g / D
     ∂loss/∂d_k = (w_s · g_s − Σ w · g) / d_k
 
-Coordinates may be divided by a constant ρ_k for every chain: then d_k stands for d_k / ρ_k, and nothing else changes.
-S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A momentum buffer is that of the coordinate, divided by S_r:
-then S_r is needed in the *step gradient* alone, g / S_r², and what leaves no chain takes plain steps along that. Values
-of chains are float64; weights keep their own dtype.
+The coordinates of every chain may be divided by a constant ρ_k, its anchor: then d_k stands for d_k / ρ_k, and nothing
+else changes. S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A momentum buffer holds the momentum of the
+coordinate, divided by S_r: so S_r is needed only in the *step gradient* g / S_r², and weights that leave no chain take
+plain steps along it. Values of chains are float64; weights keep their own dtype.
 
-What chains say is constant along most dimensions of a weight; its *columns* are the elements of the shape that is left.
-The columns of all weights follow one another in one list, so that the arithmetic on them is done once for all.
+The chain is the same along most dimensions of a weight. The *columns* of a weight are the elements that remain if those
+dimensions have size 1. The columns of all weights are joined into one vector, so that one operation handles them all.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: A step divides a chain's value by this at most: near zero, and through it, all weights that it carries explode.
+#: A step divides a chain's value by at most this: the weights of a chain explode as its value comes near zero.
 LARGEST_SHRINK = 10.0
 
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """What is known of a weight that leaves chains before its gradient is.
+    """Where the columns and the pivots of a weight are; the same for all steps.
 
     Attributes:
-        name: of the parameter.
-        columns: shape of what its columns have, broadcastable to the weight.
-        summed: dimensions along which that is constant.
-        skeleton: index of the pivots, which do not move; None where there is none.
+        name: the parameter's name.
+        columns: the shape of its columns, broadcastable to the weight.
+        summed: the dimensions of the weight along which ``columns`` has size 1.
+        skeleton: index of the pivots, which do not move; None where the weight holds none.
     """
 
     name: str
@@ -54,11 +54,11 @@ class PathWeight:
     """A weight that leaves chains, and its gradient.
 
     Attributes:
-        place: in the network.
+        place: its columns and pivots.
         value: changed in place by :func:`step_weights`.
         grad: ∂loss/∂value; not changed.
         step_grad: ∂loss/∂value / S_r², the step gradient; not changed.
-        momentum: buffer, changed in place; None without momentum.
+        momentum: the momentum buffer, changed in place; None without momentum.
     """
 
     place: WeightPlace
@@ -69,31 +69,31 @@ class PathWeight:
 
 
 def chain_values(starts: Tensor, ancestors: Sequence[Tensor]) -> Tensor:
-    """Of every chain, the product of the start weights from it up, [chains].
+    """The product of the starts of every chain and of all its ancestors, float64 [chains].
 
     Args:
-        starts: of every chain, float64 [chains].
+        starts: the start of every chain, float64 [chains].
         ancestors: the 1st, 2nd, 4th, … ancestor of every chain, [chains + 1] each.
     """
     product = with_one(starts)
-    for above in ancestors:
+    for above in ancestors:  # pointer doubling: the product over 1, 2, 4, … generations
         product = product * product[above]
     return product[:-1]
 
 
 def with_one(per_chain: Tensor) -> Tensor:
-    """[chains] → [chains + 1]: 1 for what leaves no chain."""
+    """[chains] → [chains + 1]: a 1 is appended, for weights that leave no chain."""
     return torch.cat([per_chain, per_chain.new_ones(1)])
 
 
-def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, foreach: bool) -> Tensor:
+def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, *, foreach: bool) -> Tensor:
     """Σ w · g over the trained weights that leave units of each chain, float64 [chains + 1], the last for no chain.
 
     Args:
-        weights: all that are trained.
+        weights: all trained weights that leave chains.
         chain: the chain that every column leaves, int64 [columns of all weights]; ``count`` for none.
-        count: of chains.
-        foreach: multiply all weights at once.
+        count: the number of chains.
+        foreach: multiply all weights with one call.
     """
     total = torch.zeros(count + 1, dtype=torch.float64, device=chain.device)
     if not weights:
@@ -108,7 +108,7 @@ def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, foreach: bool
 
 
 def _sum_by_column(product: Tensor, place: WeightPlace) -> Tensor:
-    """Sums of ``product``, which is changed, over all that is no pivot, flat."""
+    """Sums of ``product`` over each column, without the pivots, flat; sets the pivots of ``product`` to 0."""
     if place.skeleton is not None:
         product[place.skeleton] = 0
     if not place.summed:
@@ -118,7 +118,17 @@ def _sum_by_column(product: Tensor, place: WeightPlace) -> Tensor:
 
 
 def step_chains(d: Tensor, gradient: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
-    """d after a step, divided by d before, and which chains' steps were shortened to keep d's sign, [chains] each."""
+    """One step of SGD on the chains' values.
+
+    Args:
+        d: the values before the step, float64 [chains].
+        gradient: the direction of the step, float64 [chains].
+        lr: the learning rate.
+
+    Returns:
+        d after the step divided by d before, at least 1 / ``LARGEST_SHRINK``, float64 [chains]; and which chains' steps
+        were shortened to this, bool [chains].
+    """
     ratio = 1 - lr * gradient / d
     shortened = ratio < 1 / LARGEST_SHRINK
     return ratio.masked_fill(shortened, 1 / LARGEST_SHRINK), shortened
@@ -131,6 +141,7 @@ def step_weights(
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
+    *,
     foreach: bool,
 ) -> None:
     """One step of SGD on the coordinates v of ``weights``.
@@ -138,10 +149,10 @@ def step_weights(
     With momentum μ and decay λ, as ``torch.optim.SGD`` has them: buffer ← μ · buffer + ∂loss/∂v + λ v.
 
     Args:
-        weights: changed in place, and so are their buffers.
+        weights: their values and momentum buffers are changed in place.
         d: d / S_c of every column before the step, float64 [columns of all weights].
-        ratio: d after the step, divided by d before, likewise.
-        lr, momentum, weight_decay, foreach: of the optimizer.
+        ratio: d after the step divided by d before, float64 [columns of all weights].
+        lr, momentum, weight_decay, foreach: the optimizer's.
     """
     if not weights:
         return
@@ -162,7 +173,7 @@ def step_weights(
 
 
 def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
-    """What all columns have, for each weight, broadcastable to it and in its dtype."""
+    """A vector over the columns of all weights, as one tensor per weight: broadcastable to it, in its dtype."""
     dtypes = {w.value.dtype for w in weights}
     if len(dtypes) == 1:
         columns = columns.to(dtypes.pop())
@@ -178,7 +189,7 @@ def _multiply_and_add(
     sign: float,
     foreach: bool,
 ) -> None:
-    """targets ← keep · targets + sign · take · steps; ``keep`` and ``take`` are broadcast, no ``keep`` is 1."""
+    """targets ← keep · targets + sign · take · steps. ``keep`` and ``take`` are broadcast; ``keep`` None means 1."""
     if foreach:
         if keep is not None:
             torch._foreach_mul_(targets, keep)

@@ -1,4 +1,4 @@
-"""A fine-tuning run from its beginning or from where it was left: composition only."""
+"""How a fine-tuning run begins, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from lightning_fabric import Fabric
 from pathconvert.networks.loading import LoadedNetwork, open_network, trained_file
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training.data.labelled import Data, open_data
+from pathconvert.training.run.devices import make_fabric
 from pathconvert.training.run.folder import CONFIG, RunFolder
-from pathconvert.training.run.loop import Run, make_fabric
+from pathconvert.training.run.loop import Run
 from pathconvert.training.run.preparation import Prepared, prepare
 from pathconvert.training.settings import Settings
 
 
 def load_data(network: LoadedNetwork, settings: Settings) -> Data:
-    """The labelled images that ``settings`` name, in as many channels as ``network`` takes."""
+    """The labelled images that ``settings`` name, with as many channels as ``network`` takes.
+
+    Raises:
+        DataError: the data set is missing, empty or inconsistent.
+        CheckpointError: its first image cannot be read.
+    """
     size = network.architecture.input_size
     return open_data(
         settings.data,
@@ -42,15 +48,18 @@ def begin(
     """A new run, ready to train.
 
     Args:
-        network: in any form.
-        settings: of the run.
-        path: its folder.
+        network: a network in any form; not changed.
+        settings: the run's settings.
+        path: the run's folder, which is made only once everything else is ready.
         device: ``auto``, ``cuda`` or ``cpu``.
-        force: write into a folder that holds something.
-        dry_run: make no folder; the run is there to be looked at.
+        force: write into the folder even if it holds something.
+        dry_run: write nothing; the run is there only to be looked at.
 
     Raises:
-        PathconvertError: as its message says; the folder is made only once all else is ready.
+        TrainingError: the device, the precision or the number of processes cannot be used.
+        DataError: the data set is missing, empty or inconsistent, or does not fit the network.
+        OutputError: the folder cannot be made, or holds something.
+        PathconvertError: the network is not a classifier of images, or options contradict one another.
     """
     fabric = _launched(settings, device, None if dry_run else path)
     data = load_data(network, settings)
@@ -67,7 +76,7 @@ def begin(
 
 
 def _resolved(run: Run) -> str:
-    """The settings, and above them, as remarks, what followed from the network and the data."""
+    """The text of ``config.yaml``: the settings, below comments with what followed from the network and the data."""
     prepared, recipe = run.prepared, run.prepared.preprocessing
     architecture, source = prepared.network.architecture, prepared.network.checkpoint
     record = getattr(prepared.model, "path_record", {})
@@ -88,16 +97,17 @@ def _resolved(run: Run) -> str:
 
 
 def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
-    """The run in a folder, where its last checkpoint left it.
+    """Resume the run in a folder from its last checkpoint.
 
     Args:
-        path: of the folder.
+        path: the run's folder.
         device: ``auto``, ``cuda`` or ``cpu``.
-        data: where the run's images are now, if elsewhere.
+        data: where the run's images are now, if they were moved.
 
     Raises:
-        CheckpointError: no run began there, or its files are damaged.
-        DataError: the data set changed.
+        CheckpointError: no run has begun in the folder, or its files are damaged.
+        DataError: the data set is missing, or has changed.
+        TrainingError: the device cannot be used.
     """
     folder = RunFolder.open(path)
     settings = Settings.from_file(path / CONFIG, {} if data is None else {"data": data})
@@ -119,15 +129,17 @@ def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
 
 
 def _launched(settings: Settings, device: str, path: Path | None) -> Fabric:
+    """Launch Fabric, with TensorBoard logs in the folder ``path``; None writes no logs."""
     fabric = make_fabric(settings, device, None if path is None else RunFolder(path))
     fabric.launch()
     if fabric.world_size > 1:
-        # Fabric does so for NCCL alone; a gloo group that is still alive when the interpreter ends now and then aborts
-        # the process ("terminate called without an active exception"), and torchrun reports a failure
+        # Fabric leaves only NCCL groups. A gloo group that is still alive when the interpreter ends aborts the process
+        # now and then ("terminate called without an active exception"), and torchrun reports a failure
         atexit.register(_leave_process_group)
     return fabric
 
 
 def _leave_process_group() -> None:
+    """Leave the process group, unless an error has done so already."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

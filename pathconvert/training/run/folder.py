@@ -1,13 +1,13 @@
-"""The folder of a run, and what is in it::
+"""The folder of a run, which holds::
 
-    config.yaml                   the resolved settings; the form that --config reads
-    initial.path.safetensors      the network that training began with (initial.safetensors without a conversion)
-    last.ckpt                     all that --resume needs: weights, optimizer, average, schedule, position, history
-    best.path.safetensors         the network with the best validation so far (best.safetensors without a conversion)
-    metrics.csv, curves.png       what was measured, an epoch a line
-    tensorboard/                  the same for TensorBoard, and the loss and rate of the steps
+    config.yaml                   the run's settings, in the format that --config reads
+    initial.path.safetensors      the network that training began with (initial.safetensors if it is not converted)
+    last.ckpt                     what --resume needs: weights, optimizer, average, schedule, position, history
+    best.path.safetensors         the network with the best validation so far (best.safetensors if it is not converted)
+    metrics.csv, curves.png       the measurements of every epoch
+    tensorboard/                  the same for TensorBoard, and the loss and learning rate of every step
 
-All files are written whole or not at all. ``last.ckpt`` is a versioned format of its own.
+All files are written atomically. ``last.ckpt`` has its own, versioned format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathconvert.errors import CheckpointError, OutputError
 from pathconvert.files.writing import prepare_output, write_atomically
 from pathconvert.version import __version__
 
-#: 2: G-SGD's momentum is divided by the gauge of the row.
+#: The format of ``last.ckpt``. In version 2, G-SGD's momentum is divided by the gauge of the row.
 FORMAT_VERSION = 2
 CONFIG, LAST, METRICS, CURVES = "config.yaml", "last.ckpt", "metrics.csv", "curves.png"
 
@@ -35,7 +35,7 @@ class RunFolder:
     """A run's folder.
 
     Args:
-        path: of the folder.
+        path: where the folder is, or is to be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,49 +43,60 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, *, force: bool) -> RunFolder:
-        """A new folder for a run.
+        """Make a folder for a new run, or clear the files of an earlier run from it.
+
+        Args:
+            path: the folder.
+            force: take a folder that holds something.
 
         Raises:
-            OutputError: it cannot be made, or holds something already (without ``force``).
+            OutputError: the folder cannot be made, or holds something and ``force`` is not set.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
             used = any(path.iterdir())
         except OSError as error:
-            raise OutputError(f"The folder {path} cannot be made: {error.strerror}.", "Give another.") from error
+            raise OutputError(
+                f"The folder {path} cannot be made: {error.strerror}.", "Give another --output-dir."
+            ) from error
         if used and not force:
             raise OutputError(
-                f"{path} holds something already.",
-                "Give another --output-dir, --resume it, or --force.",
+                f"The folder {path} is not empty.",
+                f"Give another --output-dir; resume the run in it with --resume {path}; or overwrite it with --force.",
             )
         folder = RunFolder(path)
         networks = (folder.network(name, form) for name in ("initial", "best") for form in ("plain", "path"))
         for file in (*(path / name for name in (CONFIG, LAST, METRICS, CURVES)), *networks):
-            file.unlink(missing_ok=True)  # nothing of an earlier run passes for this one's
+            file.unlink(missing_ok=True)  # so that no file of an earlier run is taken for one of this run
         return folder
 
     @staticmethod
     def open(path: Path) -> RunFolder:
-        """The folder of a run that began.
+        """Open the folder of a run that has begun.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: the folder is missing, or no run has begun in it.
         """
         if not (path / CONFIG).is_file():
-            what = "has no config.yaml, so that no run began there" if path.is_dir() else "is no folder"
-            raise CheckpointError(f"{path} {what}", "Give the folder that finetune wrote (--output-dir).")
+            what = "has no config.yaml, so no run began there" if path.is_dir() else "is not a folder"
+            raise CheckpointError(f"{path} {what}", "Give the folder that finetune wrote to (its --output-dir).")
         return RunFolder(path)
 
     def network(self, name: str, form: str) -> Path:
-        """Where ``initial`` or ``best`` is."""
+        """The path of a network of the run.
+
+        Args:
+            name: ``initial`` or ``best``.
+            form: ``plain``, ``path`` or ``path-bn``.
+        """
         return self.path / (f"{name}.safetensors" if form == "plain" else f"{name}.path.safetensors")
 
     def write_text(self, name: str, text: str) -> None:
-        """A text file."""
+        """Write a text file into the folder."""
         self._write(name, lambda path: path.write_text(text))
 
     def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """``metrics.csv`` and ``curves.png``."""
+        """Write ``metrics.csv`` and ``curves.png``, from one row per epoch."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(history[0]))
         writer.writeheader()
@@ -95,36 +106,48 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a ``last.ckpt``."""
+        """Whether the folder holds a ``last.ckpt``."""
         return (self.path / LAST).exists()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """``last.ckpt``."""
+        """Write ``last.ckpt``.
+
+        Args:
+            state: plain values and tensors; those of the network under ``model``.
+
+        Raises:
+            OutputError: the file cannot be written; an earlier one stays.
+        """
         stored = {"format_version": FORMAT_VERSION, "tool": f"pathconvert {__version__}"} | dict(state)
 
         def write(path: Path) -> None:
-            with path.open("wb") as file:  # a file of Python's keeps the system's error
+            with path.open(
+                "wb"
+            ) as file:  # given a path, torch.save hides the system's error; given a file, it does not
                 torch.save(stored, file)
 
         self._write(LAST, write, state["model"])
 
     def load(self) -> dict[str, Any] | None:
-        """``last.ckpt``; None where the run ended before it was written.
+        """Read ``last.ckpt``; None where the run ended before it was written.
 
         Raises:
-            CheckpointError: it is damaged, or of another format.
+            CheckpointError: the file is damaged, or has another format version.
         """
         path = self.path / LAST
         if not self.has_checkpoint:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the file makes it stumble upon
-            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # torch raises many types for damaged files
+            raise CheckpointError(
+                f"{path} is damaged: {' '.join(str(error).split())[:200]}",
+                "Begin a new run, from the best network of this one if there is one.",
+            ) from error
         if state.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format version {state.get('format_version')}; this is pathconvert {__version__}, which "
-                f"reads version {FORMAT_VERSION}",
+                f"{path} has format version {state.get('format_version')}, but this pathconvert {__version__} reads "
+                f"version {FORMAT_VERSION}",
                 f"Resume with the version that wrote it: {state.get('tool', 'unknown')}.",
             )
         return state
@@ -135,7 +158,7 @@ class RunFolder:
 
 
 def default_folder(source: str) -> Path:
-    """``runs/<stem>-<time>``."""
+    """The folder of a run that was given none: ``runs/<stem of the source>-<time>``."""
     stem = Path(source).name
     for suffix in (".safetensors", ".pth", ".pt", ".path", ".path-bn"):
         stem = stem.removesuffix(suffix)
@@ -143,7 +166,7 @@ def default_folder(source: str) -> Path:
 
 
 def _plot(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Loss and accuracy over the epochs."""
+    """Draw loss and accuracy over the epochs, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

@@ -1,27 +1,24 @@
-"""The loop: epochs of steps, validated and written down so that it can go on after any end."""
+"""The training loop: epochs of steps, with validation and checkpoints from which an interrupted run can resume."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
 from pathconvert.errors import CheckpointError, DataError, PathconvertError, TrainingError
-from pathconvert.networks.loading import save_trained
+from pathconvert.networks.saving import save_trained
 from pathconvert.training.data.augmentation import Transform
 from pathconvert.training.data.batches import Batches, batches
 from pathconvert.training.data.labelled import Data
@@ -29,6 +26,7 @@ from pathconvert.training.optimizer.choice import make_optimizer, make_schedule
 from pathconvert.training.optimizer.gsgd import GSGD
 from pathconvert.training.run.folder import RunFolder
 from pathconvert.training.run.metrics import EvaluationReport, evaluate
+from pathconvert.training.run.position import Position, Progress, Result
 from pathconvert.training.run.preparation import Prepared
 from pathconvert.training.run.sync_batch_norm import synchronise_batch_norms
 from pathconvert.training.settings import Settings
@@ -37,80 +35,19 @@ from pathconvert.training.settings import Settings
 AUXILIARY = 0.3
 
 
-class Progress(Protocol):
-    """What is told while the loop runs."""
-
-    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int) -> None:
-        """After a batch: its place in the epoch, the epoch's averages so far, images of this batch."""
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """After an epoch, what was measured."""
-
-
-@dataclass
-class Position:
-    """Where a run is: everything beside weights and optimizer that a checkpoint has to know."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    best: tuple[float, float] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        history: what was measured, an epoch a row.
-        best: the row of the best validation.
-        shortened: steps of chains that were shortened; None for other optimizers than G-SGD.
-    """
-
-    history: list[dict[str, Any]]
-    best: dict[str, Any]
-    shortened: int | None
-
-
-def make_fabric(settings: Settings, device: str, folder: RunFolder | None = None) -> Fabric:
-    """Devices, precision and processes; the latter from the environment that ``torchrun`` sets.
-
-    Raises:
-        TrainingError: the device was asked for and is not there.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: torch finds no usable GPU", "Leave --device out to train on the CPU.")
-    accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    precision: Any = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.amp]
-    if accelerator == "cpu" and settings.amp == "fp16":
-        raise TrainingError("--amp fp16 needs a GPU", "On the CPU: --amp bf16, or off.")
-    if settings.batch_size % world:
-        raise TrainingError(f"--batch-size {settings.batch_size} cannot be shared by {world} processes")
-    return Fabric(
-        accelerator=accelerator,
-        devices=local,
-        num_nodes=world // local,
-        strategy="ddp" if world > 1 else "auto",
-        precision=precision,
-        loggers=TensorBoardLogger(folder.path, name="", version="tensorboard") if folder else None,
-    )
-
-
 class Run:
-    """A network that is being trained.
+    """A training run.
 
     Args:
-        prepared: the network; it is trained in place.
-        data: labelled images.
-        settings: of the run.
-        folder: where its files go.
-        fabric: from :func:`make_fabric`, launched.
+        prepared: the network, which is trained in place.
+        data: the labelled images.
+        settings: the run's settings.
+        folder: where the run's files go.
+        fabric: from ``make_fabric``, launched.
+
+    Raises:
+        DataError: there are fewer training images than one batch needs.
+        RecordError: G-SGD is asked for, and the network carries no record of its conversion.
     """
 
     def __init__(self, prepared: Prepared, data: Data, settings: Settings, folder: RunFolder, fabric: Fabric) -> None:
@@ -140,13 +77,13 @@ class Run:
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        """Of fp16's gradients."""
+        """The scaler of fp16's gradients; None with other precisions."""
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
-    # ---- going on --------------------------------------------------------------------------------------------------
+    # ---- resuming --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What ``last.ckpt`` holds. Chance follows from the position, so that no generator's state is needed."""
+        """The content of ``last.ckpt``. It has no generators: random numbers follow from seed and position."""
         return {
             "model": self.raw.state_dict(),
             "optimizer": self.raw_optimizer.state_dict(),
@@ -158,15 +95,15 @@ class Run:
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``.
+        """Continue from ``state``, which :meth:`state` gave.
 
         Raises:
-            DataError: the data set is another than it was.
+            DataError: the data set is not the one that the run began with.
         """
         if state["data"] != self.data.digest:
             raise DataError(
                 f"{self.data.name} is not the data set that the run began with: classes, images or names changed",
-                "Restore the data set, or begin a new run from best.path.safetensors.",
+                "Restore the data set, or begin a new run from the best network of this one.",
             )
         self.raw.load_state_dict(state["model"])
         self.raw_optimizer.load_state_dict(state["optimizer"])
@@ -188,11 +125,16 @@ class Run:
     # ---- training --------------------------------------------------------------------------------------------------
 
     def train(self, progress: Progress | None = None) -> Result:
-        """Train to the end, from wherever the run is.
+        """Train from the run's position to its end.
+
+        Args:
+            progress: is told about every batch and every epoch.
 
         Raises:
-            TrainingError: the loss is not finite (exit code 1), or memory is short.
-            PathconvertError: data or files fail; the last checkpoint stays.
+            TrainingError: the loss or the outputs are not finite (exit code 1), memory is short, or a batch is too
+                small for BatchNorm.
+            CheckpointError: an image cannot be read.
+            OutputError: a file of the run cannot be written; the last checkpoint stays.
         """
         with _explained(self.settings.batch_size):
             while self.position.step < self.total_steps or self.position.images:
@@ -252,9 +194,16 @@ class Run:
         self._end_of_epoch(progress)
 
     def _batch(self, images: Tensor, labels: Tensor, parts: int, last: bool) -> tuple[float, int]:
-        """Forward and backward of one of the ``parts`` of a step; the step itself after the ``last``."""
+        """Forward and backward pass of one batch, and the step if this is the ``last`` of its ``parts`` batches.
+
+        Returns:
+            The batch's loss, and how many of its images were classified correctly.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         s, p = self.settings, self.position
-        # chance within the network and mixup follows from the position alone
+        # random numbers of dropout and mixup follow from the position alone, so that a resumed run draws the same
         torch.manual_seed(hash((s.seed, p.epoch, p.batch, self.fabric.global_rank)) % 2**63)
         images, labels = self.fabric.to_device((images, labels))
         if s.channels_last:
@@ -275,8 +224,9 @@ class Run:
         return value, int((logits.argmax(1) == labels).sum())
 
     def _diverged(self, what: str) -> TrainingError:
-        tip = f"Try a smaller rate: --lr {self.settings.lr / 3:.1g}, --warmup-steps, or --clip 1."
-        kept = "the last checkpoint is as it was" if self.folder.has_checkpoint else "there is no checkpoint yet"
+        """The error of a run that diverged; ``what`` says what is not finite."""
+        tip = f"Try --lr {self.settings.lr / 3:.1g}, --warmup-steps 100, or --clip 1."
+        kept = "the last checkpoint is unchanged" if self.folder.has_checkpoint else "there is no checkpoint yet"
         return TrainingError(f"{what}; {kept}", tip, exit_code=1)
 
     def _step(self, loss: float) -> None:
@@ -297,7 +247,7 @@ class Run:
         p = self.position
         try:
             report = self.validate()
-        except CheckpointError:  # an image that cannot be read does not cost the epoch
+        except CheckpointError:  # save the finished epoch before an unreadable image ends the run
             if self.fabric.is_global_zero:
                 self.folder.save(self.state())
             raise
@@ -338,7 +288,7 @@ class Run:
         return found
 
     def validate(self) -> EvaluationReport:
-        """The network, or its average where one is kept, on the held-out images."""
+        """Evaluate the network, or its average where one is kept, on the held-out images."""
         model = self.average.module if self.average else self.raw
         s = self.settings
         loader = batches(
@@ -362,7 +312,11 @@ class Run:
         return evaluate(classify, loader, num_classes=len(self.prepared.labels))
 
     def _logits(self, model: nn.Module, images: Tensor, otherwise: str) -> Tensor:
-        """Class scores, float32; a run that diverged, in the words of ``otherwise``, where they are not finite."""
+        """Class scores of a batch, float32.
+
+        Raises:
+            TrainingError: they are not finite; the message is ``otherwise``.
+        """
         with self.fabric.autocast():
             logits: Tensor = _all_logits(model(images.to(self.fabric.device)))[0]
         if not bool(logits.isfinite().all()):
@@ -371,7 +325,11 @@ class Run:
 
     @torch.no_grad()
     def _require_finite(self, images: Tensor) -> None:
-        """A checkpoint is to be one that training can go on from."""
+        """Check before a checkpoint is written that training can continue from it.
+
+        Raises:
+            TrainingError: outputs for ``images`` are not finite.
+        """
         p = self.position
         self.raw.eval()
         self._logits(self.raw, images, f"outputs are no longer finite after epoch {p.epoch + 1}, batch {p.batch}")
@@ -380,7 +338,7 @@ class Run:
             _freeze_statistics(self.raw)
 
     def write_initial(self) -> None:
-        """``initial``, from which a resumed run builds its network."""
+        """Write the network ``initial``, from which a resumed run builds its own."""
         if self.fabric.is_global_zero:
             self._write_network("initial", None)
         self.fabric.barrier()
@@ -403,17 +361,17 @@ class Run:
 
 
 def _quality(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What is better is larger."""
+    """Top-1 and negative loss of a row: of two rows, the better one compares as larger."""
     return row["val_top1"], -row["val_loss"]
 
 
 def _all_logits(output: Any) -> list[Tensor]:
-    """The class scores, then those of auxiliary classifiers (GoogLeNet, Inception)."""
+    """The class scores of a network's output, followed by those of its auxiliary classifiers (GoogLeNet, Inception)."""
     return [output] if isinstance(output, Tensor) else [t for t in output if t is not None]
 
 
 def _freeze_statistics(model: nn.Module) -> None:
-    """BatchNorms whose parameters are frozen use and keep the statistics that they have."""
+    """Put BatchNorms whose parameters are frozen into evaluation mode, so that their statistics stay as they are."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
             p.requires_grad for p in module.parameters()
@@ -423,7 +381,7 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 @contextmanager
 def _explained(batch_size: int) -> Iterator[None]:
-    """Out of memory, and batches that BatchNorm cannot take, as errors that say what to do."""
+    """Turn torch's errors for short memory and for batches too small for BatchNorm into a TrainingError with a tip."""
     try:
         yield
     except PathconvertError:
@@ -432,7 +390,7 @@ def _explained(batch_size: int) -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise TrainingError(
-            "a batch gives BatchNorm one value a channel, which has no variance",
+            "a batch gives BatchNorm one value per channel, which has no variance",
             f"Give --batch-size {batch_size + 1} or more, or larger images: --size.",
         ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -440,6 +398,6 @@ def _explained(batch_size: int) -> Iterator[None]:
         if not short:
             raise
         raise TrainingError(
-            f"out of memory with batches of {batch_size}; the last checkpoint is as it was",
+            f"out of memory with batches of {batch_size}; the last checkpoint, if any, is unchanged",
             f"Give --batch-size {max(1, batch_size // 2)} --accumulate 2, or --amp bf16.",
         ) from error

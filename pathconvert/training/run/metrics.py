@@ -1,4 +1,4 @@
-"""How well a network, in whatever form and wherever it runs, classifies labelled images."""
+"""How well a network classifies labelled images, in whatever form it is and wherever it runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pathconvert.errors import DataError, PathconvertError
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        top1, top5: shares of the images, in [0, 1], whose class is the first, or among the first five.
-        loss: cross entropy in nats, the images' mean.
-        images: how many there were, in all processes together.
-        seconds: what this process took, reading included.
+        top1, top5: share of the images, in [0, 1], whose class has the highest score, or one of the five highest.
+        loss: mean cross entropy over the images, in nats.
+        images: number of images, in all processes together.
+        seconds: time that this process took, including the reading of images.
     """
 
     top1: float
@@ -34,7 +34,7 @@ class EvaluationReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The report as a JSON object, with the images per second."""
         return asdict(self) | {"images_per_second": self.images / self.seconds if self.seconds else None}
 
 
@@ -45,17 +45,17 @@ def evaluate(
     num_classes: int,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> EvaluationReport:
-    """Measure on labelled images; in several processes on those of all together.
+    """Measure accuracy and loss on labelled images; in a run of several processes, on the images of all of them.
 
     Args:
         classify: images [N, C, H, W] as they come from ``batches`` → logits [N, num_classes], on any device.
-        batches: images and labels int64 [N], on the CPU or where ``classify`` wants them.
-        num_classes: of the network.
-        progress: called with the batches done and their number (None where ``batches`` has no length).
+        batches: images, and labels int64 [N]; on the CPU or where ``classify`` needs them.
+        num_classes: number of classes of the network.
+        progress: called with the number of batches done and of all batches (None where ``batches`` has no length).
 
     Raises:
-        DataError: a label is none of the network's classes, or there are no images.
-        PathconvertError: the network gives other outputs than logits, or some that are not finite.
+        DataError: there are no images, or a label is not a class of the network.
+        PathconvertError: the network's outputs are not class scores, or are not finite.
     """
     begun = time.perf_counter()
     total = len(batches) if isinstance(batches, Sized) else None
@@ -74,7 +74,7 @@ def evaluate(
             if progress:
                 progress(done, total)
         if not images.update_called:
-            raise DataError("there are no images to measure on", "Give some, or a larger limit.")
+            raise DataError("there are no images to measure on", "Add images to the folder that --data names.")
         found = {name: float(value) for name, value in accuracies.compute().items()}
         return EvaluationReport(
             **found, loss=float(loss.compute()), images=int(images.compute()), seconds=time.perf_counter() - begun
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _accuracy(num_classes: int, top: int) -> MulticlassAccuracy:
-    """Of images, not of classes. Labels are checked before."""
+    """Accuracy over images, not averaged over classes. It does not check the labels."""
     return MulticlassAccuracy(num_classes, top_k=min(top, num_classes), average="micro", validate_args=False)
 
 
@@ -90,21 +90,27 @@ def _require_labels(labels: Tensor, num_classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise DataError(
-            f"an image is of class {int(wrong[0])}, and the network has {num_classes} classes, 0 to {num_classes - 1}",
-            "Give the data that the network was trained for, or fine-tune it to these.",
+            f"an image has class {int(wrong[0])}, but the network has {num_classes} classes, 0 to {num_classes - 1}",
+            "Give the data that the network was trained for, or fine-tune it on this data.",
         )
 
 
 def _logits(output: Any, images: int, num_classes: int) -> Tensor:
-    """Checked, and in float32 at least."""
+    """Class scores [images, num_classes], checked, in float32 or float64.
+
+    Raises:
+        PathconvertError: the output is not a tensor of this shape, or is not finite.
+    """
     if not isinstance(output, Tensor):
-        raise PathconvertError(f"the network gives a {type(output).__name__}, no class scores")
+        raise PathconvertError(f"the network returns a {type(output).__name__}, not a tensor of class scores")
     scores = output.flatten(1) if output.ndim > 2 and set(output.shape[2:]) == {1} else output
     if tuple(scores.shape) != (images, num_classes):
         given = "×".join(map(str, output.shape))
-        raise PathconvertError(f"the network gives outputs of size {given}, not {images}×{num_classes} class scores")
+        raise PathconvertError(
+            f"the network's outputs have the size {given}, not {images}×{num_classes} as class scores have"
+        )
     if not bool(torch.isfinite(scores).all()):
         raise PathconvertError(
-            "the network gives outputs that are not finite", "Its training diverged, or fp16 overflows: try fp32."
+            "the network's outputs are not finite", "Its training diverged, or fp16 overflows: try fp32."
         )
     return scores if scores.dtype == torch.float64 else scores.float()

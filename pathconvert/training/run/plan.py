@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: ``finetune --dry-run``."""
+"""The plan of a run, which ``finetune --dry-run`` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathconvert.training.run.preparation import Prepared
 
 
 def plan(run: Run) -> dict[str, Any]:
-    """Parameters by kind, chains, pivots, steps, and how much memory training takes; JSON-serialisable."""
+    """The numbers of parameters, chains, pivots, images and steps, and the memory that training needs, as JSON."""
     model, settings = run.prepared.model, run.settings
     optimizer = run.raw_optimizer
     named = dict(model.named_parameters())
@@ -46,13 +46,15 @@ def plan(run: Run) -> dict[str, Any]:
         "steps": run.total_steps,
         "epochs": -(-run.total_steps // run.steps_an_epoch),
         "device": str(run.fabric.device),
-        "memory_bytes": _memory(run.prepared, local_batch, bool(settings.momentum), bool(settings.ema)),
+        "memory_bytes": _memory(
+            run.prepared, local_batch, momentum=bool(settings.momentum), average=bool(settings.ema)
+        ),
         "notes": list(run.prepared.notes),
     }
 
 
-def _memory(prepared: Prepared, batch: int, momentum: bool, average: bool) -> dict[str, int]:
-    """Bytes of weights with their gradients and buffers, and of what the backward pass of one batch keeps."""
+def _memory(prepared: Prepared, batch: int, *, momentum: bool, average: bool) -> dict[str, int]:
+    """Bytes of the weights with their gradients and buffers, and of the activations kept for the backward pass."""
     model = prepared.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -61,7 +63,7 @@ def _memory(prepared: Prepared, batch: int, momentum: bool, average: bool) -> di
 
 
 def _kept_by_autograd(prepared: Prepared, model: nn.Module) -> int:
-    """Bytes that autograd keeps of one image, without the parameters: half of what it keeps of two."""
+    """Bytes that autograd keeps per image, without parameters and buffers; measured with a batch of two images."""
     own = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
     seen: dict[int, int] = {}
 

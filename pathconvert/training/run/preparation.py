@@ -1,4 +1,4 @@
-"""From a file of any form to the network that is trained: its head, its conversion, Path-BN's statistics."""
+"""Preparing a network of any form for training: its head, its conversion, the statistics of Path-BN."""
 
 from __future__ import annotations
 
@@ -26,18 +26,28 @@ from pathconvert.training.data.batches import batches
 from pathconvert.training.data.labelled import Data
 from pathconvert.training.settings import Settings
 
+#: The form that is trained, by norm and optimizer.
+TRAINED_FORM = {
+    ("path-bn", "gsgd"): "path-bn",
+    ("path-bn", "sgd"): "path-bn",
+    ("path-bn", "path-sgd"): "path-bn",
+    ("bn", "gsgd"): "path",
+    ("bn", "sgd"): "plain",  # SGD and Path-SGD are the baselines, which train the network as it was
+    ("bn", "path-sgd"): "plain",
+}
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A network ready to be trained.
 
     Attributes:
-        model: float32, in evaluation mode; carries its record unless its form is ``plain``.
-        network: where it comes from; its architecture has the head of the data.
-        preprocessing: of the images.
+        model: the network to train, float32, in evaluation mode; it carries its record unless its form is ``plain``.
+        network: the network that it comes from, with the architecture that has the head for the data.
+        preprocessing: how images are turned into inputs.
         labels: names of the classes, one for every output.
         head: names of the classifier's parameters.
-        notes: what was chosen on the way.
+        notes: remarks for the user about what was chosen.
     """
 
     model: nn.Module
@@ -57,18 +67,22 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
     """Give ``network`` the head, the form and the statistics that ``settings`` ask for.
 
     Args:
-        network: in any form; not changed.
-        data: its classes decide the head, its training images Path-BN's statistics.
-        settings: of the run.
+        network: a network in any form; not changed.
+        data: its classes determine the head, and its training images the statistics of Path-BN.
+        settings: the run's settings.
 
     Raises:
-        PathconvertError: no classifier of images, a head that cannot be replaced, or options against each other.
+        DataError: the data has more classes than ``--num-classes``, or the network's head cannot be replaced.
+        PathconvertError: the network is not a classifier of images, or options contradict one another.
     """
     architecture = network.architecture
     if architecture.task not in ("classification", "other"):
-        raise PathconvertError(f"{architecture.name} is no classifier of images ({architecture.task})")
+        raise PathconvertError(
+            f"{architecture.name} is not a classifier of images (its task: {architecture.task})",
+            "finetune trains classifiers; give a network whose outputs are class scores.",
+        )
     if settings.norm == "bn" and settings.skip_scale is not None:
-        raise PathconvertError("--skip-scale belongs to Path-BN", "Leave it out, or give --norm path-bn.")
+        raise PathconvertError("--skip-scale has no effect with --norm bn", "Leave it out, or give --norm path-bn.")
     chosen = preprocessing_of(
         network,
         data,
@@ -76,39 +90,49 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
         mean=parse_values(settings.mean, "--mean"),
         std=parse_values(settings.std, "--std"),
     )
-    notes = [chosen.note] if chosen.note else []
     crop = chosen.preprocessing.crop
     assert crop is not None
     record = network.record
-    channels = len(chosen.preprocessing.mean)
     network = dataclasses.replace(
         network,
         model=copy.deepcopy(network.model).float(),
-        architecture=dataclasses.replace(architecture, input_size=(channels, *crop)),
+        architecture=dataclasses.replace(architecture, input_size=(len(chosen.preprocessing.mean), *crop)),
     )
-    head: tuple[str, ...] = ()
-    model = network.model
     labels = _labels(data, settings)
-    classes = _class_count(model, network)
-    other_labels = network.labels is not None and tuple(network.labels) != labels
-    if classes != len(labels) or settings.new_head or other_labels:
-        plain = restore(model, record) if record else model
-        architecture, model, head = _with_head(network, plain, classes, len(labels), settings.seed)
-        notes.append(f"a new classifier for {len(labels)} classes: {', '.join(head)}")
-        network = dataclasses.replace(network, model=model, architecture=architecture)
-    else:
-        head = tuple(f"{_layers_that_run(model, network)[-1]}.{leaf}" for leaf in ("weight", "bias"))
-        notes.append(f"the classifier is kept: it has {classes} classes, as the data has")
-    model = _in_form(model, network, record, data, settings, Transform(chosen.preprocessing))
+    network, head, note = _with_head_for(network, record, labels, settings)
+    model = _in_form(network.model, network, record, data, settings, Transform(chosen.preprocessing))
+    notes = [chosen.note, note] if chosen.note else [note]
     return Prepared(model.eval(), network, chosen.preprocessing, labels, head, tuple(notes))
 
 
+def _with_head_for(
+    network: LoadedNetwork, record: Mapping[str, Any] | None, labels: tuple[str, ...], settings: Settings
+) -> tuple[LoadedNetwork, tuple[str, ...], str]:
+    """Give a network a classifier for ``labels``, unless its own is for just these.
+
+    Returns:
+        The network, whose model is plain if its classifier is new; the names of the classifier's parameters; and a note
+        that says whether it is new.
+    """
+    model = network.model
+    classes = _class_count(model, network)
+    other_labels = network.labels is not None and tuple(network.labels) != labels
+    if classes == len(labels) and not settings.new_head and not other_labels:
+        head = tuple(f"{_layers_that_run(model, network)[-1]}.{leaf}" for leaf in ("weight", "bias"))
+        return network, head, f"the classifier is kept: it has {classes} classes, as the data has"
+    plain = restore(model, record) if record else model
+    architecture, model, head = _with_head(network, plain, classes, len(labels), settings.seed)
+    network = dataclasses.replace(network, model=model, architecture=architecture)
+    return network, head, f"a new classifier for {len(labels)} classes: {', '.join(head)}"
+
+
 def _labels(data: Data, settings: Settings) -> tuple[str, ...]:
-    """A name for every output: those of the data, and numbers for outputs that it has no class for."""
+    """A name for every output: the classes of the data, and "class N" for outputs beyond them."""
     count = settings.num_classes or len(data.classes)
     if count < len(data.classes):
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes, more than --num-classes {count}", "Leave it out."
+            f"{data.name} has {len(data.classes)} classes, more than --num-classes {count}",
+            "Leave --num-classes out, or give a larger number.",
         )
     return (*data.classes, *(f"class {i}" for i in range(len(data.classes), count)))
 
@@ -121,38 +145,59 @@ def _in_form(
     settings: Settings,
     transform: Transform,
 ) -> nn.Module:
-    """``model`` (plain if its head is new, else as the file has it) in the form that is trained."""
-    converted = form_of(model) != "plain"
+    """Bring ``model`` into the form that is trained.
+
+    Args:
+        model: plain if its head is new, else in the form of its file.
+        network: tells the size of the inputs.
+        record: of the conversion that the file holds; None for a plain file. Its choices are kept.
+        data: its training images are those that new Path-BN layers are calibrated with.
+        settings: of the run.
+        transform: the transform of the calibration images.
+
+    Raises:
+        PathconvertError: ``--pivot`` or ``--scope`` is given, and the file was converted with another.
+    """
     asked = {name: getattr(settings, name) for name in ("pivot", "scope") if getattr(settings, name) is not None}
-    if asked and record:
-        stored = {name: record[name] for name in asked}
-        if stored != asked:
-            raise PathconvertError(
-                f"the source is converted already, with {', '.join(f'{k} {v}' for k, v in stored.items())}",
-                "Leave --pivot and --scope out, or start from the plain checkpoint.",
-            )
-    if settings.norm == "bn" and settings.optimizer != "gsgd":  # the baselines train the network as it was
-        return restore(model, record_of(model)) if converted else model
-    stored_path_bn = (record or {}).get("path_bn", {})
-    skip_scale = settings.skip_scale or stored_path_bn.get("skip_scale", 1.0)
-    if form_of(model) == "path-bn":
-        if settings.norm == "path-bn" and skip_scale == stored_path_bn["skip_scale"]:
-            return model
-        model = leave_path_bn(model)
-    if converted and settings.norm == "bn":
+    _require_same_choices(record, asked)
+    form, wanted = form_of(model), TRAINED_FORM[settings.norm, settings.optimizer]
+    stored = (record or {}).get("path_bn", {})
+    skip_scale = settings.skip_scale or stored.get("skip_scale", 1.0)
+    if form == wanted and (form != "path-bn" or skip_scale == stored["skip_scale"]):
         return model
+    if wanted == "plain":
+        return restore(model, record_of(model))
+    if form == "path-bn":
+        model = leave_path_bn(model)
+        if wanted == "path":
+            return model
+    plain = model if form == "plain" else restore(model, record_of(model))
     example = random_input(network.architecture)
     options: dict[str, Any] = {name: (record or {}).get(name) for name in ("scope", "pivot", "gauge")}
-    plain = restore(model, record_of(model)) if converted else model
     conversion = reparameterize(plain, example, **{k: v for k, v in (options | asked).items() if v is not None})
-    if settings.norm == "bn":
+    if wanted == "path":
         return conversion.model
-    # from what the network computes in evaluation mode: on new data 1 % of error better (benchmarks/README.md)
+    # begin="evaluation" keeps what the network computes in evaluation mode: its error on new data is 1 % lower
+    # (benchmarks/README.md)
     return to_path_bn(conversion, example, _calibration(data, settings, transform), skip_scale, begin="evaluation")
 
 
+def _require_same_choices(record: Mapping[str, Any] | None, asked: Mapping[str, str]) -> None:
+    """Refuse choices of a conversion that differ from those in its record.
+
+    Raises:
+        PathconvertError: there is a record, and it holds another choice.
+    """
+    stored = {name: record[name] for name in asked} if record else asked
+    if stored != asked:
+        raise PathconvertError(
+            f"the source is converted already, with {', '.join(f'{k} {v}' for k, v in stored.items())}",
+            "Leave --pivot and --scope out, or start from the plain checkpoint.",
+        )
+
+
 def _calibration(data: Data, settings: Settings, transform: Transform) -> Iterator[Tensor]:
-    """Training images, as evaluation sees them."""
+    """The first ``calibration_images`` of the shuffled training images, without augmentation, in batches."""
     left = settings.calibration_images
     for images, _ in batches(
         data.train, transform, batch_size=32, epoch=0, seed=settings.seed, shuffle=True, drop_last=False
@@ -164,17 +209,37 @@ def _calibration(data: Data, settings: Settings, transform: Transform) -> Iterat
 
 
 def _class_count(model: nn.Module, network: LoadedNetwork) -> int:
+    """The number of class scores that ``model`` returns per image.
+
+    Raises:
+        PathconvertError: it returns something else.
+    """
     with torch.no_grad():
         output = model.eval()(random_input(network.architecture, batch=1))
     if not isinstance(output, Tensor) or output.dim() != 2:
-        raise PathconvertError(f"{network.architecture.name} gives no class scores", "finetune trains classifiers.")
+        raise PathconvertError(
+            f"the outputs of {network.architecture.name} are not class scores", "finetune trains only classifiers."
+        )
     return output.shape[1]
 
 
 def _with_head(
     network: LoadedNetwork, plain: nn.Module, before: int, classes: int, seed: int
 ) -> tuple[architectures.Architecture, nn.Module, tuple[str, ...]]:
-    """The plain network with another number of outputs; layers of class scores are initialised anew."""
+    """Build a plain network again with another number of outputs.
+
+    Args:
+        network: tells the architecture.
+        plain: the network, whose weights are kept but for the classifiers', which are initialised anew.
+        before, classes: its number of outputs, and the number that it gets.
+        seed: of the initialisation.
+
+    Returns:
+        The new architecture, the new network, and the names of the parameters of its classifiers.
+
+    Raises:
+        DataError: no classifier is found, or another tensor would change too.
+    """
     old = network.architecture
     architecture = dataclasses.replace(old, arguments=old.arguments | {"num_classes": classes})
     fresh, tensors = architectures.build(architecture), plain.state_dict()
@@ -187,10 +252,10 @@ def _with_head(
         name for name, tensor in fresh.state_dict().items() if kept[name].shape != tensor.shape or name not in tensors
     ]
     if odd or not layers:
-        what = f"{odd[0]} changes too" if odd else "none is found"
+        what = f"{odd[0]} would change too" if odd else "no layer has as many outputs as there are classes"
         raise DataError(
             f"the classifier of {old.name} cannot be replaced by one of {classes} classes: {what}",
-            "Its builder has to take num_classes.",
+            "Its builder must take num_classes, and use it for the classifier alone.",
         )
     model = architectures.load_tensors(architecture, kept)
     with torch.random.fork_rng(devices=[]):
@@ -202,16 +267,23 @@ def _with_head(
 
 
 def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, before: int, after: int) -> set[str]:
-    """The last layer that runs, and auxiliary ones: those whose rows are as many as the classes in both networks."""
+    """Names of the classifiers: of the last layer that runs and of auxiliary layers, those with one row per class.
+
+    Args:
+        fresh: the network with ``after`` classes.
+        plain: the network with ``before`` classes.
+        network: tells the size of the inputs.
+        before, after: numbers of classes.
+    """
     order = _layers_that_run(plain, network)
     layers = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    auxiliary = layers - set(order)  # they run in training mode alone
+    auxiliary = layers - set(order)  # auxiliary classifiers run only in training mode
     rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
     return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
 
 
 def _layers_that_run(model: nn.Module, network: LoadedNetwork) -> list[str]:
-    """Linear layers and convolutions in the order in which evaluation calls them."""
+    """Names of linear layers and convolutions, in the order in which they run in evaluation mode."""
     order: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))

@@ -1,4 +1,4 @@
-"""BatchNorm over all processes: torch's SyncBatchNorm on GPUs, and the same on the CPU, where torch has none."""
+"""BatchNorm over all processes: torch's SyncBatchNorm on GPUs, and an equal layer on the CPU, where torch has none."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """SyncBatchNorm for tensors on the CPU; statistics over the batches of all processes."""
+    """BatchNorm for tensors on the CPU with statistics over the batches of all processes."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` [N, C, ...]; in training mode also update the running statistics."""
         if not self.training or not self.track_running_stats:
             return super().forward(input)
         assert self.running_mean is not None
@@ -28,7 +29,7 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = input.numel() // input.shape[1]
         total = _sum_over_processes(torch.cat([input.sum(dims), input.new_tensor([count])]))
         mean = total[: input.shape[1]] / total[-1]
-        # squares about the mean over all: the difference of large numbers would lose digits
+        # deviations from the common mean are squared: E[x²] − E[x]² would lose digits
         squares = _sum_over_processes((input - mean.view(shape)).square().sum(dims))
         var = squares / total[-1]
         with torch.no_grad():
@@ -43,15 +44,23 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _sum_over_processes(x: Tensor) -> Tensor:
-    """Differentiable."""
+    """The sum of ``x`` over all processes; differentiable."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch names a private function that is to replace this one
+        warnings.simplefilter("ignore", FutureWarning)  # torch recommends a private function in its place
         total: Tensor = all_reduce(x)
     return total
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with BatchNorms, those of Path-BN too, over all processes; changed in place."""
+    """Make all BatchNorms of ``model``, those in Path-BN layers too, compute statistics over all processes.
+
+    Args:
+        model: changed in place.
+        device: where it will run.
+
+    Returns:
+        The model to use from now on.
+    """
     if device.type != "cpu":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted

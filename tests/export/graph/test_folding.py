@@ -1,4 +1,4 @@
-"""Folding: exact in float64 in every hard place, or left alone."""
+"""Folding: in every difficult case it is exact in float64, or the BatchNorm is left as it is."""
 
 import copy
 
@@ -14,7 +14,7 @@ import pathconvert.export
 from pathconvert.errors import ArchitectureError, PathconvertError, TraceError
 from pathconvert.export.graph.folding import fold, unfolded
 
-# exact arithmetic in float64 rounds at 1e-16 a step; the networks here have a handful
+# float64 rounds by about 1e-16 per step, and the networks here have only a few steps
 EXACT = 1e-10
 MAPS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

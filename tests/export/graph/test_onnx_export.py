@@ -1,4 +1,4 @@
-"""Export: one file, as asked, proven; every trap of the exporter has its test."""
+"""Export: one file with the options asked for, proven to be equal; one test per pitfall of the exporter."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from torch import nn
 import pathconvert
 from pathconvert.errors import CheckpointError, EquivalenceError, OutputError, PathconvertError
 from pathconvert.export.card import PROPERTY, ModelCard, read_card, write_card
-from pathconvert.export.graph import balancing, verification
+from pathconvert.export.graph import balancing, verification, wrapping
 from pathconvert.export.graph import export as onnx_export
 from pathconvert.export.graph.export import export_onnx
 from pathconvert.export.graph.folding import fold
@@ -32,7 +32,7 @@ IMAGENET = Preprocessing(18, (16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.2
 
 
 class Small(nn.Module):
-    """Every kind of node that matters, in 5 layers."""
+    """A small network with every kind of node that matters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def small() -> nn.Module:
 
 @pytest.fixture
 def refused(tmp_path):
-    """Export, expect this error and no file at all; the error."""
+    """A function that exports, checks the error's message and that there is no file, and returns the error."""
 
     def check(kind, message, model, *arguments, **options):
         with pytest.raises(kind) as caught:
@@ -75,7 +75,7 @@ def ort_run(path, x):
     return [torch.from_numpy(y) for y in session.run(None, {"input": x.numpy()})]
 
 
-# ---- the exporter's traps --------------------------------------------------------------------------------------
+# ---- pitfalls of the exporter ----------------------------------------------------------------------------------
 
 
 def test_one_clean_file(small, tmp_path, capfd):
@@ -115,17 +115,17 @@ def test_the_opset_is_the_one_asked_for(small, tmp_path, opset):
 def test_another_opset_is_refused(small, refused, opset):
     message = f"opset {opset} is not offered: pathconvert writes 18 to 24"
     error = refused(PathconvertError, message, small, opset=opset)
-    assert error.tip == "20 is the default; the exporter itself writes 18 at least."
+    assert error.tip == "Use the default, --opset 20; the exporter cannot write opsets below 18."
 
 
 def test_an_exporter_that_writes_another_opset_is_caught(small, refused, monkeypatch):
     real = onnx_export.to_onnx
     monkeypatch.setattr(onnx_export, "to_onnx", lambda *a: real(*a[:3], 18, a[4]))
-    refused(PathconvertError, "opset 20 was asked for, the exporter wrote {'': 18}", small)
+    refused(PathconvertError, "opset 20 was asked for, but the exporter wrote {'': 18}", small)
 
 
 def test_bf16_is_refused_by_name(small, refused):
-    message = "no precision bf16: the exporter writes invalid files for it"
+    message = "precision bf16 is not offered: the exporter writes invalid files for it"
     assert refused(PathconvertError, message, small, precision="bf16").tip == "Choose one of fp32, fp16."
 
 
@@ -141,13 +141,14 @@ def test_a_fixed_batch_and_dynamic_sizes(small, tmp_path):
 
 def test_a_size_that_the_network_fixes_is_refused(tmp_path):
     fixed = randomise(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 4)))
-    with pytest.raises(PathconvertError, match=r"^the network takes no other size than the example's: at 1×3×48×80 "):
+    message = "^the network only takes inputs of the example's size: with an input of size 1×3×48×80 it fails: "
+    with pytest.raises(PathconvertError, match=message):
         export_onnx(fixed, tmp_path / "x.onnx", X, dynamic_size=True)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_adaptive_pooling_fixes_the_size(tmp_path):
-    """PyTorch runs at any size; the graph of the pooling to 2 × 2 pixels does not."""
+    """PyTorch runs at any size, but the graph of the pooling to 2 × 2 pixels does not."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
     with pytest.raises(PathconvertError) as caught:
         export_onnx(model, tmp_path / "x.onnx", X, dynamic_size=True)
@@ -156,14 +157,14 @@ def test_an_adaptive_pooling_fixes_the_size(tmp_path):
 
 
 def test_dynamic_sizes_print_nothing(tmp_path, capfd):
-    """torch.fx logs where it cannot reduce the inequalities of GoogLeNet's poolings."""
+    """torch.fx would log that it cannot reduce the inequalities of GoogLeNet's poolings."""
     model = network("googlenet", aux_logits=False, transform_input=False, num_classes=5)
     export_onnx(randomise(model).eval(), tmp_path / "x.onnx", torch.zeros(1, 3, 64, 64), dynamic_size=True)
     assert capfd.readouterr() == ("", "")
 
 
 def test_example_inputs_of_other_kinds(small, tmp_path):
-    """Channels last, and a tuple of one, as to_path_bn takes it: the same graph."""
+    """Channels-last inputs, and a tuple of one tensor (which to_path_bn takes, too), give the same graph."""
     plain = export_onnx(small, tmp_path / "a.onnx", X)
     last = export_onnx(small, tmp_path / "b.onnx", X.expand(2, -1, -1, -1).to(memory_format=torch.channels_last))
     one = export_onnx(small, tmp_path / "c.onnx", (X,))
@@ -179,7 +180,7 @@ def test_preprocessing_wants_images(refused):
     model = nn.Sequential(nn.Conv3d(3, 2, 1), nn.Flatten()).eval()
     refused(
         PathconvertError,
-        "an input of 1×3×4×8×8 is no batch of images",
+        "an input of size 1×3×4×8×8 is not a batch of images, so it cannot be preprocessed",
         model,
         torch.zeros(1, 3, 4, 8, 8),
         with_preprocessing=IMAGENET,
@@ -211,7 +212,7 @@ def test_fp16(small, tmp_path, io_dtype):
 
 
 def uneven(model, x):
-    """The folded network with its free channels scaled by up to 2^±20, which changes no output."""
+    """The folded network with its unpinned channels scaled by up to 2^±20, which changes no output."""
     folded = fold(model, x)
     units = balancing.find_units(balancing.trace_network(folded, x).trace)
     exponents = np.random.default_rng(0).integers(-20, 21, units.count) * balancing._free(units)
@@ -221,7 +222,9 @@ def uneven(model, x):
 
 def test_the_balanced_gauge_saves_an_uneven_network(small, tmp_path):
     bad = uneven(small, X)
-    with pytest.raises(EquivalenceError, match=r"is not the network: .*; the first layer that differs is"):
+    with pytest.raises(
+        EquivalenceError, match=r"does not compute what the network computes: .*; the first layer that differs is"
+    ):
         export_onnx(bad, tmp_path / "x.onnx", X, precision="fp16")
     assert os.listdir(tmp_path) == []
     good = balancing.balanced(bad, X)
@@ -232,7 +235,7 @@ def test_the_balanced_gauge_saves_an_uneven_network(small, tmp_path):
 
 
 def test_the_balanced_gauge_brings_back_channels_of_any_size(small, tmp_path):
-    """In path space factors of 2^±100 come together."""
+    """In path space, factors of 2^±100 occur."""
     folded = fold(small, X).float()
     units = balancing.find_units(balancing.trace_network(folded, X).trace)
     exponents = np.where(balancing._free(units), np.where(np.arange(units.count) % 2, 60, -60), 0)
@@ -241,7 +244,7 @@ def test_the_balanced_gauge_brings_back_channels_of_any_size(small, tmp_path):
     export_onnx(bad, tmp_path / "x.onnx", X, precision="fp16", gauge="balanced")
     with pytest.raises(EquivalenceError) as caught:
         export_onnx(bad, tmp_path / "y.onnx", X, precision="fp16")
-    assert caught.value.tip == "Try --gauge balanced, or keep fp32."
+    assert caught.value.tip == "Try --gauge balanced, or use --precision fp32."
 
 
 def test_an_overflow_that_onnx_runtimes_cpu_hides_is_found(tmp_path):
@@ -292,12 +295,12 @@ def test_a_wrong_weight_is_found_and_its_layer_named(small, tmp_path, monkeypatc
     [([0.500, 0.504, 0.0], [0.508, 0.496, 0.0], True), ([0.500, 0.512, 0.0], [0.508, 0.507, 0.0], False)],
 )
 def test_fp16_may_change_the_top_1_only_within_its_error(exact, written, passes):
-    """The error is 0.008 both times, and below 1e-2; the top-1 class is another."""
+    """The error is 0.008 in both cases, which is below 1e-2, and the top-1 class changes."""
     x, y = torch.tensor([exact]).double(), torch.tensor([written]).double()
     if passes:
         assert verification.prove(lambda _: [y], nn.Identity(), [x], "fp16").max_error < 1e-2
         return
-    with pytest.raises(verification.Differs, match="the top-1 class changes where its margin exceeds the error"):
+    with pytest.raises(verification.Differs, match="the top-1 class changes although its margin exceeds the error"):
         verification.prove(lambda _: [y], nn.Identity(), [x], "fp16")
 
 
@@ -320,7 +323,7 @@ def test_images_are_compared_too(small, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export.verification, "prove", lambda f, o, xs, p: seen.extend(xs) or real(f, o, xs, p))
     report = export_onnx(small, tmp_path / "x.onnx", X, images=torch.randn(7, 3, 16, 16))
     assert [len(x) for x in seen] == [1, 2, 5, 5, 2]
-    assert "compared on 7 images too" in report.notes[-1]
+    assert "the file was also compared on 7 images" in report.notes[-1]
 
 
 # ---- what the graph holds --------------------------------------------------------------------------------------
@@ -358,7 +361,7 @@ def test_segmentation_has_its_auxiliary_head_only_when_asked(tmp_path):
 def test_a_softmax_needs_classes(refused):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1), nn.Flatten(0))
     error = refused(
-        PathconvertError, "Sequential gives an output of [1], which has no classes for a softmax",
+        PathconvertError, "Sequential gives an output of size [1], which has no classes for a softmax",
         model, torch.randn(1, 3, 2, 2), with_softmax=True,
     )  # fmt: skip
     assert error.tip == "Leave --with-softmax out."
@@ -369,9 +372,9 @@ def test_a_softmax_needs_classes(refused):
 )
 def test_weights_that_training_alone_uses_are_left_out_and_named(name, size, heads):
     model, x = network(name, aux_logits=True), torch.randn(2, 3, size, size)
-    outputs, idle = onnx_export._outputs_of(model, x, auxiliary=False, softmax=False)
-    notes = onnx_export._notes((), outputs, idle, auxiliary=False, images=None)
-    assert notes == (f"without the weights of {heads}, which do not run in evaluation mode",)
+    outputs = wrapping.outputs_of(model, x, auxiliary=False, softmax=False)
+    notes = onnx_export._notes((), outputs, auxiliary=False, images=None)
+    assert notes == (f"the file does not contain the weights of {heads}, which do not run in evaluation mode",)
 
 
 def test_batch_norms_that_are_not_in_the_graph_are_not_called_left(tmp_path):
@@ -385,7 +388,7 @@ def test_batch_norms_that_are_not_in_the_graph_are_not_called_left(tmp_path):
             return (x.mean((2, 3)), self.aux.bn(x)) if self.training else x.mean((2, 3))
 
     report = export_onnx(Auxiliary(), tmp_path / "x.onnx", X)
-    assert report.notes == ("without the weights of aux, which do not run in evaluation mode",)
+    assert report.notes == ("the file does not contain the weights of aux, which do not run in evaluation mode",)
 
 
 def test_weights_that_are_read_without_a_call_are_in_the_file(tmp_path):
@@ -443,13 +446,13 @@ def test_what_is_no_single_tensor_is_refused(refused):
 
     with pytest.raises(PathconvertError, match=r"^Detector takes a list, not one tensor: detectors are not exported"):
         export_onnx(Detector(), "x.onnx", [X[0]])
-    message = "Detector returns a list, not one tensor or a dictionary with out"
+    message = "Detector returns a list, not one tensor or a dictionary with the key 'out'"
     refused(PathconvertError, message, Detector())
 
 
 def test_a_network_of_2_gb_is_refused(refused, small, monkeypatch):
     monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
-    message = "the weights are 0.0 GB; one .onnx file holds less than 2 GB"
+    message = "the weights take 0.0 GB, but one .onnx file holds less than 2 GB"
     refused(PathconvertError, message, small)
 
 
@@ -564,5 +567,5 @@ def test_a_parameter_named_as_an_input(tmp_path):
 
 def test_images_of_another_size_are_refused(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
-    with pytest.raises(PathconvertError, match="images of 2×3×9×9 do not go with an input of 1×3×8×8"):
+    with pytest.raises(PathconvertError, match="images of size 2×3×9×9 do not fit an input of size 1×3×8×8"):
         export_onnx(model, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8), images=torch.randn(2, 3, 9, 9))

@@ -1,4 +1,4 @@
-"""Timing: the turns, the ratios, and what can be measured against what. Speeds themselves are no test's matter."""
+"""Timing: the turns, the ratios, and which networks can be compared. Speeds themselves are not tested."""
 
 # ruff: noqa: ARG001 - fixtures are asked for what they do: `here` is the current folder
 
@@ -32,7 +32,7 @@ def tiny(num_classes=5):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """``a.onnx`` takes 3x4x4; ``tiny.pt`` the same, built by ``builders:tiny``."""
+    """A folder with ``a.onnx`` and ``tiny.pt`` (built by ``builders:tiny``), which both take inputs of 3x4x4."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(bench, "TURN_SECONDS", 1e-4)
@@ -49,7 +49,7 @@ TINY = ["--arch", "builders:tiny", "--input-size", "3x4x4", "--repeats", "3", "-
 
 
 class Clock:
-    """A clock that stands still but for the calls that are timed."""
+    """A clock that only moves while a timed call runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -62,12 +62,12 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bench, "time", clock)
-    monkeypatch.setattr(bench, "TURN_SECONDS", 0.25)  # with powers of two nothing is rounded
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0.25)  # powers of two, so that nothing is rounded
     return clock
 
 
 def worker(name: str, seconds: float, clock: Clock, calls: list[str]) -> Contender:
-    """Takes ``seconds`` per image, and notes that it was called."""
+    """A contender that takes ``seconds`` per image, and notes that it was called."""
 
     def start(batch: np.ndarray):
         def call() -> None:
@@ -86,7 +86,7 @@ def test_everyone_has_a_turn_in_every_round(clock):
     assert [len(own) for own in turns] == [6, 6]
     warm = ["a"] * bench.WARM_UP + ["b"] * bench.WARM_UP
     assert calls[: len(warm)] == warm
-    # an untimed call and a timed one (each fills a turn alone), in either order
+    # every contender has an untimed and a timed call (one call fills a turn); the order of contenders varies
     rest = "".join(calls[len(warm) :])
     assert {rest[i : i + 4] for i in range(0, len(rest), 4)} == {"aabb", "bbaa"}
     assert len(rest) == 6 * 4
@@ -135,7 +135,7 @@ def test_a_file_and_a_checkpoint(here, capsys):
 @pytest.mark.parametrize("ms", [(0.011, 0.012, 0.013), (1111.0, 2222.0, 3333.0)])
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
 def test_the_table(here, capsys, monkeypatch, columns, ms):
-    """The title is one line however narrow the table is; on a narrow terminal no word and no number is cut off."""
+    """The title is always one line, and no word or number is cut off on a narrow terminal."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(bench, "quartiles", lambda _: ms)
     assert run(["bench", "a.onnx", "tiny.pt", *TINY]) == 0
@@ -151,7 +151,7 @@ def test_the_table(here, capsys, monkeypatch, columns, ms):
 
 
 def test_a_long_name_takes_the_quartiles_place(here, capsys):
-    """On 80 columns a file's name stays in one line."""
+    """In 80 columns, a file's name stays on one line."""
     name = "resnet50.path-bn.onnx"
     shutil.copy("a.onnx", name)
     assert run(["bench", name, "tiny.pt", *TINY]) == 0
@@ -170,7 +170,7 @@ def test_options_of_a_checkpoint(here, capsys):
     assert {t["engine"] for t in json.loads(printed.out)["timings"]} == {"torch eager"}
     assert run(["bench", "a.onnx", "--key", "ema", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        "error: --key is for checkpoints: a.onnx is an ONNX file, which needs none\ntip: Leave --key out.\n"
+        "error: --key is for checkpoints, but a.onnx is an ONNX file\ntip: Leave --key out.\n"
     )
 
 
@@ -185,7 +185,7 @@ def test_without_a_gpu(here, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ONNX Runtime cannot use cuda: the library ")
-    with pytest.raises(RuntimeUnavailable, match="torch cannot use a GPU here, so squeezenet1_1 cannot run on cuda"):
+    with pytest.raises(RuntimeUnavailable, match="squeezenet1_1 cannot run on cuda: torch finds no GPU here"):
         contenders.torch_contender("squeezenet1_1", loaded("squeezenet1_1"), "cuda")
 
 
@@ -219,7 +219,7 @@ def test_fixed_batches(here):
     save_linear(here / "two.onnx", (2, 3, 4, 4))
     report = measure(["two.onnx", "a.onnx"], device="cpu", threads=1, rounds=1)
     assert [t.batch for t in report.timings] == [2, 2]
-    with pytest.raises(PathconvertError, match=r"two.onnx takes batches of 2 alone, not of 1"):
+    with pytest.raises(PathconvertError, match=r"two.onnx only takes batches of 2, not of 1"):
         measure(["a.onnx", "two.onnx"], [1], device="cpu")
 
 
@@ -247,10 +247,13 @@ def test_networks_of_other_sizes(here):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["a.onnx", "--batch", "x"], "error: 'x' is no list of batch sizes"),
-        (["a.onnx", "--batch", "0"], "error: '0' is no list of batch sizes"),
+        (["a.onnx", "--batch", "x"], "error: 'x' is not a list of batch sizes"),
+        (["a.onnx", "--batch", "0"], "error: '0' is not a list of batch sizes"),
         (["none.onnx", "--device", "cpu"], "error: none.onnx does not exist; expected an ONNX file."),
-        (["tiny.pt", "--cuda-graph"], "error: --cuda-graph is of ONNX Runtime, and none of these is an .onnx file"),
+        (
+            ["tiny.pt", "--cuda-graph"],
+            "error: --cuda-graph needs ONNX Runtime, and none of the networks is an .onnx file",
+        ),
         (["nosuchnet"], "error: nosuchnet is neither a file here nor a torchvision network that pathconvert knows."),
     ],
 )

@@ -1,4 +1,4 @@
-"""Classification of images: every odd kind of them, recorded preprocessing, other tools' files, and refusals."""
+"""Classification of images: unusual kinds of images, recorded preprocessing, other tools' files, and refusals."""
 
 # ruff: noqa: ARG001 - fixtures are asked for what they do: `here` is the current folder
 
@@ -37,7 +37,7 @@ RECIPE = Preprocessing(8, (4, 4), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """``a.png``, 30 × 20, and ``a.onnx``, another tool's, which takes 3x4x4."""
+    """A folder with ``a.png`` of 30 × 20 pixels and ``a.onnx`` of another tool, which takes inputs of 3x4x4."""
     monkeypatch.chdir(tmp_path)
     save_linear(tmp_path / "a.onnx")
     Image.fromarray(COLOUR).save(tmp_path / "a.png")
@@ -56,7 +56,7 @@ GREY16 = pixels(20, 30, top=65536, dtype=np.uint16)
 
 
 def levels(path: str, channels: int = 3) -> np.ndarray:
-    """What is read from a file of 8 bits, [H, W, C] in 0…255."""
+    """The pixels that are read from an 8-bit file, [H, W, C] in 0…255."""
     pixels = read_image(Path(path), channels).pixels.numpy().transpose(1, 2, 0) * 255
     np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)
     return pixels.round().astype(int)
@@ -82,7 +82,7 @@ def test_sixteen_bit_grey_keeps_its_range(here, suffix):
 def test_cmyk(here, suffix):
     smooth = np.linspace(0, 255, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint8)
     Image.fromarray(smooth).convert("CMYK").save(f"c.{suffix}", **({"quality": 100} if suffix == "jpg" else {}))
-    assert read_image(Path(f"c.{suffix}")).notes == ("CMYK turned into RGB without a colour profile",)
+    assert read_image(Path(f"c.{suffix}")).notes == ("CMYK was converted to RGB without a colour profile",)
     # JPEG loses a few levels
     assert abs(levels(f"c.{suffix}") - smooth).max() <= (8 if suffix == "jpg" else 0)
 
@@ -93,7 +93,7 @@ def test_animations_give_their_first_frame(here, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
     picture = read_image(Path(f"a.{suffix}"))
-    assert "3 frames: the first one taken" in picture.notes
+    assert "3 frames: only the first one is used" in picture.notes
     assert picture.pixels.mean((1, 2)).tolist() == [1, 0, 0]
 
 
@@ -102,7 +102,7 @@ def test_palette_transparency_bits_and_orientation(here):
     image.quantize(8).save("palette.png")
     assert (levels("palette.png") == np.asarray(image.quantize(8).convert("RGB"))).all()
     image.convert("RGBA").save("alpha.png")
-    assert read_image(Path("alpha.png")).notes == ("transparency dropped",)
+    assert read_image(Path("alpha.png")).notes == ("transparency was dropped",)
     image.convert("1").save("bits.png")
     assert set(read_image(Path("bits.png"), 1).pixels.unique().tolist()) == {0, 1}
     exif = Image.Exif()
@@ -122,15 +122,15 @@ def test_images_that_are_refused(here):
     Image.fromarray(GREY16.astype(np.float32)).save("floats.tif")
     (here / "folder").mkdir()
     for name, message in {
-        "cut.png": "is no intact image: image file is truncated",
-        "flipped.png": "is no intact image: ",
-        "empty.png": "is no intact image: ",
-        "text.png": "is no intact image: ",
+        "cut.png": "is not an intact image: image file is truncated",
+        "flipped.png": "is not an intact image: ",
+        "empty.png": "is not an intact image: ",
+        "text.png": "is not an intact image: ",
         "none.png": "does not exist",
-        "folder": "is a folder, no image",
-        "long.png": "is 2000 × 10 pixels, more than 50 times as long as wide",
-        "deep.tif": "holds 32-bit values, whose range nothing tells",
-        "floats.tif": "holds floating-point values, whose range nothing tells",
+        "folder": "is a folder, not an image",
+        "long.png": "is 2000 × 10 pixels: one side is more than 50 times the other",
+        "deep.tif": "contains 32-bit values, whose range is not known",
+        "floats.tif": "contains floating-point values, whose range is not known",
     }.items():
         with pytest.raises(CheckpointError) as refused:
             read_image(Path(name))
@@ -146,7 +146,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def input_of(recipe: Preprocessing | None) -> torch.Tensor:
-    """``a.png`` prepared literally: Pillow's resizing of its floats, channel by channel."""
+    """``a.png`` prepared in the most direct way: Pillow resizes it as floats, channel by channel."""
     planes = [Image.fromarray(plane) for plane in (COLOUR / np.float32(255)).transpose(2, 0, 1)]
     height = recipe.resize if recipe else 4
     width = int(height * 30 / 20)
@@ -163,7 +163,7 @@ def input_of(recipe: Preprocessing | None) -> torch.Tensor:
     ("card", "message"),
     [
         (ModelCard(RESNET, preprocessing=Preprocessing(8, (4, 4), (0.0, 0.0), (1.0, 1.0))), "it takes 3 channels"),
-        (ModelCard(RESNET, preprocessing=RECIPE, labels="abcdefghij"), "labels are no list"),
+        (ModelCard(RESNET, preprocessing=RECIPE, labels="abcdefghij"), "labels is not a list"),
         (ModelCard(dataclasses.replace(RESNET, input_size=("a",)), preprocessing=RECIPE), "invalid literal"),
     ],
 )  # fmt: skip
@@ -233,7 +233,7 @@ def test_another_size_where_the_graph_leaves_it_free(here):
 def test_labels_of_another_number_are_not_used(here):
     save_linear(here / "card.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=LABELS[:3]))
     report = predict("card.onnx", ["a.png"], device="cpu")
-    assert report.notes == ("3 labels are recorded for 5 outputs: classes are numbered",)
+    assert report.notes == ("3 labels are recorded, but there are 5 outputs, so labels are not shown",)
     assert {guess.label for guess in report.predictions[0].classes} == {None}
 
 
@@ -283,14 +283,14 @@ def test_a_plain_foreign_file_works_and_says_what_was_assumed(here, capsys):
     assert result["predictions"][0]["classes"][0]["label"] is None
     assert printed.err.splitlines() == [
         "note: no preprocessing is recorded: pixels were resized to 4x4 and scaled to [0, 1], not normalised",
-        "note: the outputs were taken for logits: nothing recorded tells",
+        "note: the file does not record what its outputs are; they were taken for logits",
     ]
 
 
 def test_foreign_probabilities_are_not_normalised_again(here):
     save_linear(here / "soft.onnx", softmax=True)
     logits, given = (predict(model, ["a.png"], device="cpu") for model in ("a.onnx", "soft.onnx"))
-    assert given.notes[-1] == "the outputs were taken for probabilities: nothing recorded tells"
+    assert given.notes[-1] == "the file does not record what its outputs are; they were taken for probabilities"
     expected = [guess.probability for guess in logits.predictions[0].classes]
     assert [guess.probability for guess in given.predictions[0].classes] == pytest.approx(expected, abs=1e-6)
 
@@ -304,11 +304,12 @@ def test_foreign_files_say_what_is_missing(here):
     graph = helper.make_graph([helper.make_node("Relu", ["image"], ["mask"])], "g", ports[:1], ports[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), "mask.onnx")
     for name, message in {
-        "free.onnx": "takes images of any size (batchx3xheightxwidth) and records none",
-        "heads.onnx": "has the outputs logits batchx5, logits1 batchx5; class scores [batch, classes] are needed",
-        "bytes.onnx": "takes uint8 values, and nothing recorded in it says which",
-        "last.onnx": "takes inputs of size batchx4x4x3; images are [batch, 1 or 3, height, width]",
-        "mask.onnx": "has the outputs mask nx3x4x4; class scores [batch, classes] are needed",
+        "free.onnx": "takes images of any size (batchx3xheightxwidth) and does not record one",
+        "heads.onnx": "has the outputs logits batchx5, logits1 batchx5, but one output of class scores "
+        "[batch, classes] is needed",
+        "bytes.onnx": "takes uint8 values, but does not record how it normalises them",
+        "last.onnx": "takes inputs of size batchx4x4x3, but images have the size [batch, 1 or 3, height, width]",
+        "mask.onnx": "has the outputs mask nx3x4x4, but one output of class scores [batch, classes] is needed",
     }.items():
         with pytest.raises(PathconvertError) as refused:
             predict(name, ["a.png"], device="cpu")
@@ -326,7 +327,8 @@ def test_a_wrong_size(here):
 
 def test_networks_that_classify_no_images(here):
     with pytest.raises(
-        CheckpointError, match="sq is no image classifier: squeezenet1_1, segmentation, inputs of 3x64x64"
+        CheckpointError,
+        match="sq is not an image classifier: squeezenet1_1 is for segmentation and takes inputs of size 3x64x64",
     ):
         predict("sq", ["a.png"], device="cpu", load=lambda _: squeezenet("segmentation"))
 
@@ -342,9 +344,9 @@ def test_numbers_that_are_none(here):
 @pytest.mark.skipif(GPU, reason="asks for a GPU where there is none")
 def test_devices_of_a_checkpoint(here):
     assert predict("sq", ["a.png"], load=lambda _: squeezenet()).fallback == "torch finds no GPU"
-    with pytest.raises(RuntimeUnavailable, match="torch cannot use cuda: it finds no GPU here"):
+    with pytest.raises(RuntimeUnavailable, match="sq cannot run on cuda: torch finds no GPU here"):
         predict("sq", ["a.png"], device="cuda", load=lambda _: squeezenet())
-    with pytest.raises(RuntimeUnavailable, match=r"tensorrt runs \.onnx files alone, not sq"):
+    with pytest.raises(RuntimeUnavailable, match=r"tensorrt only runs \.onnx files, and sq is not one"):
         predict("sq", ["a.png"], device="tensorrt", load=lambda _: squeezenet())
 
 
@@ -353,9 +355,9 @@ def test_refusals_end_with_code_two(here, capsys):
     (here / "cut.onnx").write_bytes((here / "a.onnx").read_bytes()[:100])
     (here / "empty").mkdir()
     for arguments, line in (
-        (["a.onnx", "cut.png"], "error: cut.png is no intact image: "),
-        (["a.onnx", "a.png", "--arch", "resnet18"], "error: --arch is for checkpoints: a.onnx is an ONNX file"),
-        (["a.onnx", "empty"], "error: empty holds no image"),
+        (["a.onnx", "cut.png"], "error: cut.png is not an intact image: "),
+        (["a.onnx", "a.png", "--arch", "resnet18"], "error: --arch is for checkpoints, but a.onnx is an ONNX file"),
+        (["a.onnx", "empty"], "error: empty contains no images"),
         (["a.onnx", "none.png"], "error: none.png does not exist"),
         (["cut.onnx", "a.png"], "error: cut.onnx is a truncated or damaged ONNX file."),
         (["nosuchnet", "a.png"], "error: nosuchnet is neither a file here nor a torchvision network"),
@@ -375,11 +377,11 @@ def test_a_corrupt_image_does_not_stop_the_others(here, capsys):
     assert [p["image"] for p in result["predictions"]] == ["a.png", "a.png"]
     assert [u["image"] for u in result["unread"]] == ["cut.png", "none.png"]
     lines = printed.err.splitlines()
-    assert lines[-4].startswith("note: cut.png is no intact image: ")
+    assert lines[-4].startswith("note: cut.png is not an intact image: ")
     assert lines[-3:] == [
         "note: none.png does not exist",
         "error: 2 of 4 images could not be read: cut.png, none.png",
-        "tip: Mend or remove them; the others are classified.",
+        "tip: Repair or remove them; the other images were classified.",
     ]
     assert run(["predict", "a.onnx", *images, "--device", "cpu"]) == 2
     assert capsys.readouterr().out.count("a.png") == 2
@@ -390,8 +392,8 @@ def test_notes_name_the_image(here, capsys):
     frames[0].save("a.gif", save_all=True, append_images=frames[1:])
     assert run(["predict", "a.onnx", "a.gif", "--device", "cpu", "--json"]) == 0
     printed = capsys.readouterr()
-    assert "note: a.gif: 2 frames: the first one taken\n" in printed.err
-    assert json.loads(printed.out)["predictions"][0]["notes"] == ["2 frames: the first one taken"]
+    assert "note: a.gif: 2 frames: only the first one is used\n" in printed.err
+    assert json.loads(printed.out)["predictions"][0]["notes"] == ["2 frames: only the first one is used"]
 
 
 def test_help_has_an_example(capsys):
@@ -406,7 +408,7 @@ def test_an_input_that_leaves_nothing_of_a_feature_map(here):
         (torch.zeros(2, 3, 32, 32),), "pool.onnx", dynamo=True, verbose=False, external_data=False, opset_version=20,
         dynamic_shapes=({2: "height", 3: "width"},),
     )  # fmt: skip
-    with pytest.raises(PathconvertError, match=r"pool\.onnx takes no input as small as 3×4×4"):
+    with pytest.raises(PathconvertError, match=r"pool\.onnx does not take inputs as small as 3×4×4"):
         predict("pool.onnx", ["a.png"], device="cpu", input_size=(3, 4, 4))
 
 

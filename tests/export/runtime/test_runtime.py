@@ -1,4 +1,4 @@
-"""Sessions: what runs where, what is said when it cannot, and by name what a file is that does not load."""
+"""Sessions: the choice of the device, the reasons for refusals, and the explanation of files that do not load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_runs_on_the_cpu(here, io_binding):
     for batch in (1, 3):
         x = images(batch, 3, 4, 4, seed=batch)
         (scores,) = session.run(x)
-        # three products in float32
+        # the tolerance of a sum of three products in float32
         np.testing.assert_allclose(scores, x.mean((2, 3)) @ weight, atol=1e-6)
         session.runner(x)()
 
@@ -103,7 +103,7 @@ def test_a_device_that_was_asked_for_is_there_or_refused(here, device, library, 
     assert str(refused.value).startswith(f"ONNX Runtime cannot use {device}: the library {library}")
     assert str(refused.value).endswith("is missing")
     assert refused.value.tip
-    assert capfd.readouterr() == ("", "")  # ONNX Runtime's own words are in the error
+    assert capfd.readouterr() == ("", "")  # what ONNX Runtime prints is part of the error
 
 
 @without_gpu
@@ -140,7 +140,7 @@ def test_a_build_without_the_provider(here, monkeypatch):
         ('loading "x.dll" which depends on "cudnn64_9.dll" which is missing.', "the library cudnn64_9.dll is missing"),
         ("a\nCUDA failure 100: no device is detected ; GPU=0", "CUDA failure 100: no device is detected"),
         ("\x1b[1;31modd\x1b[m\nlines", "odd lines"),
-        ("", "ONNX Runtime gives no reason"),
+        ("", "ONNX Runtime does not say why"),
     ],
 )
 def test_reasons_in_the_log(log, reason):
@@ -148,7 +148,7 @@ def test_reasons_in_the_log(log, reason):
 
 
 class Part:
-    """What ONNX Runtime tells of a session's nodes, and the session that tells it."""
+    """The nodes of a session that one provider runs, as ONNX Runtime describes them."""
 
     def __init__(self, provider: str, *operations: str) -> None:
         self.ep_name = provider
@@ -159,6 +159,8 @@ class Part:
 
 
 class Assigned:
+    """A session whose nodes are assigned as ``parts`` say."""
+
     def __init__(self, session: object, *parts: Part) -> None:
         self._session, self._parts = session, parts
 
@@ -174,18 +176,20 @@ def test_node_assignment_decides(here):
     made = open_session("a.onnx", "cpu").inference
     cuda = PROVIDERS["cuda"]
     part = Assigned(made, Part(cuda, "Relu", "Conv"), Part(CPU, "Conv", "Shape", "Conv"))
-    session = providers._session(here / "a.onnx", "cuda", part, None, False, False)
+    session = providers._session(here / "a.onnx", "cuda", part, None, io_binding=False, cuda_graph=False)
     assert session.nodes == {cuda: 2, CPU: 3}
     assert session.fallback == "the CPU runs 2 heavy nodes: 2 Conv"
     with pytest.raises(RuntimeUnavailable, match="has no kernel for any node"):
-        providers._session(here / "a.onnx", "cuda", Assigned(made, Part(CPU, "Conv")), None, False, False)
+        providers._session(
+            here / "a.onnx", "cuda", Assigned(made, Part(CPU, "Conv")), None, io_binding=False, cuda_graph=False
+        )
 
 
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.usefixtures("here")
 def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, tf32):
-    """A dynamic batch wants cuDNN's heuristic: the exhaustive search would start again at every batch size."""
+    """A dynamic batch needs cuDNN's heuristic: the exhaustive search would start again at every batch size."""
     asked = []
 
     def load(_, __, wanted):
@@ -221,7 +225,7 @@ def test_wrong_devices(here):
 
 
 def test_a_captured_graph_sees_every_new_input(here):
-    """It replays fixed addresses: a second array of the same shape is copied to the first one's place."""
+    """A captured graph reads fixed addresses, so a second array of the same shape is copied over the first one."""
     weight = save_linear(here / "a.onnx")
     session = dataclasses.replace(open_session("a.onnx", "cpu"), io_binding=True, cuda_graph=True)
     bindings = []

@@ -1,4 +1,4 @@
-"""Labelled images: what is found and refused, how it is prepared, and that batches do not depend on who makes them."""
+"""Labelled images: which are found or refused, how they are prepared, and that batches depend on no worker."""
 
 import gzip
 import os
@@ -33,7 +33,7 @@ def picture(number: int, shape: tuple[int, ...] = (10, 12, 3)) -> np.ndarray:
 
 
 def class_folders(folder: Path, counts: dict[str, int], shape: tuple[int, ...] = (10, 12, 3)) -> Path:
-    """Class folders with so many images each, no two alike."""
+    """Class folders with the given number of images each, all different."""
     for place, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -43,7 +43,7 @@ def class_folders(folder: Path, counts: dict[str, int], shape: tuple[int, ...] =
 
 @pytest.fixture
 def flowers(tmp_path) -> Path:
-    """Two parts, three classes."""
+    """A data set with two parts and three classes."""
     class_folders(tmp_path / "flowers" / "train", {"rose": 6, "aster": 4, "lily": 8})
     class_folders(tmp_path / "flowers" / "val", {"rose": 2, "aster": 3, "lily": 2})
     return tmp_path / "flowers"
@@ -150,7 +150,7 @@ def test_the_digest_tells_when_the_data_changed(flowers, tmp_path):
 
 
 def test_images_of_other_kinds(tmp_path):
-    """CMYK, sixteen bits, a palette, grey: all as the network wants them."""
+    """CMYK, sixteen bits, a palette and grey are all converted to what the network needs."""
     folder = class_folders(tmp_path / "d", {"a": 2, "b": 2})
     Image.fromarray(picture(1)).convert("CMYK").save(folder / "a" / "00.jpg")
     deep = np.arange(120, dtype=np.uint16).reshape(10, 12) * 512
@@ -171,23 +171,24 @@ def test_images_of_other_kinds(tmp_path):
 def test_folders_that_are_refused(flowers, tmp_path):
     (tmp_path / "empty").mkdir()
     assert (
-        str(refusal(open_data, tmp_path / "empty")) == f"{tmp_path / 'empty'} holds no folders of images, one a class"
+        str(refusal(open_data, tmp_path / "empty"))
+        == f"{tmp_path / 'empty'} does not hold one folder of images per class"
     )
     Image.fromarray(picture(1)).save(tmp_path / "empty" / "1.png")
     error = refusal(open_data, tmp_path / "empty")
-    assert str(error) == f"{tmp_path / 'empty'} holds images, but no folders of images, one a class"
+    assert str(error) == f"{tmp_path / 'empty'} holds images, but not one folder of images per class"
     loose = class_folders(tmp_path / "loose", {"train": 3, "val": 3})
-    assert str(refusal(open_data, loose)) == f"{loose / 'train'} holds no folders of images, one a class"
+    assert str(refusal(open_data, loose)) == f"{loose / 'train'} does not hold one folder of images per class"
     one = class_folders(tmp_path / "one", {"rose": 3})
-    assert str(refusal(open_data, one)) == f"{one} holds one class alone: rose"
+    assert str(refusal(open_data, one)) == f"{one} holds only one class: rose"
     (flowers / "train" / "tulip").mkdir()
     error = refusal(open_data, flowers)
-    assert str(error) == f"{flowers / 'train' / 'tulip'} holds no image"
+    assert str(error) == f"{flowers / 'train' / 'tulip'} holds no images"
     assert error.tip.startswith("Add some, or remove the folder.")
 
 
 def test_a_class_missing_from_two_is_named(tmp_path):
-    """The held-out part's one class alone is not what is wrong."""
+    """The error names the missing classes, not that the held-out part has only one class."""
     class_folders(tmp_path / "train", {"rose": 2, "tulip": 2})
     class_folders(tmp_path / "val", {"rose": 2})
     error = refusal(open_data, tmp_path)
@@ -202,7 +203,7 @@ def test_classes_of_one_part_alone(flowers):
         assert str(error) == f"the class 'tulip' of {flowers / part} is missing in {flowers / other}"
         assert error.tip == f"Both need the same class folders: add {flowers / other / 'tulip'}, or remove {extra}."
         class_folders(flowers / part, {"violet": 1})
-        assert str(refusal(open_data, flowers)).endswith("(and 1 more such)")
+        assert str(refusal(open_data, flowers)).endswith("(and 1 more like it)")
         for name in ("tulip", "violet"):
             (flowers / part / name / "00.png").unlink()
             (flowers / part / name).rmdir()
@@ -211,16 +212,16 @@ def test_classes_of_one_part_alone(flowers):
 def test_a_class_that_is_too_small_to_split(tmp_path):
     folder = class_folders(tmp_path / "d", {"a": 4, "b": 1})
     error = refusal(open_data, folder)
-    assert str(error) == "the class 'b' has one image, which cannot be split into training and validation"
+    assert str(error) == "the class 'b' has only one image, so it cannot be split into training and validation"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": 0}, "0 of the images cannot be held out"),
-        ({"val_fraction": 1.5}, "1.5 of the images cannot be held out"),
-        ({"limit_train": 0}, "0 images are none"),
-        ({"limit_val": -1}, "-1 images are none"),
+        ({"val_fraction": 0}, "--val-fraction must be between 0 and 1, not 0"),
+        ({"val_fraction": 1.5}, "--val-fraction must be between 0 and 1, not 1.5"),
+        ({"limit_train": 0}, "--limit-train must be at least 1, not 0"),
+        ({"limit_val": -1}, "--limit-val must be at least 1, not -1"),
     ],
 )
 def test_options_without_sense(tmp_path, options, message):
@@ -230,11 +231,11 @@ def test_options_without_sense(tmp_path, options, message):
 def test_specifications_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.zip").write_bytes(b"")
-    assert str(refusal(open_data, "flowers/")) == "flowers/ is not there; a folder of class folders is needed"
+    assert str(refusal(open_data, "flowers/")) == "flowers/ does not exist; a folder of class folders is needed"
     assert str(refusal(open_data, "a.zip")) == "a.zip is a file; a folder of class folders is needed"
     error = refusal(open_data, "fashionmnist:x")
     assert str(error) == "there is no data set 'fashionmnist'"
-    assert error.tip.startswith("Did you mean fashion-mnist? There are fashion-mnist, cifar10,")
+    assert error.tip.startswith("Did you mean fashion-mnist? Choose one of fashion-mnist, cifar10,")
     assert refusal(open_data, "cifar10").tip == "Add the folder: cifar10:ROOT"
 
 
@@ -242,8 +243,8 @@ def test_specifications_that_are_refused(tmp_path, monkeypatch):
 def test_data_sets_are_never_downloaded(tmp_path, name):
     error = refusal(open_data, f"{name}:{tmp_path}")
     assert isinstance(error, DataError)
-    assert str(error).startswith(f"{name} is not whole in {tmp_path}: ")
-    assert "Let torchvision put it there, torchvision.datasets." in error.tip
+    assert str(error).startswith(f"{name} in {tmp_path} is incomplete: ")
+    assert "Let torchvision.datasets." in error.tip
     assert not list(tmp_path.iterdir())
 
 
@@ -417,7 +418,7 @@ def test_small_and_grey_images_fill_a_large_input():
 def test_transforms_that_are_refused():
     assert str(refusal(Transform, RECIPE, "mixup")) == "there is no augmentation 'mixup'"
     uncropped = Preprocessing(8, None, (0.0,) * 3, (1.0,) * 3)
-    assert str(refusal(Transform, uncropped)) == "preprocessing without a crop gives inputs of many sizes"
+    assert str(refusal(Transform, uncropped)) == "preprocessing without a crop gives inputs of different sizes"
 
 
 def network_of(name: str = "resnet18", size: tuple[int, ...] | None = (3, 224, 224), task: str = "classification"):
@@ -440,7 +441,7 @@ def test_the_networks_own_preprocessing():
 def test_small_images_keep_their_edges():
     chosen = preprocessing_of(network_of(size=(3, 64, 64)), data_of(28, 28))
     assert (chosen.preprocessing.resize, chosen.preprocessing.crop) == (64, (64, 64))
-    assert chosen.note == "images of 28×28 are resized to 64×64, no edges cut off"
+    assert chosen.note == "images of 28×28 are resized to 64×64, and no edges are cut off"
 
 
 def test_what_nothing_is_known_of_gets_values_between_0_and_1():
@@ -461,8 +462,8 @@ def test_what_nothing_is_known_of_gets_values_between_0_and_1():
     ("options", "message"),
     [
         ({"mean": [0.1, 0.2]}, "--mean has 2 values for 3 channels"),
-        ({"std": [0.0]}, "a standard deviation of 0 is none"),
-        ({"mean": [float("nan")]}, "--mean has 1 values for 3 channels"),
+        ({"std": [0.0]}, "--std must be positive, not 0"),
+        ({"mean": [float("nan")]}, "--mean nan is out of range"),
     ],
 )
 def test_flags_without_sense(options, message):
@@ -470,17 +471,17 @@ def test_flags_without_sense(options, message):
 
 
 def test_networks_that_take_no_images():
-    assert "takes inputs of size 3x16x112x112, no images" in str(
+    assert "takes inputs of size 3x16x112x112, which are not images" in str(
         refusal(preprocessing_of, network_of("r3d_18", (3, 16, 112, 112), "video"))
     )
-    assert "does not tell the size of its input" in str(refusal(preprocessing_of, network_of("a:b", None, "other")))
+    assert "the input size of a:b is not known" in str(refusal(preprocessing_of, network_of("a:b", None, "other")))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
 def numbered(count: int, shape: tuple[int, ...] = (10, 10)) -> Images:
-    """Random pixels; the label of an image is its index."""
+    """Images of random pixels, whose labels are their indices."""
     return Images.of(
         [str(i) for i in range(count)], list(range(count)), Array(torch.from_numpy(picture(0, (count, *shape))), 3)
     )
@@ -508,7 +509,7 @@ def test_a_batch():
 
 @pytest.mark.parametrize("augmentation", ["crop-flip", "resized-crop"])
 def test_an_epoch_goes_on_with_the_same_bits(augmentation):
-    """From any batch on, with any number of workers, whatever torch's generator was doing meanwhile."""
+    """From any batch on, with any number of workers, and in any state of torch's generator."""
     images = numbered(30)
     whole = collect(images, augmentation)
     assert len(whole) == 7
@@ -552,8 +553,8 @@ def test_incomplete_batches():
     sizes = [len(y) for _, y in collect(numbered(10), drop_last=False)]
     assert sizes == [4, 4, 2]
     assert [len(y) for _, y in collect(numbered(10))] == [4, 4]
-    assert str(refusal(collect, numbered(3))) == "3 images are fewer than 4, one batch"
-    assert str(refusal(collect, numbered(7), world_size=2)) == "7 images are fewer than 8, one batch"
+    assert str(refusal(collect, numbered(3))) == "3 images are fewer than one batch, which has 4"
+    assert str(refusal(collect, numbered(7), world_size=2)) == "7 images are fewer than one batch, which has 8"
 
 
 @pytest.mark.parametrize("count", [1, 9, 10])
@@ -570,8 +571,8 @@ def test_a_damaged_image_is_named_in_one_line(flowers, workers):
     path.write_bytes(path.read_bytes()[:100])
     error = refusal(collect, open_data(flowers).train, workers=workers)
     assert isinstance(error, CheckpointError)
-    assert str(error).startswith(f"{path} is no intact image: ")
-    assert error.tip == "Remove it from the folder, or mend it."
+    assert str(error).startswith(f"{path} is not an intact image: ")
+    assert error.tip == "Remove it from the folder, or replace it."
 
 
 def end_worker(_: int) -> Tensor:
@@ -581,7 +582,7 @@ def end_worker(_: int) -> Tensor:
 def test_a_worker_that_was_ended_is_told_in_one_line():
     error = refusal(collect, Images.of(["0"] * 8, [0] * 8, end_worker), workers=1)
     assert isinstance(error, DataError)
-    assert str(error).startswith("a process that reads images was ended: DataLoader worker (pid")
+    assert str(error).startswith("a process that reads images was killed: DataLoader worker (pid")
 
 
 def test_workers_use_one_thread():
@@ -591,7 +592,7 @@ def test_workers_use_one_thread():
 
 
 def threads(_: int) -> Tensor:
-    """As many as this process uses, as an image."""
+    """The number of threads that this process uses, as an image."""
     return torch.full((3, 9, 9), torch.get_num_threads(), dtype=torch.uint8)
 
 

@@ -19,7 +19,8 @@ from torch.func import functional_call
 import pathconvert
 from pathconvert.conversion.rescale import rescale
 from pathconvert.training import GSGD, path_parameter_groups
-from pathconvert.training.optimizer.chains import Chains, find_chains
+from pathconvert.training.optimizer.chains import Chains
+from pathconvert.training.optimizer.finder import find_chains
 from pathconvert.training.settings import Start
 
 SIZES = {"alexnet": 63, "googlenet": 32, "squeezenet1_1": 32}
@@ -42,7 +43,7 @@ def converted(name: str, scope: str, gauge: str, path_bn: bool):
 
 
 def chain_of_units(chains: Chains, units: int) -> Tensor:
-    """[units + 1]; every consumer of a unit has to say the same."""
+    """The chain of every unit, [units + 1]; asserts that all consumers of a unit agree."""
     found = torch.full((units + 1,), -1)
     for tensor in chains.tensors.values():
         chain, unit = (t.flatten() for t in torch.broadcast_tensors(tensor.chain, tensor.column_unit))
@@ -52,7 +53,7 @@ def chain_of_units(chains: Chains, units: int) -> Tensor:
 
 
 def values(chains: Chains, params: dict[str, Tensor]) -> Tensor:
-    """d of every chain."""
+    """The value d of every chain."""
     own = zip(chains.parameter, chains.element, chains.scale, strict=True)
     starts = [params[name].detach().flatten()[element] * scale for name, element, scale in own]
 

@@ -82,7 +82,7 @@ def test_weight_norm_multiplies_the_gradients_of_all_weights(
 
 
 def rescaled_by_anything(conversion: pathconvert.Conversion, model: nn.Module, seed: int) -> nn.Module:
-    """``model`` with every free unit's factor drawn from [0.1, 10]: another network, the same function."""
+    """``model`` rescaled by random factors from [0.1, 10] for all free units: other weights, the same function."""
     generator = torch.Generator().manual_seed(seed)
     free = [group.pinned_by is None for group in conversion.groups for _ in range(group.size)]
     powers = torch.rand(len(free), generator=generator, dtype=torch.float64) * 2 - 1
@@ -254,9 +254,9 @@ def test_refusals() -> None:
     for setting, message in (
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"momentum": -1.0}, "Invalid momentum value: -1.0"),
-        ({"anchor": "always"}, "Invalid anchor: 'always' is none of 'balanced', 'initial', None"),
-        ({"start": "gamma"}, "Invalid start: 'gamma' is none of 'bn', 'weight'"),
-        ({"decay": "l1"}, "Invalid decay: 'l1' is none of 'l2', 'basis_path_norm'"),
+        ({"anchor": "always"}, "Invalid anchor: 'always' is not one of 'balanced', 'initial', None"),
+        ({"start": "gamma"}, "Invalid start: 'gamma' is not one of 'bn', 'weight'"),
+        ({"decay": "l1"}, "Invalid decay: 'l1' is not one of 'l2', 'basis_path_norm'"),
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -269,7 +269,7 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("anchor", ["initial", "balanced", None])
 @pytest.mark.parametrize("gauge", ["unit", "pow2"])
 def test_a_state_brings_its_start_weights(gauge: str, anchor: str | None) -> None:
-    """Which weights of a row are largest, and so begin chains, changes as they are trained."""
+    """The largest weights of rows begin chains, and training changes which weights are the largest."""
     torch.manual_seed(0)
     model, x = mlp(4, 6, 3, 7, 2, bias=True).double(), torch.randn(16, 4, dtype=torch.float64)
     wanted = torch.randn(16, 2, dtype=torch.float64)

@@ -21,7 +21,7 @@ STEPS = 3
 
 
 def network() -> tuple[nn.Module, Tensor]:
-    """In Path-BN form, float32; in evaluation mode, as batches of processes differ."""
+    """A float32 network in Path-BN form, in evaluation mode, because the processes have different batches."""
     _, model, _, batches = converted("cnn with BatchNorm", skip_scale=1.0)
     return model.float().eval(), torch.cat(batches).float()
 
@@ -70,4 +70,4 @@ def test_two_processes_step_as_one(tmp_path: Path) -> None:
         assert not torch.equal(p, b)
     wrapped, sharded = torch.load(tmp_path / "refused0.pt")
     assert "this DistributedDataParallel holds no conversion record" in wrapped
-    assert "is a DTensor: GSGD takes whole parameters, not sharded or other special ones" in sharded
+    assert "is a DTensor: GSGD needs whole parameters, not sharded or other special ones" in sharded

@@ -34,7 +34,7 @@ RATE = torch.tensor(0.01, dtype=torch.float64)
 
 
 def gsgd_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:  # noqa: ARG001
-    """Settings; torch's tests choose the parameters."""
+    """The settings to test; torch's own tests choose the parameters."""
     described: dict[str, dict[str, Any]] = {
         "default": {},
         "lr": {"lr": 1e-2},
@@ -73,7 +73,7 @@ GSGD_DB = [
 
 
 class Problem:
-    """A network, what to minimise, and the groups of its parameters."""
+    """A network, the loss to minimise, and the groups of its parameters."""
 
     def __init__(self, on_chains: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         if on_chains:
@@ -110,7 +110,7 @@ class Problem:
 
 
 def pairs(info: OptimizerInfo, device: str) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Plain parameters and chains, with all settings."""
+    """All settings, both with plain parameters and with chains."""
     inputs = [one.kwargs for one in info.optim_inputs_func(device=device)]
     return itertools.product((False, True), copy.deepcopy(inputs))
 
@@ -144,7 +144,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB, dtypes=[torch.float64, torch.float32])
     def test_foreach_matches_the_loop(self, device, dtype, optim_info) -> None:
-        """Also with a parameter of no dimension, and in a step without any gradient."""
+        """Also with a parameter of no dimensions, and for a step without any gradients."""
         for on_chains, settings in pairs(optim_info, device):
             found = []
             for foreach in (False, True):
@@ -212,7 +212,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_state_dicts_of_earlier_versions(self, device, dtype, optim_info) -> None:
-        """What they do not know is as by default."""
+        """Settings that an older state lacks get their defaults."""
         for on_chains in (False, True):
             problem = Problem(on_chains, device, dtype)
             optimizer = GSGD(problem.params, lr=0.01)
@@ -243,7 +243,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_a_network_that_moves(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """To another device, dtype or memory format after the optimizer was made, gradients coming and going."""
+        """Moves to another device, dtype or memory format after the optimizer was made, while gradients come and go."""
         found = []
         for moved in (False, True):
             problem = Problem(True, "cpu", torch.float64 if not moved else torch.float32)
@@ -274,7 +274,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_groups_of_their_own(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """Each group has its settings; the path group may come later; a parameter comes once."""
+        """Each group has its own settings; the path group may be added later; no parameter may occur twice."""
         found = []
         for later in (False, True):
             problem = Problem(True, device, dtype)
@@ -293,7 +293,7 @@ class TestGSGD(TestCase):
     @parametrize("scheduler", list(SCHEDULERS))
     @optims(GSGD_DB)
     def test_schedulers(self, device, dtype, optim_info, scheduler) -> None:  # noqa: ARG002
-        """Steps under a scheduler are those with its rates (and OneCycleLR's momenta) set by hand."""
+        """Steps under a scheduler equal steps whose rates (and OneCycleLR's momenta) are set by hand."""
         for on_chains, tensor_lr in itertools.product((False, True), (False, True)):
             problem, by_hand = (Problem(on_chains, device, torch.float64) for _ in range(2))
             lr: Any = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
@@ -314,7 +314,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_compiled_steps_follow_a_tensor_lr(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """As graphs that run eagerly: a C++ compiler is not everywhere."""
+        """Compiled to graphs that run eagerly, because not every machine has a C++ compiler."""
         problem, eager = (Problem(True, device, torch.float64) for _ in range(2))
         optimizer = GSGD(problem.params, lr=torch.tensor(0.01, dtype=torch.float64), momentum=0.9)
         reference = GSGD(eager.params, lr=0.01, momentum=0.9)
@@ -331,7 +331,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_grad_scaler(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """Scaled steps are the unscaled ones (a scale that is a power of two); one with an infinity is left out."""
+        """Scaled steps equal unscaled ones, as the scale is a power of two; a step with an infinity is skipped."""
         problem, plain = (Problem(True, device, torch.float32) for _ in range(2))
         optimizer, reference = GSGD(problem.params, lr=0.01), GSGD(plain.params, lr=0.01)
         scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=1024.0)
@@ -370,7 +370,7 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_distributed_checkpoint(self, device, dtype, optim_info) -> None:
-        """``torch.distributed.checkpoint`` names states by parameter, and makes them by a step without gradients."""
+        """``torch.distributed.checkpoint`` names states by parameter, and makes them with a step without gradients."""
         for settings in (one.kwargs for one in optim_info.optim_inputs_func(device=device)):
             problem = Problem(True, device, dtype)
             optimizer = GSGD(problem.params, **settings)
@@ -399,7 +399,7 @@ class TestGSGD(TestCase):
         name = path["path"].names[0]
         for kind, message in (
             (lambda p: p.to(torch.complex64), f"{name} is torch.complex64: path coordinates are real numbers"),
-            (lambda p: Special(p), f"{name} is a Special: GSGD takes whole parameters, not sharded or other special"),
+            (lambda p: Special(p), f"{name} is a Special: GSGD needs whole parameters, not sharded or other special"),
         ):
             odd = [kind(p.detach()).requires_grad_() for p in path["params"]]
             with pytest.raises(PathconvertError, match=message):
@@ -415,7 +415,7 @@ class TestGSGD(TestCase):
 
 
 class Special(Tensor):
-    """A tensor of another kind, as DTensor is."""
+    """A subclass of Tensor, as DTensor is one."""
 
 
 instantiate_device_type_tests(TestGSGD, globals(), only_for=("cpu", "cuda"))

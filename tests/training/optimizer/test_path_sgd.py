@@ -42,7 +42,7 @@ def test_kappa_is_the_sum_over_all_paths() -> None:
 
 
 def test_a_convolution_counts_every_place() -> None:
-    """One output channel, summed: a tap's κ is what reaches it over all places, times the linear layer's weights²."""
+    """With one output channel: κ of a kernel's element is the sum over all places of its input times weights²."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False)).double()
     conv, linear = model[0].weight, model[3].weight

@@ -29,7 +29,7 @@ RECIPE = Preprocessing(6, (4, 4), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def batches_of(logits: Tensor, labels: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """The logits themselves as images, so that the identity classifies."""
+    """Batches whose images are the logits themselves, so that the identity classifies them."""
     return list(zip(logits.split(sizes), labels.split(sizes), strict=True))
 
 
@@ -39,7 +39,7 @@ def identity(images: Tensor) -> Tensor:
 
 @pytest.fixture
 def measured() -> tuple[Tensor, Tensor]:
-    """Logits of 25 images in 12 classes, and labels that are among the first some of the time."""
+    """Logits of 25 images in 12 classes, and labels that are sometimes among the highest scores."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(25, 12, generator=generator)
     ranks = torch.randint(0, 9, (25,), generator=generator)
@@ -97,11 +97,11 @@ def test_outputs_with_two_sides_of_one(measured):
 @pytest.mark.parametrize(
     ("classify", "labels", "message"),
     [
-        (identity, [0, 3], "an image is of class 3, and the network has 3 classes, 0 to 2"),
-        (identity, [0, -1], "an image is of class -1, and the network has 3 classes, 0 to 2"),
-        (lambda x: x[:, :2], [0, 1], "the network gives outputs of size 2×2, not 2×3 class scores"),
-        (lambda x: (x,), [0, 1], "the network gives a tuple, no class scores"),
-        (lambda x: x * math.nan, [0, 1], "the network gives outputs that are not finite"),
+        (identity, [0, 3], "an image has class 3, but the network has 3 classes, 0 to 2"),
+        (identity, [0, -1], "an image has class -1, but the network has 3 classes, 0 to 2"),
+        (lambda x: x[:, :2], [0, 1], "the network's outputs have the size 2×2, not 2×3 as class scores have"),
+        (lambda x: (x,), [0, 1], "the network returns a tuple, not a tensor of class scores"),
+        (lambda x: x * math.nan, [0, 1], "the network's outputs are not finite"),
     ],
 )
 def test_what_cannot_be_measured(classify, labels, message):
@@ -128,7 +128,7 @@ def test_no_gradients_are_kept():
 
 
 def share(rank: int, logits: Tensor, labels: Tensor, file: str, results) -> None:
-    """One of two processes: three images, or the other five."""
+    """One of two processes, which has three of the images or the other five."""
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mine = slice(0, 3) if rank == 0 else slice(3, 8)
@@ -160,7 +160,7 @@ def test_two_processes_measure_all_images_together(measured, tmp_path):
 
 
 def class_folders(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:
-    """``val/`` with smooth images, ``train/`` with as few as can be."""
+    """``val/`` with smooth images, and ``train/`` with as few as are allowed."""
     generator = np.random.default_rng(0)
     for part, images in (("train", 1), ("val", count)):
         for name in names:
@@ -179,7 +179,7 @@ def result(capsys, *arguments: object) -> dict:
 
 
 def expected(data: Data, weight: np.ndarray, recipe: Preprocessing, places: list[int]) -> tuple[float, float]:
-    """Top-1 and loss of ``onnx_files.save_linear``'s network, image by image."""
+    """Top-1 and loss of the network of ``onnx_files.save_linear``, computed image by image."""
     right, loss = 0, 0.0
     for pixels, label in (data.val[i] for i in range(len(data.val))):
         scores = recipe.normalise(recipe.place(pixels)).double().mean((1, 2)) @ torch.from_numpy(weight).double()
@@ -229,7 +229,7 @@ def test_against_the_definition(here, capsys):
 
 
 def test_classes_are_found_by_their_names(here, capsys):
-    """Fewer than the network's, in another order."""
+    """The data has fewer classes than the network, in another order."""
     names = ("bee", "eel")
     weight = save_linear(here / "l.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=NAMES))
     data = open_data(class_folders(here / "d", names, 4))
@@ -264,7 +264,7 @@ def test_the_table_and_its_notes(here, capsys):
     ]  # fmt: skip
     assert printed.err.splitlines() == [
         "note: no preprocessing is recorded: images are resized to 4×4 and scaled to [0, 1], not normalised",
-        "note: the network has no class 'a': the data's classes were taken in their order",
+        "note: the network has no class 'a', so the data's classes were matched by position",
     ]
 
 
@@ -272,13 +272,13 @@ def test_refusals_of_the_command(refused, here):
     class_folders(here / "two", ("a", "b"))
     save_linear(here / "l.onnx")
     line, tip = refused("evaluate", "l.onnx", "--data", "two", "--device", "cpu")
-    assert line == "error: two has 2 classes, l.onnx 5"
+    assert line == "error: two has 2 classes, but l.onnx has 5"
     assert tip.startswith("tip: Give the data that the network was trained for")
     assert refused("evaluate", "l.onnx", "--data", "none", "--device", "cpu")[0] == (
-        "error: none is not there; a folder of class folders is needed"
+        "error: none does not exist; a folder of class folders is needed"
     )
-    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0] == "error: 'big' is no size"
-    assert refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0] == "error: 'x' are no numbers"
+    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0] == "error: 'big' is not a size"
+    assert refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0] == "error: 'x' is not a list of numbers"
     assert refused("evaluate", "l.onnx", "--data", "two", "--size", "8", "--device", "cpu")[0] == (
         "error: l.onnx takes images of size 3x4x4, not 3x8x8"
     )
@@ -292,4 +292,4 @@ def test_refusals_of_the_command(refused, here):
     broken.write_bytes(broken.read_bytes()[:100])
     for workers in (0, 1):
         line, tip = refused("evaluate", "bytes.onnx", "--data", "five", "--workers", workers, "--device", "cpu")
-        assert line.startswith("error: five/val/cat/1.png is no intact image: ")
+        assert line.startswith("error: five/val/cat/1.png is not an intact image: ")

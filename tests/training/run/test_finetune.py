@@ -1,4 +1,4 @@
-"""Whole runs of finetune: what they leave, how they go on, and how they fail."""
+"""Whole runs of finetune: the files they leave, how they resume, and how they fail."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def command(*arguments: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(weights, images, tmp_path_factory) -> Path:
-    """The folder of a run of the command, from a plain checkpoint."""
+    """The folder that the command left after a run from a plain checkpoint."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = ("--epochs", 8, "--batch-size", 8, "--lr", "0.08", "--device", "cpu")
     assert run(command("finetune", weights, *SMALL, "--data", images, "--output-dir", folder, *options)) == 0
@@ -99,7 +99,7 @@ def test_a_run_leaves_its_network_and_its_history(trained, images):
 
 
 def test_evaluate_holds_out_what_the_run_did(weights, tmp_path, capsys):
-    """One folder of class folders: the run's seed and share say which images training has not seen."""
+    """With one folder of class folders, the run's seed and share tell which images training has not seen."""
     data = save_images(tmp_path / "data", 12, 1) / "train"
     made = begin(weights, tmp_path / "run", settings(data, epochs=1, seed=3, val_fraction=0.4))
     made.train()
@@ -124,7 +124,7 @@ def test_the_folder_stands_for_its_best_network(trained, images, tmp_path, capsy
     assert run(command("export", trained, "-o", tmp_path / "m.onnx", "--json")) == 0
     capsys.readouterr()
     assert run(command("restore", trained, "-o", tmp_path / "m.pt")) == 0
-    assert "other weights: the network was fine-tuned" in capsys.readouterr().out
+    assert "has other weights, because the network was fine-tuned" in capsys.readouterr().out
     assert run(command("inspect", trained)) == 0
     assert f"gsgd, norm path-bn, on {images}" in " ".join(capsys.readouterr().out.split())
     assert set(torch.load(tmp_path / "m.pt")) == set(Small().state_dict())
@@ -206,7 +206,7 @@ def test_the_layer_that_runs_last_is_the_one_that_a_frozen_backbone_leaves(tmp_p
 
 
 def test_the_last_batches_of_an_epoch_make_a_whole_step(weights, images, tmp_path, monkeypatch):
-    """Three batches, of which two make a step: the third is a step of its own, not half of one."""
+    """Of three batches, two make a step, and the third makes a whole step of its own."""
     made = begin(weights, tmp_path / "run", settings(images, epochs=1, limit_train=24, accumulate=2))
     parts, batch = [], made._batch
 
@@ -220,7 +220,7 @@ def test_the_last_batches_of_an_epoch_make_a_whole_step(weights, images, tmp_pat
 
 
 def test_accumulated_batches_make_the_step_of_the_whole(images, tmp_path):
-    """Without BatchNorm, whose statistics are a batch's own, and without chance."""
+    """Without BatchNorm, whose statistics depend on the batch, and without augmentation."""
     save_network(tmp_path / "plain.pt", Plain)
     results = []
     for i, (batch, accumulate) in enumerate(((8, 1), (4, 2))):
@@ -293,12 +293,12 @@ def test_training_in_path_space_begins_with_the_same_function(weights, images, t
     assert report.passed
 
 
-# ---- going on ----------------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [1, 4, 6, 10, 17])
 def test_a_run_goes_on_bit_for_bit(weights, images, tmp_path, batches):
-    """Six batches an epoch, a checkpoint after each; momentum, average, schedule, mixup, dropout and crops."""
+    """Six batches per epoch with a checkpoint after each; momentum, average, schedule, mixup, dropout and crops."""
     chosen = settings(
         images, epochs=3, ema=0.8, mixup=0.2, momentum=0.9, warmup_steps=3, weight_decay=0.01, checkpoint_minutes=1e-9
     )
@@ -335,14 +335,14 @@ def one_thread():
 
 
 def steps_of(folder: Path) -> int:
-    """Steps at the last checkpoint."""
+    """The number of steps at the last checkpoint."""
     state = RunFolder(folder).load() if (folder / "last.ckpt").exists() else None
     return state["position"]["step"] if state else 0
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_kill_and_resume(weights, images, tmp_path):
-    """kill -9 at some moment; the resumed run ends where one that was let alone does."""
+    """A run that was killed at some moment and resumed ends where an undisturbed run ends."""
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     options = ("--epochs", "40", "--batch-size", "8", "--lr", "0.02", "--checkpoint-minutes", "1e-6", "--device", "cpu")
     start = [sys.executable, "-m", "pathconvert.cli", "finetune", str(weights), *SMALL, "--data", str(images), *options]
@@ -369,7 +369,7 @@ def test_a_finished_run_has_nothing_left_to_do(trained, tmp_path, capsys):
 
 
 def test_two_processes_train_as_one(images, tmp_path):
-    """BatchNorm over both, gradients and metrics reduced; to float32's rounding. Without dropout, a process's own."""
+    """Equal to float32's rounding, with BatchNorm over both processes; without dropout, which each draws alone."""
     still = save_network(tmp_path / "still.pt", Still)
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     options = command(
@@ -399,7 +399,7 @@ def test_two_processes_train_as_one(images, tmp_path):
 
 
 def test_a_process_of_several_leaves_its_group_before_the_interpreter_ends(tmp_path, monkeypatch):
-    """A gloo group that is still alive then aborts the process, about once in 25 runs."""
+    """A gloo group that is still alive at that moment aborts the process in about one of 25 runs."""
 
     class Two:
         world_size = 2
@@ -476,15 +476,15 @@ def test_flags_win_over_the_file(weights, images, tmp_path):
     ("text", "message"),
     [
         ("learning_rate: 1", "there is no setting 'learning_rate'"),
-        ("lr: fast", "--lr 'fast' is no float"),
-        ("lr: 0", "--lr 0 has to be more than 0"),
-        ("optimizer: sgd\nanchor: none", "--anchor belongs to --optimizer gsgd"),
-        ("optimizer: sgd\nnorm: bn\npivot: max", "--pivot belongs to a network that is converted"),
-        ("epochs: 0", "--epochs 0 is less than 1"),
-        ("momentum: 1.0", "--momentum 1.0 has to be less than 1"),
-        ("norm: layer", "--norm layer is none of path-bn, bn"),
-        ("compile: 1", "--compile 1 is no bool"),
-        ("- a\n- b", "is no list of settings"),
+        ("lr: fast", "--lr 'fast' is not a number"),
+        ("lr: 0", "--lr must be more than 0, not 0"),
+        ("optimizer: sgd\nanchor: none", "--norm path-bn: it needs --optimizer gsgd"),
+        ("optimizer: sgd\nnorm: bn\npivot: max", "--pivot has no effect with --optimizer sgd --norm bn"),
+        ("epochs: 0", "--epochs must be at least 1, not 0"),
+        ("momentum: 1.0", "--momentum must be less than 1, not 1.0"),
+        ("norm: layer", "--norm layer is not one of path-bn, bn"),
+        ("compile: 1", "--compile 1 is not true or false"),
+        ("- a\n- b", "is not a list of settings"),
         ("a: [", "cannot be read as settings"),
     ],
 )
@@ -507,7 +507,7 @@ def test_what_yaml_makes_of_words_and_numbers(tmp_path):
 
 @pytest.fixture
 def fails(weights, capsys):
-    """Run finetune, expect the exit code; the last two lines on stderr."""
+    """Run finetune, check its exit code and that it prints one error, and return that line."""
 
     def check(*arguments: object, source: object = weights, code: int = 2) -> str:
         capsys.readouterr()
@@ -538,13 +538,13 @@ def test_bad_data_and_options(fails, images, tmp_path):
     assert "--lr cannot be given with --resume" in fails("--resume", tmp_path, "--lr", "1", source=None)
     assert "--force cannot be given with --resume" in fails("--resume", tmp_path, "--force", source=None)
     assert "--amp fp16 needs a GPU" in fails("--data", images, *out, "--amp", "fp16")
-    assert "--skip-scale belongs to Path-BN" in fails("--data", images, *out, "--norm", "bn", "--skip-scale", "1")
+    assert "--skip-scale has no effect" in fails("--data", images, *out, "--norm", "bn", "--skip-scale", "1")
     assert not (tmp_path / "run" / "best.path.safetensors").exists()
 
 
 def test_a_full_folder_is_not_written_into(fails, images, trained):
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    assert "holds something already" in fails("--data", images, "--output-dir", trained)
+    assert "is not empty" in fails("--data", images, "--output-dir", trained)
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
@@ -593,7 +593,7 @@ def test_data_may_move(weights, tmp_path):
     data = save_images(tmp_path / "data", 8, 2)
     begin(weights, tmp_path / "run", settings(data, epochs=1)).train()
     data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="data is not there"):
+    with pytest.raises(DataError, match="data does not exist"):
         finetune.resume(tmp_path / "run", device="cpu")
     finetune.resume(tmp_path / "run", device="cpu", data=str(tmp_path / "moved"))
     finetune.resume(tmp_path / "run", device="cpu")  # the run's config.yaml knows now
@@ -617,7 +617,7 @@ def test_a_held_out_image_that_cannot_be_read_does_not_cost_the_epoch(weights, t
 
 def test_one_value_a_channel_is_explained():
     bn = torch.nn.BatchNorm2d(8)
-    with pytest.raises(TrainingError, match="BatchNorm one value a channel") as caught, _explained(1):
+    with pytest.raises(TrainingError, match="BatchNorm one value per channel") as caught, _explained(1):
         bn(torch.zeros(1, 8, 1, 1))
     assert caught.value.tip.startswith("Give --batch-size 2 or more")
 

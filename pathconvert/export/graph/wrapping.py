@@ -1,0 +1,180 @@
+"""What surrounds a network in the graph: preprocessing, the choice of outputs, a softmax; and parts that never run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pathconvert.conversion.modules import computed_tensors
+from pathconvert.errors import PathconvertError, first_line
+from pathconvert.networks.preprocessing import Preprocessing
+
+
+class Exported(nn.Module):
+    """A network together with what goes into the graph around it.
+
+    Args:
+        network: the network.
+        keys: keys of the dictionary that the network returns, in the order of the graph's outputs; empty if it returns
+            a tensor.
+        preprocessing: the normalisation to put into the graph, uint8 [N, 3, H, W] → float; None for none.
+        softmax: whether to add a softmax over the classes, dimension 1.
+    """
+
+    def __init__(
+        self, network: nn.Module, keys: tuple[str, ...], preprocessing: Preprocessing | None, *, softmax: bool
+    ) -> None:
+        super().__init__()
+        self.network, self.keys, self.softmax = network, keys, softmax
+        self.normalises = preprocessing is not None
+        if preprocessing is not None:
+            # (pixel / 255 − mean) / std = pixel · scale + shift
+            mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
+            self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1))
+            self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """[N, …] → the output, or a tuple of outputs."""
+        x = input
+        if self.normalises:
+            scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
+            x = x.to(scale.dtype) * scale + shift
+        result = self.network(x)
+        chosen = [result[key] for key in self.keys] if self.keys else [result]
+        if self.softmax:
+            chosen = [t.softmax(1) for t in chosen]
+        return chosen[0] if len(chosen) == 1 else tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Wraps networks in :class:`Exported`, and turns normalised inputs into inputs of the graph."""
+
+    keys: tuple[str, ...]
+    preprocessing: Preprocessing | None
+    softmax: bool
+
+    def __call__(self, network: nn.Module) -> Exported:
+        return Exported(network, self.keys, self.preprocessing, softmax=self.softmax).eval()
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Normalised [N, …] → the input of the graph: the same values in float32, or uint8 pixels."""
+        if self.preprocessing is None:
+            return x.detach().float().contiguous()  # for channels-last inputs the exporter adds nodes
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.preprocessing.mean, self.preprocessing.std))
+        return ((x.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- the outputs of a network ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network returns in evaluation mode.
+
+    Attributes:
+        keys: keys of the dictionary that it returns, only those that are wanted; empty if it returns a tensor.
+        idle: the parts that do not run in evaluation mode, such as auxiliary heads. Their weights are not exported.
+    """
+
+    keys: tuple[str, ...]
+    idle: tuple[str, ...]
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax: bool) -> Outputs:
+    """Run a network once, and find its outputs and the parts that do not run.
+
+    Args:
+        model: not changed.
+        example_input: a normalised input, [N, …].
+        auxiliary: whether the output of an auxiliary head is wanted, too.
+        softmax: whether a softmax will follow.
+
+    Raises:
+        PathconvertError: the network takes or returns something else than tensors (detectors do), cannot run on this
+            input, or has no classes for a softmax.
+    """
+    name = type(model).__name__
+    if not isinstance(example_input, Tensor):
+        raise PathconvertError(
+            f"{name} takes a {type(example_input).__name__}, not one tensor: detectors are not exported, because the "
+            "number of boxes depends on the image, which a graph of standard operators cannot follow",
+            "Export only the backbone: export_onnx(model.backbone, …).",
+        )
+    runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
+    x = example_input[:1].float()
+    try:
+        with _names_of_calls(runner) as called:
+            result = runner(x)
+    except (RuntimeError, ValueError) as error:
+        size = "×".join(map(str, example_input.shape[1:]))
+        raise PathconvertError(
+            f"{name} cannot run on inputs of size {size}: {first_line(error)}", "Give another size: --input-size."
+        ) from error
+    keys: tuple[str, ...] = ()
+    if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):
+        keys = ("out", "aux") if auxiliary and "aux" in result else ("out",)
+    elif not isinstance(result, Tensor):
+        raise PathconvertError(
+            f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with the key 'out'",
+            "Export a module that returns the wanted tensor.",
+        )
+
+    def scores_of(result: Any) -> Tensor:
+        return cast(Tensor, result[keys[0]] if keys else result)
+
+    scores = scores_of(result).clone()
+    if softmax and scores.dim() < 2:
+        raise PathconvertError(
+            f"{name} gives an output of size {list(scores.shape)}, which has no classes for a softmax",
+            "Leave --with-softmax out.",
+        )
+    return Outputs(keys, _idle_parts(runner, called, lambda: torch.equal(scores_of(runner(x)), scores)))
+
+
+@contextlib.contextmanager
+def _names_of_calls(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the modules that are called inside the context."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda _, __, ___, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _idle_parts(runner: nn.Module, called: set[str], unchanged: Callable[[], bool]) -> tuple[str, ...]:
+    """The largest parts with weights that were not called.
+
+    Code may read the weights of a module without calling it. The weights of all these parts are therefore set to NaN,
+    and if that changes the output, as ``unchanged`` tells, no part counts as idle.
+
+    Args:
+        runner: the network; it is changed.
+        called: names of the modules that were called.
+        unchanged: whether ``runner`` still gives the same output.
+    """
+    # a module is busy if it was called, or if one inside it was: "a.b.c" makes "a", "a.b" and "a.b.c" busy
+    busy = {""} | {name[:end] for name in called for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
+    idle = [
+        name
+        for name, module in runner.named_modules()
+        if name not in busy and name.rpartition(".")[0] in busy and next(module.parameters(), None) is not None
+    ]
+    for name in idle:
+        for parameter in runner.get_submodule(name).parameters():
+            parameter.fill_(math.nan)
+    return tuple(idle) if idle and unchanged() else ()

@@ -1,0 +1,111 @@
+"""The metadata that this package stores beside the tensors of a file.
+
+It is a JSON object with a format version of its own::
+
+    format_version, tool, torch, torchvision
+    architecture     name, arguments, input_size, task; null if the network cannot be built by name
+    source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
+    record           the conversion record (conversion/record.py): scope, pivot, gauge, scales, pivots; for a network in
+                     Path-BN form also ``path_bn``: its layers, λ, and where their statistics come from
+                     (path_bn/entering.py); null for a network that was trained without a conversion
+
+A network that was fine-tuned also has::
+
+    training         the settings of the run and what was measured; optional
+    preprocessing    how its images were prepared (preprocessing.py)
+    labels           its classes in the order of the logits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision
+
+from pathconvert.errors import CheckpointError, class_and_text
+from pathconvert.files.checkpoint import Checkpoint
+from pathconvert.files.refusals import AGAIN
+from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.preprocessing import Preprocessing
+from pathconvert.version import __version__
+
+FORMAT_VERSION = 1
+
+
+def make_metadata(
+    record: dict[str, Any] | None,
+    architecture: Architecture | None,
+    source: Mapping[str, str],
+    *,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The metadata of a file that is to be written, as the module's docstring describes it."""
+    own: dict[str, Any] = {} if preprocessing is None else {"preprocessing": dataclasses.asdict(preprocessing)}
+    own |= {} if labels is None else {"labels": list(labels)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": f"pathconvert {__version__}",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "architecture": dataclasses.asdict(architecture) if architecture else None,
+        "source": dict(source),
+        "record": record,
+    } | own
+
+
+def check_version(checkpoint: Checkpoint) -> None:
+    """Refuse metadata of another format version.
+
+    Raises:
+        CheckpointError: the version is not ``FORMAT_VERSION``.
+    """
+    metadata = checkpoint.metadata or {}
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint.path} has metadata of format version {version}; this is pathconvert {__version__}, which "
+            f"reads version {FORMAT_VERSION}",
+            f"Read it with the version that wrote it: {metadata.get('tool', 'unknown')}.",
+        )
+
+
+def own_preprocessing(checkpoint: Checkpoint | None) -> Preprocessing | None:
+    """The preprocessing that a file records; None if it records none.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    stored = _recorded(checkpoint, "preprocessing")
+    if stored is None:
+        return None
+    try:
+        return Preprocessing.from_json(stored)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _damaged(checkpoint, f"preprocessing: {class_and_text(error)}") from error
+
+
+def own_labels(checkpoint: Checkpoint | None) -> tuple[str, ...] | None:
+    """The class names that a file records; None if it records none.
+
+    Raises:
+        CheckpointError: they are not a list of names.
+    """
+    stored = _recorded(checkpoint, "labels")
+    if stored is None:
+        return None
+    if not isinstance(stored, list) or not all(isinstance(label, str) for label in stored):
+        raise _damaged(checkpoint, "labels are not a list of names")
+    return tuple(stored)
+
+
+def _recorded(checkpoint: Checkpoint | None, what: str) -> Any:
+    return (checkpoint.metadata or {}).get(what) if checkpoint else None
+
+
+def _damaged(checkpoint: Checkpoint | None, what: str) -> CheckpointError:
+    path = checkpoint.path if checkpoint else "the network"
+    return CheckpointError(f"{path} has damaged pathconvert metadata: {what}", AGAIN)
