@@ -185,6 +185,23 @@ def test_a_step_needs_nothing_of_the_cpu(settings: str, tensor_rate: bool) -> No
     assert {p.device.type for group in optimizer.param_groups for p in group["params"]} == {"cuda"}
 
 
+@pytest.mark.parametrize("settings", OPTIMIZERS)
+def test_a_step_changes_its_state_in_place(settings: str) -> None:
+    """A CUDA graph replays addresses: a state that is replaced would be read as it was at the capture."""
+    _, model, _, batches = converted("residual block", skip_scale=1.0)
+    optimizer = GSGD(path_parameter_groups(model), **({"lr": 1e-6} | OPTIMIZERS[settings]))
+    loss(model(batches[0])).backward()
+    places, values = [], []
+    for _ in range(2):
+        optimizer.step()
+        states = {(i, key): t for i, s in enumerate(optimizer.state.values()) for key, t in s.items()}
+        places.append({name: t.data_ptr() for name, t in states.items()})
+        values.append({name: t.clone() for name, t in states.items()})
+    assert places[0] == places[1]
+    moving = {key for (i, key), t in values[0].items() if not torch.equal(t, values[1][i, key])}
+    assert moving == ({"momentum_buffer", "chain_momentum"} if "momentum" in settings else set())
+
+
 def _move_to_fake_gpu(optimizer: GSGD, mode: FakeTensorMode) -> None:
     """All that ``optimizer`` holds, onto a GPU that does not exist."""
     known: dict[int, tuple[Any, Any]] = {}  # with what they stand for, so that no id is used twice

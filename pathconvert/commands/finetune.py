@@ -224,8 +224,10 @@ def _option(one: dataclasses.Field[Any]) -> Any:
     flag = f"--{one.name.replace('_', '-')}"
     if isinstance(one.default, bool):
         flag += f"/--no-{one.name.replace('_', '-')}"
-    shown = False if one.default in (None, "", False) else str(one.default)
-    return typer.Option(flag, help=one.metadata["help"], show_default=shown)
+    text: str = one.metadata["help"]
+    if one.default is not None and one.default != "" and one.default is not False:
+        text = f"{text.removesuffix('.')} (default: {one.default})."
+    return typer.Option(flag, help=text, show_default=False)
 
 
 def finetune(**options: Any) -> None:

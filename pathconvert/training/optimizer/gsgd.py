@@ -272,12 +272,12 @@ class GSGD(Optimizer):
 
     def _chain_values(self, starts: Starts, group: dict[str, Any]) -> Tensor:
         """d of every chain, divided by its anchor; float64 [chains], never 0. Takes the anchors at the first step."""
-        for p, value in zip(starts.params, starts.layout.scatter(starts.value), strict=True):
-            state = self.state[p]
-            if "shortened" not in state:
-                state["shortened"] = torch.zeros_like(value, dtype=p.dtype)
-            if group["anchor"] is not None and "anchor" not in state:
-                state["anchor"] = value.abs().to(p.dtype)
+        wanted = {"shortened"} if group["anchor"] is None else {"shortened", "anchor"}
+        if not all(wanted <= state.keys() for state in starts.states):
+            for p, value in zip(starts.params, starts.layout.scatter(starts.value), strict=True):
+                self.state[p].setdefault("shortened", torch.zeros_like(value, dtype=p.dtype))
+                if group["anchor"] is not None:
+                    self.state[p].setdefault("anchor", value.abs().to(p.dtype))
         # d_k is a product of start weights, and ρ_k the product of their first |values|. To divide start by start,
         # before the products are taken, lets S cancel and keeps them from overflowing
         unit = starts.gather_state("anchor") if group["anchor"] is not None else 1 / starts.layout.scale

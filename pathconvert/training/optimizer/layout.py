@@ -32,13 +32,6 @@ class StartPlace:
         """The starts' elements of a tensor of the parameter's shape, [starts]."""
         return tensor if self.index is None else tensor[self.index]
 
-    def write(self, tensor: Tensor, values: Tensor) -> None:
-        """Write ``values`` [starts] to the places of the starts."""
-        if self.index is None:
-            tensor.copy_(values)
-        else:
-            tensor[self.index] = values
-
 
 class Layout:
     """The chains of one parameter group.

@@ -45,7 +45,8 @@ class Starts:
 
     def gather_state(self, key: str) -> Tensor:
         """What the parameters' states hold under ``key``, float64 [chains]; 0 where a state does not have it."""
-        return self.layout.gather([state.get(key, torch.zeros_like(state["shortened"])) for state in self.states])
+        held = [state[key] if key in state else torch.zeros_like(state["shortened"]) for state in self.states]
+        return self.layout.gather(held)
 
     def row_norms(self) -> Tensor:
         """L2 norm of the row of every start weight, float64 [chains]; 1 where the start is a γ."""
@@ -71,23 +72,42 @@ class Starts:
         own = ratio / with_one(ratio)[layout.home_of_parent]  # the parent's start brings its share of the ratio
         if layout.trained is not None:
             own = torch.where(layout.trained, own, 1.0)
-        new = [part.to(p.dtype) for p, part in zip(self.params, layout.scatter(self.value * own), strict=True)]
+        new = self._rounded(self.value * own)
         return new, chain_values(layout.gather(new) / self.value, layout.ancestors)
 
     def write(self, new: Sequence[Tensor], shortened: Tensor, momentum: Tensor | None) -> None:
         """Write new starts into their parameters, and the counts and the momentum into the parameters' states.
+
+        All that is there is changed in place, since a CUDA graph reads the tensors that it was captured with.
 
         Args:
             new: the starts of every parameter, from :meth:`moved_by`.
             shortened: whether the step of each chain was shortened, bool [chains]; these chains lose their momentum.
             momentum: of every chain, float64 [chains]; None where the group has no momentum.
         """
-        counts = self.layout.scatter(shortened)
-        momenta = None if momentum is None else self.layout.scatter(momentum.masked_fill(shortened, 0.0))
-        for i, (place, p, state) in enumerate(zip(self.layout.starts, self.params, self.states, strict=True)):
-            if not place.trained:
-                continue
-            place.write(p, new[i])
-            state["shortened"] += counts[i]
-            if momenta is not None:
-                state["chain_momentum"] = momenta[i].to(p.dtype)
+        moved = [i for i, place in enumerate(self.layout.starts) if place.trained]
+        if not moved:
+            return
+        states = [self.states[i] for i in moved]
+        counts = self._rounded(shortened)
+        torch._foreach_add_([state["shortened"] for state in states], [counts[i] for i in moved])
+        if momentum is not None:
+            momenta = self._rounded(momentum.masked_fill(shortened, 0.0))
+            for state in states:
+                if "chain_momentum" not in state:
+                    state["chain_momentum"] = torch.zeros_like(state["shortened"])
+            torch._foreach_copy_([state["chain_momentum"] for state in states], [momenta[i] for i in moved])
+        whole = [i for i in moved if self.layout.starts[i].index is None]
+        if whole:
+            torch._foreach_copy_([self.params[i] for i in whole], [new[i] for i in whole])
+        for i in moved:
+            index = self.layout.starts[i].index
+            if index is not None:
+                self.params[i][index] = new[i]
+
+    def _rounded(self, per_chain: Tensor) -> list[Tensor]:
+        """Values of all chains [chains] → those of every parameter, in its dtype; one conversion where all agree."""
+        dtypes = {p.dtype for p in self.params}
+        if len(dtypes) == 1:
+            per_chain = per_chain.to(dtypes.pop())
+        return [part.to(p.dtype) for p, part in zip(self.params, self.layout.scatter(per_chain), strict=True)]
