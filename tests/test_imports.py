@@ -13,11 +13,12 @@ import pathconvert
 
 PACKAGE = Path(pathconvert.__file__).parent
 ROOT = PACKAGE.parent
-BASE = {"errors", "version"}
+BASE = {"errors", "formats", "version"}
 #: Every part, and the parts that it may import: downwards only.
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
+    "formats": {"errors", "version"},
     "__init__": {*BASE, "conversion", "path_bn", "networks", "export"},
     "conversion": BASE,
     "path_bn": {*BASE, "conversion"},

@@ -19,7 +19,7 @@ from pathconvert.conversion.groups import FIXED
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.trace import IdVector, Slot
 from pathconvert.errors import RecordError
-from pathconvert.version import __version__
+from pathconvert.formats import require_format
 
 FORMAT_VERSION = 1
 Form = Literal["plain", "path", "path-bn"]
@@ -104,13 +104,7 @@ def read_record(record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         RecordError: the record has another format version, is damaged, or belongs to another network.
     """
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
-        raise RecordError(
-            f"the conversion record has format version {version}; this is pathconvert {__version__}, which reads "
-            f"version {FORMAT_VERSION}",
-            f"Install the version of pathconvert that wrote it: {record.get('tool', 'unknown')}.",
-        )
+    require_format(record, FORMAT_VERSION, "the conversion record has", RecordError)
     try:
         scales = np.asarray(record["scales"], dtype=np.float64)
         slots = [_decode_slot(name, encoded) for name, encoded in record["tensors"].items()]

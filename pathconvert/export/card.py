@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pathconvert.errors import CheckpointError
+from pathconvert.formats import require_format
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.version import __version__
@@ -64,13 +65,7 @@ class ModelCard:
         Raises:
             CheckpointError: the card has a newer format, or is damaged.
         """
-        version = stored.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the file has pathconvert metadata of format version {version}; this is pathconvert {__version__}, "
-                f"which reads up to version {FORMAT_VERSION}",
-                f"Read it with the version that wrote it: {stored.get('tool', 'unknown')}.",
-            )
+        require_format(stored, FORMAT_VERSION, "the file has pathconvert metadata of", CheckpointError)
         try:
             return _card(stored)
         except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -28,6 +28,7 @@ import torchvision
 from pathconvert.errors import CheckpointError, class_and_text
 from pathconvert.files.checkpoint import Checkpoint
 from pathconvert.files.refusals import AGAIN
+from pathconvert.formats import require_format
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.version import __version__
@@ -63,14 +64,8 @@ def check_version(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the version is not ``FORMAT_VERSION``.
     """
-    metadata = checkpoint.metadata or {}
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{checkpoint.path} has metadata of format version {version}; this is pathconvert {__version__}, which "
-            f"reads version {FORMAT_VERSION}",
-            f"Read it with the version that wrote it: {metadata.get('tool', 'unknown')}.",
-        )
+    what = f"{checkpoint.path} has metadata of"
+    require_format(checkpoint.metadata or {}, FORMAT_VERSION, what, CheckpointError)
 
 
 def own_preprocessing(checkpoint: Checkpoint | None) -> Preprocessing | None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pathconvert.conversion.record import attach_record, decode_runs, record_of, unwrapped
 from pathconvert.errors import RecordError
+from pathconvert.formats import require_format
 from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
-from pathconvert.version import __version__
 
 #: Version of the record's entry ``path_bn``.
 FORMAT_VERSION = 1
@@ -73,13 +73,8 @@ def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     Raises:
         RecordError: the record has another format version, or belongs to another network.
     """
-    version = record["path_bn"].get("format_version")
-    if version != FORMAT_VERSION:
-        raise RecordError(
-            f"the Path-BN record has format version {version}; this is pathconvert {__version__}, which reads version "
-            f"{FORMAT_VERSION}",
-            f"Install the version of pathconvert that wrote it: {record.get('tool', 'unknown')}.",
-        )
+    stored = {"tool": record.get("tool", "unknown")} | record["path_bn"]
+    require_format(stored, FORMAT_VERSION, "the Path-BN record has", RecordError)
     try:
         for entry in record["path_bn"]["layers"]:
             none = torch.zeros(entry["pivots"], dtype=torch.int64)

@@ -149,7 +149,7 @@ def test_versions(tmp_path, small, image):
     assert str(caught.value) == (
         f"{path} has metadata of format version 2; this is pathconvert {pathconvert.__version__}, which reads version 1"
     )
-    assert caught.value.tip == "Read it with the version that wrote it: pathconvert 9.0."
+    assert caught.value.tip == "Use the version of pathconvert that wrote it: pathconvert 9.0."
     c = pathconvert.reparameterize(small, image)
     with pytest.raises(RecordError) as refused:
         pathconvert.restore(c.model, c.record | {"format_version": 2, "tool": "pathconvert 9.0"})

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pathconvert.errors import CheckpointError, OutputError
 from pathconvert.files.writing import prepare_output, write_atomically
+from pathconvert.formats import require_format
 from pathconvert.version import __version__
 
 #: The format of ``last.ckpt``. In version 2, G-SGD's momentum is divided by the gauge of the row.
@@ -144,12 +145,7 @@ class RunFolder:
                 f"{path} is damaged: {' '.join(str(error).split())[:200]}",
                 "Begin a new run, from the best network of this one if there is one.",
             ) from error
-        if state.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {state.get('format_version')}, but this pathconvert {__version__} reads "
-                f"version {FORMAT_VERSION}",
-                f"Resume with the version that wrote it: {state.get('tool', 'unknown')}.",
-            )
+        require_format(state, FORMAT_VERSION, f"{path} has", CheckpointError)
         return state
 
     def _write(self, name: str, write: Callable[[Path], object], tensors: Mapping[str, Tensor] | None = None) -> None:

@@ -430,7 +430,7 @@ def test_cards_that_are_newer_or_damaged_are_refused():
         CheckpointError, match="pathconvert metadata of format version 2; this is pathconvert"
     ) as caught:
         read_card({PROPERTY: newer})
-    assert caught.value.tip == "Read it with the version that wrote it: pathconvert 9."
+    assert caught.value.tip == "Use the version of pathconvert that wrote it: pathconvert 9."
     for text in ("{", "[]", '{"format_version": 1, "preprocessing": {"resize": 3}}'):
         with pytest.raises(CheckpointError, match=r"^the file has damaged pathconvert metadata: "):
             read_card({PROPERTY: text})
