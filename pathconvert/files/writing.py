@@ -34,7 +34,8 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffix
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(suffixes)}."
-        raise OutputError(message, f"The suffix of the output decides its format: {suffixes[0]} is recommended.")
+        example = f"{path.stem.strip('.') or 'network'}{suffixes[0]}"
+        raise OutputError(message, f"Give a name that ends in {suffixes[0]}, such as {example}.")
     if source is not None and _same_file(path, source):
         raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
     if path.is_dir():
