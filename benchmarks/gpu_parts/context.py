@@ -58,7 +58,7 @@ class Context:
         """The file of that name anywhere in the data folder, or None.
 
         Raises:
-            FileNotFoundError: it is not there, and this is no rehearsal, which does with made-up data.
+            FileNotFoundError: the file is missing. A rehearsal uses made-up data instead and does not raise.
         """
         found = next(self.data.rglob(name), None) if self.data.is_dir() else None
         if found is None and not self.rehearse:

@@ -90,7 +90,7 @@ def left_out_tests() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of all that matters, and of Python."""
+    """Versions of Python and of every required package that is installed."""
     found = {one.name: installed(one.name) for one in requirements()}
     return {"python": platform.python_version()} | {name: v for name, v in found.items() if v}
 

@@ -142,7 +142,7 @@ def _proven(
 ) -> dict[str, Any]:
     """What was compared and the nodes by provider; why not where the file or device cannot be used."""
     if not file.exists():
-        return {"not measured": "there is no such file"}
+        return {"not measured": f"{file.name} was not made"}
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(batch, *example.shape[1:], generator=generator) for batch in (1, 2, 5)]
     try:
