@@ -1,25 +1,25 @@
-"""How long a conversion takes, what memory it needs, what it rescales; Brevitas and AIMET side by side.
+"""How long a conversion takes, what memory it needs, what it rescales.
+
+Brevitas and AIMET side by side.
 
     python benchmarks/convert.py [NAMES…] [--all] [--pivot max,matching] [--json FILE]
 
-All tools take turns in one process on the same network and the same small example (64 pixels, so that a tool which
-traces with numbers pays little for them), one thread each; the least of several turns counts. **Seconds are CPU
-seconds**: they equal wall-clock seconds on an idle machine, and unlike those change little while other programs
-compute. Networks have torchvision's own initialisation, seeded random γ (0.4…1.6) and β, and the running statistics of
-one random batch. README.md beside this file says what every column means.
+All tools take turns in one process on the same network and the same small example (64 pixels, so
+that a tool which traces with numbers pays little for them), one thread each; the least of several
+turns counts. **Seconds are CPU seconds**: they equal wall-clock seconds on an idle machine, and
+unlike those change little while other programs compute. Networks have torchvision's own
+initialisation, seeded random γ (0.4…1.6) and β, and the running statistics of one random batch.
+README.md beside this file says what every column means.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import gc
-import inspect
 import io
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -31,49 +31,61 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from rich.console import Console
-from rich.table import Table
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from pathconvert.conversion.equivalence import verify, verify_conversion
-from pathconvert.conversion.parts import trace_network
-from pathconvert.conversion.reparameterize import Conversion, convert_traced
 from pathconvert.networks import architectures
 from pathconvert.networks.checked import convert_network, save_checked
 from pathconvert.networks.loading import open_network
+
+from convert_table import summarise, table_of
+from convert_tools import (
+    Result,
+    Steps,
+    aimet,
+    brevitas,
+    exceptions,
+    installed,
+    our_channels,
+    ours,
+    tied_count,
+)
 
 #: Without names and without ``--all``.
 SELECTION = (
     "resnet50", "vgg16_bn", "densenet121", "googlenet", "resnext50_32x4d",
     "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf",
 )  # fmt: skip
-#: Above this many parameters outputs are compared on a small input, and tools take two turns instead of several.
+#: Above this many parameters outputs are compared on a small input, and tools take two turns
+#: instead of several.
 GIANT = 60e6
 TURNS, GIANT_TURNS = 3, 2
 #: Networks whose last pooling or auxiliary head has a fixed size.
 NEEDS_ITS_SIZE = ("inception_v3", "s3d")
 
-Channel = tuple[str, int]
-"""A module that produces a channel (its BatchNorm where one follows), and the channel's row."""
-
-
-# ---- networks and inputs -----------------------------------------------------------------------------------------
+# ---- networks and inputs -------------------------------------------------------------------------
 
 
 def build(name: str) -> nn.Module:
-    """torchvision's network as torchvision initialises it; γ, β random and statistics true; seeded."""
+    """torchvision's network as torchvision initialises it; γ, β random and statistics true.
+
+    seeded.
+    """
     torch.manual_seed(0)
     task = architectures.index()[name]["task"]
     backbone = {"weights_backbone": None} if task in ("segmentation", "detection") else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, **backbone).eval()
     if task == "detection" and name != "ssd300_vgg16":
-        model.transform.min_size, model.transform.max_size = (128,), 192  # not 800 pixels: what is compared is the same
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        model.transform.min_size, model.transform.max_size = (
+            (128,),
+            192,
+        )  # not 800 pixels: what is compared is the same
+    norms = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     was = [norm.momentum for norm in norms]
     with torch.no_grad():
         for norm in norms:
@@ -92,7 +104,10 @@ def build(name: str) -> nn.Module:
 
 
 def example_for(name: str, small: bool) -> Any:
-    """A batch of one of the network's size, or of 64 pixels where the network takes that. Detectors take a list."""
+    """A batch of one of the network's size, or of 64 pixels where the network takes that.
+
+    Detectors take a list.
+    """
     entry = architectures.index()[name]
     *rest, _, side = entry["input_size"]
     side = 64 if small and name not in NEEDS_ITS_SIZE and entry["task"] != "detection" else side
@@ -103,174 +118,12 @@ def example_for(name: str, small: bool) -> Any:
     return torch.randn(1, *size, generator=generator)
 
 
-# ---- the three tools: each returns seconds, channels and the network that it made --------------------------------
+# ---- one network ---------------------------------------------------------------------------------
 
 
-class Result:
-    """One turn of one tool: CPU seconds by step, the network, the channels that it rescaled."""
-
-    def __init__(
-        self,
-        seconds: dict[str, float],
-        model: nn.Module | None = None,
-        ties: list[list[Channel]] | None = None,
-        **more: Any,
-    ) -> None:
-        self.seconds = seconds
-        self.model = model
-        self.ties = ties or []
-        self.more = more
-
-    @property
-    def channels(self) -> set[Channel]:
-        return {channel for tie in self.ties for channel in tie}
-
-
-class _Steps:
-    """Seconds of the steps of one turn."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        begun = time.process_time()
-        yield
-        self.seconds[name] = time.process_time() - begun
-
-
-def ours(pivot: str, scope: str = "block") -> Callable[[nn.Module, Any], Result]:
-    def turn(model: nn.Module, example: Any) -> Result:
-        steps = _Steps()
-        with steps.step("trace"):
-            traced = trace_network(model, example)
-        with steps.step("convert"):
-            conversion = convert_traced(model, traced, scope, pivot, "unit")  # type: ignore[arg-type]
-        return Result(steps.seconds, conversion.model, conversion=conversion)
-
-    return turn
-
-
-def brevitas(model: nn.Module, example: Any) -> Result:
-    """``value_trace`` and ``EqualizeGraph(iterations=1)``; the copy that it changes is made off the clock."""
-    from brevitas.fx import value_trace
-    from brevitas.graph.equalize import EqualizeGraph
-    from brevitas.graph.standardize import TorchFunctionalToModule
-
-    model, steps = copy.deepcopy(model), _Steps()
-    first = next(iter(inspect.signature(model.forward).parameters))
-    with torch.no_grad(), steps.step("trace"):
-        graph = value_trace(model, {first: example})
-    graph = TorchFunctionalToModule().apply(graph)  # off the clock: without it F.relu ends every region
-    with steps.step("equalize"):
-        graph, regions = EqualizeGraph(iterations=1, return_regions=True).apply(graph)
-    done = [r for r in regions if all(m.weight_axis is not None for m in (*r.srcs.values(), *r.sinks.values()))]
-    ties: dict[tuple[int, int], list[Channel]] = {}
-    for number, region in enumerate(done):
-        for name, source in region.srcs.items():
-            where = source.equalization_indexes
-            for row in range(where.start, where.end):
-                ties.setdefault((number, where.offset + row), []).append((name.split("$")[0], row))
-    return Result(steps.seconds, graph, list(ties.values()), sets=len(done), sets_found=len(regions))
-
-
-def aimet(model: nn.Module, example: Any) -> Result:
-    """``fold_all_batch_norms`` and ``CrossLayerScaling.scale_model``, on a copy made off the clock."""
-    from aimet_torch.batch_norm_fold import fold_all_batch_norms
-    from aimet_torch.cross_layer_equalization import CrossLayerScaling
-
-    model, steps = copy.deepcopy(model), _Steps()
-    names = {id(module): name for name, module in model.named_modules()}
-    kept = list(model.modules())  # ids stay theirs
-    with steps.step("fold"):
-        folded = fold_all_batch_norms(model, None, dummy_input=example)
-    with steps.step("scale"):
-        sets = CrossLayerScaling.scale_model(model, dummy_input=example)
-    del kept
-    norm_of = {id(conv): norm for conv, norm in folded}
-    ties = []
-    for pair in (pair for one in sets for pair in one.cls_pair_info_list):
-        name = names[id(norm_of.get(id(pair.layer1), pair.layer1))]
-        ties += [[(name, row)] for row in range(len(pair.scale_factor))]
-    return Result(steps.seconds, model, ties, sets=len(sets))
-
-
-def installed() -> dict[str, str | None]:
-    """Which of the others can be imported: version, or why not."""
-    modules = {"brevitas": "brevitas.graph.equalize", "aimet": "aimet_torch.cross_layer_equalization"}
-    found: dict[str, str | None] = {}
-    for tool, module in modules.items():
-        try:
-            __import__(module)
-        except Exception as error:  # an optional tool that does not import is a result, not a failure
-            missing = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
-            found[tool] = None if missing else f"does not import: {type(error).__name__}: {error}"
-        else:
-            from importlib.metadata import version
-
-            found[tool] = version({"brevitas": "brevitas", "aimet": "aimet-torch"}[tool])
-    logging.disable(logging.WARNING)
-    return found
-
-
-# ---- channels ----------------------------------------------------------------------------------------------------
-
-
-def our_channels(conversion: Conversion) -> tuple[set[Channel], dict[Channel, str]]:
-    """Channels with a factor of their own, and of all others why not."""
-    unit_reason: list[str] = []
-    for group, public in zip(conversion.units.groups, conversion.groups, strict=True):
-        for i in range(group.size):
-            unit = group.start + i
-            if public.pinned_by:
-                unit_reason.append(public.pinned_by)
-            elif conversion.pivots.layer[unit] < 0:
-                unit_reason.append("dead: no live outgoing weight")
-            elif public.held_back[i]:
-                unit_reason.append("held back")
-            else:
-                circular = conversion.pivots.circular
-                unit_reason.append("circular" if circular is not None and circular[unit] else "")
-    rescaled: set[Channel] = set()
-    left: dict[Channel, str] = {}
-    for slot in conversion.units.slots:
-        module = slot.parameter.rpartition(".")[0]
-        for row, unit in enumerate(slot.rows.tolist()):
-            if unit < 0:
-                left.setdefault((module, row), "absorbed: a BatchNorm normalises the factor away")
-            elif unit_reason[unit]:
-                left.setdefault((module, row), unit_reason[unit])
-            else:
-                rescaled.add((module, row))
-    return rescaled, left
-
-
-def tied_count(ties: list[list[Channel]]) -> int:
-    """How many independent factors: channels that share one (in one region, or through another) count once."""
-    numbers: dict[Channel, int] = {}
-    for tie in ties:
-        for channel in tie:
-            numbers.setdefault(channel, len(numbers))
-    left = [numbers[tie[0]] for tie in ties for _ in tie]
-    right = [numbers[channel] for tie in ties for channel in tie]
-    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(len(numbers),) * 2)
-    return int(connected_components(graph, directed=False)[0]) if numbers else 0
-
-
-def exceptions(theirs: set[Channel], rescaled: set[Channel], left: dict[Channel, str]) -> dict[str, dict[str, int]]:
-    """Channels that the other tool rescales and we don't: reason → module → how many."""
-    found: dict[str, dict[str, int]] = {}
-    for module, row in sorted(theirs - rescaled):
-        why = left.get((module, row), "unknown to us")
-        by_module = found.setdefault(why, {})
-        by_module[module] = by_module.get(module, 0) + 1
-    return found
-
-
-# ---- one network -------------------------------------------------------------------------------------------------
-
-
-def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: bool = False) -> dict[str, Any]:
+def measure(
+    name: str, pivots: list[str], others: dict[str, str | None], quick: bool = False
+) -> dict[str, Any]:
     """Everything about one network."""
     model = build(name)
     count = sum(p.numel() for p in model.parameters())
@@ -284,7 +137,11 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
     }
     tools: dict[str, Callable[[nn.Module, Any], Result]] = {pivot: ours(pivot) for pivot in pivots}
     functions = {"brevitas": brevitas, "aimet": aimet}
-    tools |= {tool: functions[tool] for tool, state in others.items() if state and "not import" not in state}
+    tools |= {
+        tool: functions[tool]
+        for tool, state in others.items()
+        if state and "not import" not in state
+    }
     best: dict[str, dict[str, float]] = {}
     turns = GIANT_TURNS if count > GIANT else TURNS
     for turn in range(turns):
@@ -295,7 +152,10 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
                     one = function(model, example)
             except Exception as error:
                 result[tool] = {
-                    "failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+                    "failed": (
+                        f"{type(error).__name__}:"
+                        f" {(str(error).strip().splitlines() or [''])[0][:200]}"
+                    )
                 }
                 del tools[tool]
                 continue
@@ -312,7 +172,11 @@ def measure(name: str, pivots: list[str], others: dict[str, str | None], quick: 
                         "fallbacks": list(conversion.pivot_fallbacks),
                     }
                 else:
-                    result[tool] = {**one.more, "channels": tied_count(one.ties), "_channels": one.channels}
+                    result[tool] = {
+                        **one.more,
+                        "channels": tied_count(one.ties),
+                        "_channels": one.channels,
+                    }
                     try:  # on what it was traced on: value_trace writes sizes into some graphs
                         result[tool]["noise_ratio"] = verify(model, one.model, example).noise_ratio
                     except Exception as error:
@@ -369,8 +233,11 @@ def _recognise(model: nn.Module) -> float | None:
 
 
 def _total(name: str, model: nn.Module) -> dict[str, float]:
-    """Load → convert (block, matching) → verify → write, as ``pathconvert reparam`` does it; CPU seconds."""
-    steps = _Steps()
+    """Load → convert (block, matching) → verify → write, as ``pathconvert reparam`` does it.
+
+    CPU seconds.
+    """
+    steps = Steps()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, f"{name}.pt")
         torch.save(model.state_dict(), source)
@@ -383,7 +250,7 @@ def _total(name: str, model: nn.Module) -> dict[str, float]:
     return {**steps.seconds, "sum": sum(steps.seconds.values())}
 
 
-# ---- memory, in a process of its own -----------------------------------------------------------------------------
+# ---- memory, in a process of its own -------------------------------------------------------------
 
 
 def _memory(name: str, pivots: list[str]) -> dict[str, float] | None:
@@ -397,7 +264,10 @@ def _memory(name: str, pivots: list[str]) -> dict[str, float] | None:
 
 
 def memory_of(name: str, pivots: list[str]) -> dict[str, float]:
-    """(VmHWM − resident before the network was built) / bytes of weights; a small network first loads all code."""
+    """(VmHWM − resident before the network was built) / bytes of weights.
+
+    A small network first loads all code.
+    """
     for pivot in pivots:
         ours(pivot)(build("shufflenet_v2_x0_5"), example_for("shufflenet_v2_x0_5", small=True))
     trim = ctypes.CDLL("libc.so.6").malloc_trim
@@ -417,11 +287,13 @@ def memory_of(name: str, pivots: list[str]) -> dict[str, float]:
 
 
 def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 
-# ---- the command line --------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def help_seconds() -> float:
@@ -435,81 +307,6 @@ def help_seconds() -> float:
         subprocess.run(command, capture_output=True, check=True)
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
-
-
-def ratio(result: dict[str, Any], pivot: str, tool: str) -> float | None:
-    theirs = result.get(tool, {}).get("seconds")
-    mine = result["pivots"].get(pivot, {}).get("seconds")
-    return mine["sum"] / theirs["sum"] if theirs and mine else None
-
-
-def summarise(results: list[dict[str, Any]], pivots: list[str]) -> dict[str, Any]:
-    """The targets of the issue, over all networks."""
-    good = [r for r in results if "error" not in r]
-    summary: dict[str, Any] = {"networks": len(good), "failed": [r["network"] for r in results if "error" in r]}
-    for pivot in pivots:
-        noise = [r["pivots"][pivot]["noise_ratio"] for r in good if pivot in r["pivots"]]
-        ratios = {r["network"]: ratio(r, pivot, "brevitas") for r in good}
-        known = {name: value for name, value in ratios.items() if value is not None}
-        limit = 1.0 if pivot == "max" else 2.0
-        memory = {r["network"]: (r["peak_memory_over_weights"] or {}).get(pivot) for r in good}
-        heavy = {name: round(value, 2) for name, value in memory.items() if value and value > 2.5}
-        summary[pivot] = {
-            "noise_ratio_median": statistics.median(noise) if noise else None,
-            "noise_ratio_max": max(noise, default=None),
-            "over_brevitas_median": statistics.median(known.values()) if known else None,
-            "over_brevitas_max": max(known.values(), default=None),
-            "slower_than_allowed": {name: round(value, 2) for name, value in known.items() if value > limit},
-            "memory_above_2.5": heavy,
-        }
-    for tool in ("brevitas", "aimet"):
-        summary[tool] = {
-            "channels_that_we_leave": {
-                r["network"]: r[tool]["not_rescaled_by_us"] for r in good if r.get(tool, {}).get("not_rescaled_by_us")
-            },
-            "failed_on": {r["network"]: r[tool]["failed"] for r in good if "failed" in r.get(tool, {})},
-        }
-    recognised = {r["network"]: r["recognise_seconds"] for r in good if r["recognise_seconds"]}
-    summary["recognise_seconds_max"] = max(recognised.items(), key=lambda pair: pair[1], default=None)
-    return summary
-
-
-def table_of(results: list[dict[str, Any]], pivots: list[str], others: dict[str, str | None]) -> Table:
-    table = Table(title="conversion (CPU seconds, one thread)", title_justify="left")
-    columns = ["network", "M par."]
-    for pivot in pivots:
-        columns += [f"{pivot} s", "noise", "mem."]
-    columns += ["in all s", "channels block", "network"]
-    for tool in ("brevitas", "aimet"):
-        columns += [f"{tool} s", "sets", "channels", "noise", *(f"{pivot} ×" for pivot in pivots)]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "network" and not table.columns else "right")
-    for r in results:
-        if "error" in r:
-            table.add_row(r["network"], r["error"])
-            continue
-        row = [r["network"], f"{r['parameters'] / 1e6:.1f}"]
-        for pivot in pivots:
-            one = r["pivots"].get(pivot, {})
-            row += [_number(one.get("seconds", {}).get("sum"), 2), _number(one.get("noise_ratio"), 2)]
-            row.append(_number((r["peak_memory_over_weights"] or {}).get(pivot), 2))
-        row += [_number(r.get("total_seconds", {}).get("sum"), 1)]
-        row += [str(r["pivots"].get(pivots[0], {}).get("channels_block", "")), str(r["channels_network"])]
-        for tool in ("brevitas", "aimet"):
-            one = r.get(tool)
-            if one is None:
-                row += ["not installed" if not others[tool] else "does not import", "", "", "", *("" for _ in pivots)]
-            elif "failed" in one:
-                row += ["failed", "", "", "", *("" for _ in pivots)]
-            else:
-                row += [_number(one["seconds"]["sum"], 2), str(one["sets"]), str(one["channels"])]
-                row += [_number(one["noise_ratio"], 2), *(_number(ratio(r, pivot, tool), 2) for pivot in pivots)]
-        table.add_row(*row)
-    return table
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def main() -> None:
@@ -531,7 +328,11 @@ def main() -> None:
     names = options.names or (every if options.all else list(SELECTION))
     others = installed()
     results: list[dict[str, Any]] = []
-    known = json.loads(options.json.read_text())["results"] if options.json and options.json.exists() else []
+    known = (
+        json.loads(options.json.read_text())["results"]
+        if options.json and options.json.exists()
+        else []
+    )
     for name in names:
         print(name, end=" ", flush=True, file=sys.stderr)
         begun = time.perf_counter()
@@ -545,7 +346,8 @@ def main() -> None:
             merged = [r for r in known if r["network"] not in done] + results
             content = {
                 "torch": torch.__version__, "torchvision": torchvision.__version__, "tools": others,
-                "load_average": os.getloadavg()[1], "summary": summarise(merged, pivots), "results": merged,
+                "load_average": os.getloadavg()[1], "summary": summarise(merged, pivots),
+                "results": merged,
             }  # fmt: skip
             options.json.write_text(json.dumps(content, indent=1) + "\n")
     console = Console(width=240 if not sys.stdout.isatty() else None)

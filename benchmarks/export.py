@@ -1,12 +1,14 @@
-"""How fast our exports run on ONNX Runtime beside PyTorch's own, how large they are, what they take to make.
+"""How fast our exports run on ONNX Runtime beside PyTorch's own, how large they are, what they take
+to make.
 
     python benchmarks/export.py [NAMES…] [--rounds 20] [--batch 1,8] [--threads 2] [--json FILE]
 
 *Theirs* is ``torch.onnx.export(dynamo=True, optimize=True)`` of the original network; *ours* is
-``pathconvert.export.export_onnx`` of the same network, and of its Path-BN form. All files of a network are loaded at
-once and take turns in one process, a second session of theirs among them: what its ratio says is noise. Networks are
-built as ``convert.py`` builds them: torchvision's initialisation, random γ and β, true statistics. README.md beside
-this file says what every column means.
+``pathconvert.export.export_onnx`` of the same network, and of its Path-BN form. All files of a
+network are loaded at once and take turns in one process, a second session of theirs among them:
+what its ratio says is noise. Networks are built as ``convert.py`` builds them: torchvision's
+initialisation, random γ and β, true statistics. README.md beside this file says what every column
+means.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from torch import Tensor, nn
 
 import pathconvert
 from pathconvert.export import export_onnx
-from pathconvert.export.runtime.bench import Timing, time_contenders, torch_threads
-from pathconvert.export.runtime.contenders import session_contender, torch_contender
+from pathconvert.export.runtime.bench import Timing, time_engines, torch_threads
+from pathconvert.export.runtime.engines import session_engine, torch_engine
 from pathconvert.export.runtime.providers import open_session
 from pathconvert.export.runtime.session import ort
 from pathconvert.networks.architectures import Architecture
@@ -46,7 +48,8 @@ from pathconvert.networks.loading import LoadedNetwork
 from convert import build, example_for
 
 NETWORKS = (
-    "resnet50", "vgg16_bn", "densenet121", "googlenet", "shufflenet_v2_x1_0", "regnet_y_800mf", "squeezenet1_1",
+    "resnet50", "vgg16_bn", "densenet121", "googlenet", "shufflenet_v2_x1_0", "regnet_y_800mf",
+    "squeezenet1_1",
 )  # fmt: skip
 FORMS = ("plain", "path-bn")
 NOT_MEASURED = "not measured"
@@ -55,7 +58,7 @@ CANNOT_FOLD = {"densenet121": 62}
 CALIBRATION_IMAGES = 8
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -101,15 +104,22 @@ def _graph(path: Path) -> dict[str, Any]:
     }
 
 
-# ---- one network -------------------------------------------------------------------------------------------------
+# ---- one network ---------------------------------------------------------------------------------
 
 
-def measure(name: str, batches: list[int], rounds: int, threads: int, folder: Path) -> dict[str, Any]:
+def measure(
+    name: str, batches: list[int], rounds: int, threads: int, folder: Path
+) -> dict[str, Any]:
     """Everything about one network; a form that fails says so, and the others are measured."""
     model = build(name)
     example = example_for(name, small=False)
     state = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    result: dict[str, Any] = {"network": name, "state_bytes": state, "size": list(example.shape[1:]), "forms": {}}
+    result: dict[str, Any] = {
+        "network": name,
+        "state_bytes": state,
+        "size": list(example.shape[1:]),
+        "forms": {},
+    }
     theirs = folder / "theirs.onnx"
     result["theirs"] = export_theirs(model, example, theirs)
     files = {}
@@ -119,7 +129,9 @@ def measure(name: str, batches: list[int], rounds: int, threads: int, folder: Pa
             begun = time.perf_counter()
             source = _path_bn(model, example) if form == "path-bn" else model
             entering = time.perf_counter() - begun
-            result["forms"][form] = export_ours(source, example, path) | {"entering_seconds": entering}
+            result["forms"][form] = export_ours(source, example, path) | {
+                "entering_seconds": entering
+            }
             files[form] = path
         except Exception as error:
             traceback.print_exc()
@@ -128,7 +140,8 @@ def measure(name: str, batches: list[int], rounds: int, threads: int, folder: Pa
     network = LoadedNetwork(model, architecture, None, ())
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     result["timings"] = {
-        device: _time(theirs, files, network, device, batches, rounds, threads) for device in devices
+        device: _time(theirs, files, network, device, batches, rounds, threads)
+        for device in devices
     } | ({} if "cuda" in devices else {"cuda": NOT_MEASURED})  # fmt: skip
     return result
 
@@ -150,18 +163,20 @@ def _time(
     rounds: int,
     threads: int,
 ) -> list[dict[str, Any]]:
-    """Latencies of all contenders, ratios over theirs; a row a batch size."""
+    """Latencies of all engines, with ratios to theirs; one row per batch size."""
     paths = {"theirs": theirs, "theirs again": theirs, **files}
     binding = device == "cuda"
-    contenders = [
-        session_contender(open_session(path, device, threads, io_binding=binding, take_turns=True), name)
+    engines = [
+        session_engine(
+            open_session(path, device, threads, io_binding=binding, take_turns=True), name
+        )
         for name, path in paths.items()
     ]
-    contenders.append(torch_contender("torch eager", network, device))
+    engines.append(torch_engine("torch eager", network, device, own_dtype=True))
     rows = []
     with torch_threads(threads):
         for batch in batches:
-            timings = time_contenders(contenders, batch, contenders[-1].input_size, rounds)
+            timings = time_engines(engines, batch, engines[-1].input_size, rounds)
             rows.append({"batch": batch, "contenders": {t.source: _row(t) for t in timings}})
     return rows
 
@@ -171,7 +186,7 @@ def _row(timing: Timing) -> dict[str, float]:
     return {key: round(getattr(timing, key), 4) for key in keys}
 
 
-# ---- what came out -----------------------------------------------------------------------------------------------
+# ---- what came out -------------------------------------------------------------------------------
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,12 +194,22 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     good = [r for r in results if "error" not in r]
     failed = {r["network"]: r["error"] for r in results if "error" in r}
     for r in good:
-        failed |= {f"{r['network']} {form}": made["error"] for form, made in r["forms"].items() if "error" in made}
+        failed |= {
+            f"{r['network']} {form}": made["error"]
+            for form, made in r["forms"].items()
+            if "error" in made
+        }
     return (
         {"networks": len(good), "failed": failed}
         | _summary_of_speed(good)
         | _summary_of_files(good)
-        | {"gpu": NOT_MEASURED if all(r["timings"]["cuda"] == NOT_MEASURED for r in good) else "measured"}
+        | {
+            "gpu": (
+                NOT_MEASURED
+                if all(r["timings"]["cuda"] == NOT_MEASURED for r in good)
+                else "measured"
+            )
+        }
     )
 
 
@@ -230,7 +255,8 @@ def table_of(results: list[dict[str, Any]], threads: int) -> Table:
     table.add_column("network", no_wrap=True)
     table.add_column("form", no_wrap=True)
     for column in (
-        "device", "batch", "theirs", "again ×", "ours", "ours ×", "quartiles", "fastest ×", "eager ÷ ours", "nodes",
+        "device", "batch", "theirs", "again ×", "ours", "ours ×", "quartiles", "fastest ×",
+        "eager ÷ ours", "nodes",
         "theirs", "BN", "fold s", "export s", "verify s", "theirs s", "size ×",
     ):  # fmt: skip
         table.add_column(column, justify="right")
@@ -244,9 +270,13 @@ def table_of(results: list[dict[str, Any]], threads: int) -> Table:
                 continue
             for device, rows in r["timings"].items():
                 for row in [{"batch": ""}] if rows == NOT_MEASURED else rows:
-                    speed = _speed(row["contenders"], form) if "contenders" in row else [NOT_MEASURED]
+                    speed = (
+                        _speed(row["contenders"], form) if "contenders" in row else [NOT_MEASURED]
+                    )
                     made_cells = _made(r, made) if "contenders" in row and device == "cpu" else []
-                    table.add_row(r["network"], form, device, str(row["batch"]), *speed, *made_cells)
+                    table.add_row(
+                        r["network"], form, device, str(row["batch"]), *speed, *made_cells
+                    )
     return table
 
 
@@ -254,8 +284,10 @@ def _speed(contenders: dict[str, Any], form: str) -> list[str]:
     theirs, again, mine = (contenders[key] for key in ("theirs", "theirs again", form))
     eager = contenders["torch eager"]["median_ms"] / mine["median_ms"]
     return [
-        f"{theirs['median_ms']:.2f}", f"{again['ratio']:.3f}", f"{mine['median_ms']:.2f}", f"{mine['ratio']:.3f}",
-        f"{mine['ratio_low']:.3f}–{mine['ratio_high']:.3f}", f"{mine['fastest_ms'] / theirs['fastest_ms']:.3f}",
+        f"{theirs['median_ms']:.2f}", f"{again['ratio']:.3f}", f"{mine['median_ms']:.2f}",
+        f"{mine['ratio']:.3f}",
+        f"{mine['ratio_low']:.3f}–{mine['ratio_high']:.3f}",
+        f"{mine['fastest_ms'] / theirs['fastest_ms']:.3f}",
         f"{eager:.2f}",
     ]  # fmt: skip
 
@@ -265,7 +297,8 @@ def _made(result: dict[str, Any], made: dict[str, Any]) -> list[str]:
     return [
         str(made["nodes"]), str(result["theirs"]["nodes"]), str(made["batch_norms"]),
         *("" if value is None else f"{value:.1f}" for value in seconds),
-        f"{result['theirs']['seconds']['total']:.1f}", f"{made['file_bytes'] / result['state_bytes']:.3f}",
+        f"{result['theirs']['seconds']['total']:.1f}",
+        f"{made['file_bytes'] / result['state_bytes']:.3f}",
     ]  # fmt: skip
 
 
@@ -280,23 +313,33 @@ def main() -> None:
     batches = [int(size) for size in options.batch.split(",")]
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    known = json.loads(options.json.read_text())["results"] if options.json and options.json.exists() else []
+    known = (
+        json.loads(options.json.read_text())["results"]
+        if options.json and options.json.exists()
+        else []
+    )
     results: list[dict[str, Any]] = []
     for name in options.names or NETWORKS:
         begun = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                results.append(measure(name, batches, options.rounds, options.threads, Path(folder)))
+                results.append(
+                    measure(name, batches, options.rounds, options.threads, Path(folder))
+                )
         except Exception as error:
             traceback.print_exc()
             results.append({"network": name, "error": f"{type(error).__name__}: {error}"[:300]})
         gc.collect()
         print(f"{name} {time.perf_counter() - begun:.0f} s", flush=True, file=sys.stderr)
         if options.json:
-            merged = [r for r in known if r["network"] not in {r["network"] for r in results}] + results
+            merged = [
+                r for r in known if r["network"] not in {r["network"] for r in results}
+            ] + results
             content = {
-                "torch": torch.__version__, "torchvision": torchvision.__version__, "onnxruntime": ort.__version__,
-                "threads": options.threads, "rounds": options.rounds, "load_average": os.getloadavg()[1],
+                "torch": torch.__version__, "torchvision": torchvision.__version__,
+                "onnxruntime": ort.__version__,
+                "threads": options.threads, "rounds": options.rounds,
+                "load_average": os.getloadavg()[1],
                 "summary": summarise(merged), "results": merged,
             }  # fmt: skip
             options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,20 @@
-"""Error after fine-tuning: ResNet-56, CIFAR-10 → Fashion-MNIST, the five methods and G-SGD's choices.
+"""Error after fine-tuning ResNet-56, CIFAR-10 → Fashion-MNIST: five methods, G-SGD's choices.
 
-Every configuration takes the learning rate of the same grid that does best with seed 0; then all seeds at that rate. A
-run is what ``pathconvert finetune`` does, in a folder that is thrown away. Results are written after every run, and
-runs that are there already are not repeated::
+Every configuration takes the learning rate of the same grid that does best with seed 0; then all
+seeds at that rate. A run is what ``pathconvert finetune`` does, in a folder that is thrown away.
+Results are written after every run, and runs that are there already are not repeated::
 
-    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 100 --curves 4 --output FILE.json
-    PATHCONVERT_DATA=shared/data python benchmarks/finetune_accuracy.py --steps 200 --rates-of 100 --methods …
+    export PATHCONVERT_DATA=shared/data
+    python benchmarks/finetune_accuracy.py --steps 100 --curves 4 --output FILE.json
+    python benchmarks/finetune_accuracy.py --steps 200 --rates-of 100 --methods …
 
-``--rates-of N`` takes the rates from runs of N steps that are there already. The network's class is the one in the
-data's README.md; ``--arch`` says where it is.
+``--rates-of N`` takes the rates from runs of N steps that are there already. The network's class is
+the one in the data's README.md; ``--arch`` says where it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -50,6 +50,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def changed(settings: Settings, **changes: Any) -> Settings:
+    """``settings`` with some values replaced; all are checked again."""
+    return Settings(**(settings.model_dump() | changes))
+
+
 def run_once(settings: Settings, arch: str, weights: Path) -> dict[str, Any]:
     """Error in percent after the last step; None where training failed, with the reason."""
     network = open_network(weights, arch=arch, input_size=(3, 32, 32))
@@ -69,9 +74,11 @@ def run_once(settings: Settings, arch: str, weights: Path) -> dict[str, Any]:
     }
 
 
-def curves(common: Settings, arch: str, weights: Path, name: str, rate: float) -> list[dict[str, Any]]:
+def curves(
+    common: Settings, arch: str, weights: Path, name: str, rate: float
+) -> list[dict[str, Any]]:
     """The history of one longer run, an epoch a row."""
-    settings = dataclasses.replace(common, lr=rate, steps=None, **CONFIGURATIONS[name])
+    settings = changed(common, lr=rate, steps=None, **CONFIGURATIONS[name])
     network = open_network(weights, arch=arch, input_size=(3, 32, 32))
     with tempfile.TemporaryDirectory() as folder:
         return begin(network, settings, Path(folder) / "run", device="cpu").train().history
@@ -131,10 +138,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit-val", type=int, default=2000)
     parser.add_argument("--arch", default="cifar_resnet:CifarResNet")
-    parser.add_argument("--curves", type=int, help="Also train SGD+BN and G-SGD+Path-BN for so many epochs, and plot.")
-    parser.add_argument("--rates-of", type=int, metavar="STEPS", help="Choose rates among the runs of so many steps.")
-    parser.add_argument("--methods", action="store_true", help="The five methods alone, not G-SGD's choices.")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no run after so long.")
+    parser.add_argument(
+        "--curves",
+        type=int,
+        help="Also train SGD+BN and G-SGD+Path-BN for so many epochs, and plot.",
+    )
+    parser.add_argument(
+        "--rates-of",
+        type=int,
+        metavar="STEPS",
+        help="Choose rates among the runs of so many steps.",
+    )
+    parser.add_argument(
+        "--methods", action="store_true", help="The five methods alone, not G-SGD's choices."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="Begin no run after so long."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     data = Path(os.environ["PATHCONVERT_DATA"])
@@ -156,12 +176,13 @@ def main() -> None:
         key = _key(name, rate, seed, arguments.steps)
         if key in runs or time.monotonic() - begun > 60 * arguments.minutes:
             return
-        settings = dataclasses.replace(common, lr=rate, seed=seed, **CONFIGURATIONS[name])
+        settings = changed(common, lr=rate, seed=seed, **CONFIGURATIONS[name])
         runs[key] = run_once(settings, arguments.arch, data / "weights" / "resnet56_cifar10.pth")
         print(key, runs[key], flush=True)
         if arguments.output:
             stored["about"] = {
-                "torch": torch.__version__, "threads": torch.get_num_threads(), "batch": arguments.batch_size,
+                "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "batch": arguments.batch_size,
             }  # fmt: skip
             arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
@@ -177,7 +198,7 @@ def main() -> None:
                 if rate is not None:
                     measure(name, rate, seed)
     if arguments.curves:
-        longer = dataclasses.replace(common, epochs=arguments.curves)
+        longer = changed(common, epochs=arguments.curves)
         weights = data / "weights" / "resnet56_cifar10.pth"
         histories = {
             name: curves(longer, arguments.arch, weights, name, best_rate(runs, name, grid) or 0.03)

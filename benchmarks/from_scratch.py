@@ -1,22 +1,27 @@
-"""Training from scratch, the papers' setting scaled down: four methods on PlainNet-18 and ResNet-18; signals in depth.
+"""Training from scratch, the papers' setting scaled down: four methods on PlainNet-18 and
+ResNet-18; signals in depth.
 
 ::
 
-    PATHCONVERT_DATA=shared/data python benchmarks/from_scratch.py --json benchmarks/results/from_scratch.json
-    python benchmarks/from_scratch.py --data cifar10:ROOT --width 64 --batch-size 128 --steps 64000 --seeds 5 --json …
+    export PATHCONVERT_DATA=shared/data
+    python benchmarks/from_scratch.py --json benchmarks/results/from_scratch.json
+    python benchmarks/from_scratch.py --data cifar10:ROOT --width 64 --batch-size 128
+        --steps 64000 --seeds 5 --json …
     PATHCONVERT_DATA=shared/data python benchmarks/from_scratch.py --signals --json …
 
-**Methods** (PBN 5.1.1, hyperparameters of PBN-A F.1): no momentum, rate × 0.1 at 1/2 and 3/4 of the steps, decay 1e-4
-(of basis paths for G-SGD+BN and G-SGD+Path-BN, L2 for the others), images in [0, 1], cropped at random and flipped.
-G-SGD takes path-values as they are (``anchor=None``), from each chain's first layer (``start="weight"``).
+**Methods** (PBN 5.1.1, hyperparameters of PBN-A F.1): no momentum, rate × 0.1 at 1/2 and 3/4 of the
+steps, decay 1e-4 (of basis paths for G-SGD+BN and G-SGD+Path-BN, L2 for the others), images in [0,
+1], cropped at random and flipped. G-SGD takes path-values as they are (``anchor=None``), from each
+chain's first layer (``start="weight"``).
 
-**Initialisation.** In layers on chains every weight at the kernel's centre in row k mod out, column k mod in is 1
-(skeleton and start weights), the rest small normal: the standard deviation that torch gives a convolution,
-√(1 / (3 fan-in)), times ``--small``. All other layers, and SGD+BN's whole network, begin as torchvision's ResNets do
-(He normal). γ = 1, β = 0. Chains run through the whole PlainNet, and in ResNets inside blocks; λ is 1 and 0.1.
+**Initialisation.** In layers on chains every weight at the kernel's centre in row k mod out, column
+k mod in is 1 (skeleton and start weights), the rest small normal: the standard deviation that torch
+gives a convolution, √(1 / (3 fan-in)), times ``--small``. All other layers, and SGD+BN's whole
+network, begin as torchvision's ResNets do (He normal). γ = 1, β = 0. Chains run through the whole
+PlainNet, and in ResNets inside blocks; λ is 1 and 0.1.
 
-**Signals** (PBN 5.2, Fig. 4): a stack of convolutions at initialisation, one batch. With BatchNorm all weights begin as
-torch makes them; with Path-BN as above. Both have the same classifier.
+**Signals** (PBN 5.2, Fig. 4): a stack of convolutions at initialisation, one batch. With BatchNorm
+all weights begin as torch makes them; with Path-BN as above. Both have the same classifier.
 
 Results are written after every run, and runs that are there already are not repeated.
 """
@@ -39,18 +44,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
-from pathconvert import PathBN, reparameterize, to_path_bn
 from pathconvert.errors import PathconvertError
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training import GSGD
 from pathconvert.training.data.augmentation import Transform
-from pathconvert.training.data.batches import batches
+from pathconvert.training.data.batches import epoch_batches
 from pathconvert.training.data.labelled import Data, open_data
 from pathconvert.training.optimizer.choice import make_optimizer, make_schedule
 from pathconvert.training.run.metrics import evaluate
 from pathconvert.training.settings import Settings
+
+from from_scratch_networks import begin, build, initialise, randomise, stack
 
 SIZE = (3, 32, 32)
 G_SGD: dict[str, Any] = {"optimizer": "gsgd", "anchor": "none", "start": "weight"}
@@ -58,14 +63,17 @@ G_SGD: dict[str, Any] = {"optimizer": "gsgd", "anchor": "none", "start": "weight
 
 @dataclass(frozen=True)
 class Method:
-    """One of the papers' methods: its settings, its rates, and whether its network begins with a skeleton."""
+    """One of the papers' methods: its settings, its rates, and whether its network begins with a
+    skeleton.
+    """
 
     settings: dict[str, Any]
     rates: tuple[float, ...]
     skeleton: bool = True
 
 
-#: The rates are the papers' own, or from their grid 0.1, 0.2, 0.5, 1. The fifth tells start and method apart.
+#: The rates are the papers' own, or from their grid 0.1, 0.2, 0.5, 1. The fifth tells start and
+#: method apart.
 METHODS = {
     "SGD+BN": Method({"optimizer": "sgd", "norm": "bn"}, (0.1,), skeleton=False),
     "G-SGD+BN": Method(G_SGD | {"norm": "bn", "decay": "basis_path_norm"}, (0.1, 0.5)),
@@ -76,90 +84,12 @@ METHODS = {
 #: λ of Path-BN's skips (PBN-A F.1).
 SKIP_SCALES = {"plainnet18": 1.0, "resnet18": 0.1}
 
-
-# ---- networks ------------------------------------------------------------------------------------------------------
-
-
-def _unit(into: int, out: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+# ---- training ------------------------------------------------------------------------------------
 
 
-def _head(channels: int) -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
-
-
-def build(name: str, width: int) -> nn.Module:
-    """PlainNet-18 or ResNet-18 for small images: a 3×3 stem and four stages of width, 2, 4 and 8 times it."""
-    layers, into = _unit(3, width), width
-    for stage in range(4):
-        for block in range(2):
-            out, stride = width << stage, 2 if stage and not block else 1
-            if name == "plainnet18":
-                layers += [*_unit(into, out, stride), *_unit(out, out)]
-            else:
-                skip = None
-                if stride > 1 or into != out:
-                    skip = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-                layers.append(BasicBlock(into, out, stride, skip))
-            into = out
-    return nn.Sequential(*layers, *_head(into))
-
-
-def stack(depth: int, width: int) -> nn.Sequential:
-    """The stacked CNN of PBN 5.2: kernel 3, stride 1, padding 1, no bias."""
-    return nn.Sequential(*(m for i in range(depth) for m in _unit(width if i else 3, width)), *_head(width))
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, small: float) -> None:
-    """The papers' start for every layer on a chain, He's for the others; γ = 1, β = 0, statistics as new.
-
-    Chains are those of scope ``block``: in a network with residual blocks, they lie inside these.
-    """
-    has_blocks = any(isinstance(module, BasicBlock) for module in model.modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-        elif isinstance(module, nn.Conv2d | nn.Linear | PathBN):
-            if has_blocks and not name.endswith(("conv1", "conv2")):
-                _randomise(module)
-                continue
-            weight = module.weight
-            nn.init.normal_(weight, std=small / math.sqrt(3 * weight[0].numel()))
-            k = torch.arange(max(weight.shape[:2]))
-            weight[_centre(weight, k % weight.shape[0], k % weight.shape[1])] = 1.0
-            if isinstance(module, PathBN):  # holds zeros where its pivots are, which are apart
-                weight[_centre(weight, module.pivot_row, module.pivot_column)] = 0.0
-            elif module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def _randomise(module: nn.Module) -> None:
-    """As torchvision's ResNets begin."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        module.reset_parameters()
-
-
-def _centre(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-    return (rows, columns, *(torch.full_like(rows, size // 2) for size in weight.shape[2:]))
-
-
-def begin(model: nn.Module, norm: str, small: float, skip_scale: float, size: tuple[int, int, int]) -> nn.Module:
-    """``model`` in path or Path-BN form, at the papers' initialisation."""
-    example = torch.rand(1, *size)
-    initialise(model, small)
-    conversion = reparameterize(model, example, pivot="diagonal")
-    converted = to_path_bn(conversion, example, skip_scale=skip_scale) if norm == "path-bn" else conversion.model
-    initialise(converted, small)  # the function is to be new; form and record stay
-    return converted
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
-
-
-def run_once(network: str, method: Method, settings: Settings, data: Data, width: int, small: float) -> dict[str, Any]:
+def run_once(
+    network: str, method: Method, settings: Settings, data: Data, width: int, small: float
+) -> dict[str, Any]:
     """Error in percent after the last step; None where training failed, with the reason."""
     begun = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -170,25 +100,32 @@ def run_once(network: str, method: Method, settings: Settings, data: Data, width
         initialise(model, small)
     else:
         for module in model.modules():
-            _randomise(module)
+            randomise(module)
     optimizer = make_optimizer(model, settings, SIZE)
     losses: list[float] = []
     try:
         _train(model, optimizer, settings, data, losses)
-        report = evaluate(model.eval(), _batches(data, settings, train=False), num_classes=len(data.classes))
+        report = evaluate(
+            model.eval(), _batches(data, settings, train=False), num_classes=len(data.classes)
+        )
         found: dict[str, Any] = {"error": 100 * (1 - report.top1), "val_loss": report.loss}
     except PathconvertError as error:
         found = {"error": None, "failed": str(error)}
     tenth = max(1, (settings.steps or 0) // 10)
-    found["train_loss"] = [round(statistics.mean(losses[i : i + tenth]), 4) for i in range(0, len(losses), tenth)]
+    found["train_loss"] = [
+        round(statistics.mean(losses[i : i + tenth]), 4) for i in range(0, len(losses), tenth)
+    ]
     if isinstance(optimizer, GSGD):
-        found |= {"chains": sum(chains.count for chains in optimizer.chains), "shortened": optimizer.shortened()}
+        found |= {
+            "chains": sum(chains.count for chains in optimizer.chains),
+            "shortened": optimizer.shortened(),
+        }
     return found | {"seconds": round(time.perf_counter() - begun, 1)}
 
 
 def _batches(data: Data, settings: Settings, *, train: bool, epoch: int = 0) -> Any:
     """The papers' images: values in [0, 1]; crop and flip in training."""
-    return batches(
+    return epoch_batches(
         data.train if train else data.val,
         Transform(Preprocessing.plain(SIZE), "crop-flip" if train else "none"),
         batch_size=settings.batch_size if train else 250,
@@ -200,7 +137,11 @@ def _batches(data: Data, settings: Settings, *, train: bool, epoch: int = 0) -> 
 
 
 def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, data: Data, losses: list[float]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    data: Data,
+    losses: list[float],
 ) -> None:
     """All steps, whose losses are appended to ``losses``.
 
@@ -229,8 +170,9 @@ def _train(
 
 def _key(network: str, name: str, rate: float, seed: int, options: argparse.Namespace) -> str:
     return (
-        f"{network} | {name} | lr {rate:g} | seed {seed} | {options.steps} steps of {options.batch_size} | "
-        f"width {options.width} | small {options.small:g} | {options.data.partition(':')[0]}"
+        f"{network} | {name} | lr {rate:g} | seed {seed} | {options.steps} steps of"
+        f" {options.batch_size} | width {options.width} | small {options.small:g} |"
+        f" {options.data.partition(':')[0]}"
     )
 
 
@@ -249,11 +191,15 @@ def train_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
             if key in results["runs"]:
                 continue
             settings = Settings(
-                lr=rate, seed=seed, steps=options.steps, batch_size=options.batch_size, momentum=0.0,
+                lr=rate, seed=seed, steps=options.steps, batch_size=options.batch_size,
+                momentum=0.0,
                 weight_decay=1e-4, schedule="step", **METHODS[name].settings,
             )  # fmt: skip
             data = open_data(
-                options.data, limit_train=options.steps * options.batch_size, limit_val=options.limit_val, seed=seed
+                options.data,
+                limit_train=options.steps * options.batch_size,
+                limit_val=options.limit_val,
+                seed=seed,
             )
             run = run_once(network, METHODS[name], settings, data, options.width, options.small)
             results["runs"][key] = run | {"val_images": len(data.val)}
@@ -264,25 +210,53 @@ def train_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
 def training_table(options: argparse.Namespace, results: dict[str, Any]) -> Table:
     """A row for every method, with its best rate by mean error."""
     table = Table(
-        title=f"Error in % after {options.steps} steps of {options.batch_size}, width {options.width}, from scratch"
+        title=(
+            f"Error in % after {options.steps} steps of {options.batch_size}, width"
+            f" {options.width}, from scratch"
+        )
     )
-    for column in ("network", "method", "rate", "error", "± standard error", "seeds", "chains shortened", "failed at"):
+    for column in (
+        "network",
+        "method",
+        "rate",
+        "error",
+        "± standard error",
+        "seeds",
+        "chains shortened",
+        "failed at",
+    ):
         table.add_column(column)
     for network in options.networks:
         for name in options.only:
             by_rate = {
-                rate: [results["runs"].get(_key(network, name, rate, s, options)) for s in range(options.seeds)]
+                rate: [
+                    results["runs"].get(_key(network, name, rate, s, options))
+                    for s in range(options.seeds)
+                ]
                 for rate in options.rates or METHODS[name].rates
             }
             by_rate = {rate: [run for run in runs if run] for rate, runs in by_rate.items()}
-            failed = [f"{rate:g}" for rate, runs in by_rate.items() if any(run["error"] is None for run in runs)]
-            whole = {rate: runs for rate, runs in by_rate.items() if runs and f"{rate:g}" not in failed}
+            failed = [
+                f"{rate:g}"
+                for rate, runs in by_rate.items()
+                if any(run["error"] is None for run in runs)
+            ]
+            whole = {
+                rate: runs for rate, runs in by_rate.items() if runs and f"{rate:g}" not in failed
+            }
             row = ["", "", "", "", ""]
             if whole:
-                means = {rate: statistics.mean(run["error"] for run in runs) for rate, runs in whole.items()}
+                means = {
+                    rate: statistics.mean(run["error"] for run in runs)
+                    for rate, runs in whole.items()
+                }
                 rate = min(means, key=means.__getitem__)
                 runs = whole[rate]
-                spread = statistics.stdev(run["error"] for run in runs) / len(runs) ** 0.5 if len(runs) > 1 else None
+                spread = (
+                    statistics.stdev(run["error"] for run in runs) / len(runs) ** 0.5
+                    if len(runs) > 1
+                    else None
+                )
                 shown = "" if spread is None else f"{spread:.2f}"
                 shortened = str(sum(run.get("shortened", 0) for run in runs))
                 row = [f"{rate:g}", f"{means[rate]:.1f}", shown, str(len(runs)), shortened]
@@ -290,12 +264,13 @@ def training_table(options: argparse.Namespace, results: dict[str, Any]) -> Tabl
     return table
 
 
-# ---- signals -------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """σ: mean over a layer's channels of the standard deviation that its normalisation divides by; and |∂loss/∂z|,
-    z the layer's output. One batch, training mode."""
+    """σ: mean over a layer's channels of the standard deviation that its normalisation divides by;
+    and |∂loss/∂z|, z the layer's output. One batch, training mode.
+    """
     sigma: list[float] = []
     outputs: list[Tensor] = []
 
@@ -312,7 +287,10 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, list[
         elif isinstance(module, nn.ReLU):
             module.register_forward_hook(keep)
     F.cross_entropy(model.train()(images), labels).backward()
-    return {"sigma": sigma, "gradient": [float(z.grad.norm()) for z in outputs if z.grad is not None]}
+    return {
+        "sigma": sigma,
+        "gradient": [float(z.grad.norm()) for z in outputs if z.grad is not None],
+    }
 
 
 def measure_signals(options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -321,14 +299,17 @@ def measure_signals(options: argparse.Namespace, results: dict[str, Any]) -> Non
     size = (3, options.side, options.side)
     about = {
         "data": options.data.partition(":")[0],
-        **{name: getattr(options, name) for name in ("depth", "channels", "side", "signals_batch", "small")},
+        **{
+            name: getattr(options, name)
+            for name in ("depth", "channels", "side", "signals_batch", "small")
+        },
     }
     if results.get("signals", {}).get("about") == about:
         return
     data = open_data(options.data, limit_train=options.signals_batch, limit_val=1)
     images, labels = next(
         iter(
-            batches(
+            epoch_batches(
                 data.train, Transform(Preprocessing.plain(size)), batch_size=options.signals_batch,
                 epoch=0, seed=0, shuffle=False, drop_last=False,
             )
@@ -338,8 +319,14 @@ def measure_signals(options: argparse.Namespace, results: dict[str, Any]) -> Non
     plain = stack(options.depth, options.channels)
     path = begin(stack(options.depth, options.channels), "path-bn", options.small, 1.0, size)
     path.get_submodule(str(len(plain) - 1)).load_state_dict(plain[-1].state_dict())
-    measured = {name: signals(model, images, labels) for name, model in (("BN", plain), ("Path-BN", path))}
-    results["signals"] = {"about": about, "seconds": round(time.perf_counter() - begun, 1), **measured}
+    measured = {
+        name: signals(model, images, labels) for name, model in (("BN", plain), ("Path-BN", path))
+    }
+    results["signals"] = {
+        "about": about,
+        "seconds": round(time.perf_counter() - begun, 1),
+        **measured,
+    }
     write(options, results)
 
 
@@ -357,7 +344,10 @@ def plot_signals(found: dict[str, Any], file: Path) -> None:
     left.legend()
     a = found["about"]
     images = f"{a['signals_batch']} images of {a['side']}×{a['side']} ({a['data']})"
-    figure.suptitle(f"{a['depth']} layers, {a['channels']} channels, at initialisation; {images}", fontsize="medium")
+    figure.suptitle(
+        f"{a['depth']} layers, {a['channels']} channels, at initialisation; {images}",
+        fontsize="medium",
+    )
     figure.savefig(file, dpi=110)
 
 
@@ -369,12 +359,16 @@ def signals_table(found: dict[str, Any]) -> Table:
         table.add_column(f"σ, {name}")
         table.add_column(f"gradient, {name}")
     for layer in sorted({1, 2, *range(10, depth, 10), depth}):
-        values = [found[name][key][layer - 1] for name in ("BN", "Path-BN") for key in ("sigma", "gradient")]
+        values = [
+            found[name][key][layer - 1]
+            for name in ("BN", "Path-BN")
+            for key in ("sigma", "gradient")
+        ]
         table.add_row(str(layer), *(f"{value:.3g}" for value in values))
     return table
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -385,18 +379,32 @@ def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = f"fashion-mnist:{os.environ.get('PATHCONVERT_DATA', '.')}"
-    parser.add_argument("--data", default=default, help="NAME:ROOT; else Fashion-MNIST in $PATHCONVERT_DATA.")
+    parser.add_argument(
+        "--data", default=default, help="NAME:ROOT; else Fashion-MNIST in $PATHCONVERT_DATA."
+    )
     parser.add_argument("--json", type=Path, help="Results; added to where it is there already.")
-    parser.add_argument("--networks", nargs="*", default=list(SKIP_SCALES), choices=list(SKIP_SCALES))
-    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--width", type=int, default=16, help="Channels of the first stage (the papers: 64).")
+    parser.add_argument(
+        "--networks", nargs="*", default=list(SKIP_SCALES), choices=list(SKIP_SCALES)
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument(
+        "--width", type=int, default=16, help="Channels of the first stage (the papers: 64)."
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="*", help="For every method; else each has its own.")
-    parser.add_argument("--small", type=float, default=1.0, help="Size of what is not skeleton, over torch's.")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", help="For every method; else each has its own."
+    )
+    parser.add_argument(
+        "--small", type=float, default=1.0, help="Size of what is not skeleton, over torch's."
+    )
     parser.add_argument("--limit-val", type=int, default=2000)
-    parser.add_argument("--signals", action="store_true", help="The second part, in place of training.")
+    parser.add_argument(
+        "--signals", action="store_true", help="The second part, in place of training."
+    )
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--side", type=int, default=16, help="Of the images (the papers: 32).")
@@ -414,7 +422,9 @@ def main() -> None:
     if options.signals:
         measure_signals(options, results)
         if options.json:
-            plot_signals(results["signals"], options.json.with_name(f"{options.json.stem}_signals.png"))
+            plot_signals(
+                results["signals"], options.json.with_name(f"{options.json.stem}_signals.png")
+            )
         Console().print(signals_table(results["signals"]))
     else:
         train_all(options, results)

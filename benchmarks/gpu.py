@@ -1,13 +1,14 @@
 """Everything that needs a GPU, in one run: checks, step cost, accuracy, ONNX Runtime.
 
     python benchmarks/gpu.py                      # on a GPU, all parts: at most 8 minutes
-    python benchmarks/gpu.py --rehearse           # on the CPU, the same code at toy size: at most 3 minutes
+    python benchmarks/gpu.py --rehearse           # on the CPU, at toy size: at most 3 minutes
     python benchmarks/gpu.py --parts checks,step  # some parts
 
-Every part runs in a process of its own and has its own budget; one that fails, crashes or takes too long is reported,
-what it had measured is kept, and the next one runs. The results are written after every part. What can be made ready in
-the background (compiled graphs, ONNX files) is made while earlier parts run. README.md beside this file says how to
-bring data and ONNX Runtime to a machine that can fetch nothing.
+Every part runs in a process of its own and has its own budget; one that fails, crashes or takes too
+long is reported, what it had measured is kept, and the next one runs. The results are written after
+every part. What can be made ready in the background (compiled graphs, ONNX files) is made while
+earlier parts run. README.md beside this file says how to bring data and ONNX Runtime to a machine
+that can fetch nothing.
 """
 
 from __future__ import annotations
@@ -80,23 +81,30 @@ def parse(arguments: list[str] | None = None) -> Options:
         description="Run everything that needs a GPU: checks, step cost, accuracy, ONNX Runtime.",
         epilog="Example: python benchmarks/gpu.py --parts checks,step",
     )
-    parser.add_argument("--parts", default=",".join(BUDGETS), help=f"some of {','.join(BUDGETS)} (default: all)")
-    parser.add_argument("--rehearse", action="store_true", help="run the same code on the CPU at toy size")
+    parser.add_argument(
+        "--parts", default=",".join(BUDGETS), help=f"some of {','.join(BUDGETS)} (default: all)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run the same code on the CPU at toy size"
+    )
     parser.add_argument(
         "--data", type=Path, default=ROOT / ".device",
-        help="folder with Fashion-MNIST's four .gz files and the two weight files (default: .device)",
+        help="folder with Fashion-MNIST's four .gz files and two weight files (default: .device)",
     )  # fmt: skip
     parser.add_argument(
         "--onnxruntime", type=Path,
-        help="folder with an unpacked onnxruntime-gpu wheel, the wheel, or its pieces onnxruntime-gpu.part.* "
+        help="folder with an unpacked onnxruntime-gpu wheel, the wheel, or its pieces "
+        "onnxruntime-gpu.part.* "
         "(default: the folder of --data)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=Path, help=f"file for the results (default: {RESULTS.relative_to(ROOT)}; none in a rehearsal)"
+        "--json",
+        type=Path,
+        help=f"file for the results (default: {RESULTS.relative_to(ROOT)}; none in a rehearsal)",
     )
     parser.add_argument(
         "--budget-factor", type=float, default=1.0, metavar="F",
-        help="multiply the time of every part, on a slow or busy machine or for more seeds (default: 1)",
+        help="multiply the time of every part, on a slow machine or for more seeds (default: 1)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     parts = [part for part in given.parts.split(",") if part]
@@ -104,23 +112,32 @@ def parse(arguments: list[str] | None = None) -> Options:
         parser.error(f"--budget-factor {given.budget_factor:g} is not positive")
     unknown = [part for part in parts if part not in BUDGETS]
     if unknown or not parts:
-        parser.error(f"--parts {given.parts}: there is no part {', '.join(unknown) or '(none given)'}; "
+        missing = ", ".join(unknown) or "(none given)"
+        parser.error(f"--parts {given.parts}: there is no part {missing}; "
                      f"there are {', '.join(BUDGETS)}")  # fmt: skip
     json_file = given.json or (None if given.rehearse else RESULTS)
     if json_file and not json_file.parent.is_dir():
         parser.error(f"--json {json_file}: there is no folder {json_file.parent}")
     ordered = [part for part in BUDGETS if part in parts]
-    return Options(ordered, given.rehearse, given.data, given.onnxruntime or given.data, json_file, given.budget_factor)
+    return Options(
+        ordered,
+        given.rehearse,
+        given.data,
+        given.onnxruntime or given.data,
+        json_file,
+        given.budget_factor,
+    )
 
 
-# ---- the processes of the parts ----------------------------------------------------------------------------------
+# ---- the processes of the parts ------------------------------------------------------------------
 
 
 def child(spec: dict[str, Any]) -> None:
     """Run one part, or what it makes ready, as ``spec`` says; raises what the part raises."""
     bring(spec["paths"])
     context = Context(
-        spec["device"], spec["rehearse"], Path(spec["data"]), Path(spec["work"]), Path(spec["into"]),
+        spec["device"], spec["rehearse"], Path(spec["data"]), Path(spec["work"]),
+        Path(spec["into"]),
         time.monotonic() + spec["seconds"],
     )  # fmt: skip
     module = importlib.import_module(f"gpu_parts.{spec['part']}")
@@ -128,24 +145,38 @@ def child(spec: dict[str, Any]) -> None:
 
 
 def bring(paths: list[str]) -> None:
-    """Put folders before the installed packages, here and in processes that are started from here."""
-    sys.path[1:1] = paths  # after this file's folder, whose export.py is not the package of that name
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Put folders before the installed packages, here and in processes that are started from
+    here.
+    """
+    sys.path[1:1] = (
+        paths  # after this file's folder, whose export.py is not the package of that name
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 class Process:
     """A part that runs in a process of its own; with all that it starts it can be ended at once."""
 
     def __init__(
-        self, options: Options, part: str, function: str, seconds: float, work: Path, paths: list[str]
+        self,
+        options: Options,
+        part: str,
+        function: str,
+        seconds: float,
+        work: Path,
+        paths: list[str],
     ) -> None:
         self.into = work / f"{part}.{function}.json"
         self.log = work / f"{part}.{function}.log"
         self.begun = time.monotonic()
         self.seconds = seconds
         spec = {
-            "part": part, "function": function, "device": options.device, "rehearse": options.rehearse,
-            "data": str(options.data.resolve()), "work": str(work), "into": str(self.into), "seconds": seconds,
+            "part": part, "function": function, "device": options.device,
+            "rehearse": options.rehearse,
+            "data": str(options.data.resolve()), "work": str(work), "into": str(self.into),
+            "seconds": seconds,
             "paths": paths,
         }  # fmt: skip
         command = [sys.executable, "-u", str(Path(__file__).resolve()), "--child", json.dumps(spec)]
@@ -153,10 +184,18 @@ class Process:
         self._files = contextlib.ExitStack()
         errors = self._files.enter_context(self.log.open("wb"))
         shown = function == "measure"
-        # threads that wait for each other lose most where a core is shared, as in a rehearsal on a busy machine
-        threads = {"OMP_NUM_THREADS": "1"} if options.rehearse else {} if shown else {"OMP_NUM_THREADS": "2"}
+        # threads that wait for each other lose most where a core is shared, as in a rehearsal on a
+        # busy machine
+        threads = (
+            {"OMP_NUM_THREADS": "1"}
+            if options.rehearse
+            else {}
+            if shown
+            else {"OMP_NUM_THREADS": "2"}
+        )
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=None if shown else errors, stderr=errors, start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=None if shown else errors, stderr=errors,
+            start_new_session=True,
             env=os.environ | threads,
         )  # fmt: skip
 
@@ -195,7 +234,7 @@ class Process:
         return found
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def run(options: Options) -> int:
@@ -208,28 +247,47 @@ def run(options: Options) -> int:
     found = machine.gpu()
     if not options.rehearse and "name" not in found:
         print(f"error: PyTorch {machine.installed('torch')} finds no GPU", file=sys.stderr)
-        print("tip: python benchmarks/gpu.py --rehearse runs the same code on the CPU, at toy size", file=sys.stderr)
+        print(
+            "tip: python benchmarks/gpu.py --rehearse runs the same code on the CPU, at toy size",
+            file=sys.stderr,
+        )
         return 2
-    print(f"{found.get('name', 'CPU')}, CUDA {found.get('cuda')}, parts {', '.join(options.parts)}", flush=True)
+    print(
+        f"{found.get('name', 'CPU')}, CUDA {found.get('cuda')}, parts {', '.join(options.parts)}",
+        flush=True,
+    )
     content = _stored(options.json)
     about = {
-        "gpu": found, "versions": machine.versions(), "commit": machine.commit(), "rehearsal": options.rehearse,
+        "gpu": found, "versions": machine.versions(), "commit": machine.commit(),
+        "rehearsal": options.rehearse,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     failed = False
     until = begun + options.limit
-    with tempfile.TemporaryDirectory() as folder, _prepared(options, missing, Path(folder)) as preparing:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _prepared(options, missing, Path(folder)) as preparing,
+    ):
         for part in options.parts:
             result = (
                 {"failed": missing[part]}
                 if part in missing
-                else _part(options, part, min(options.budget(part), until - time.monotonic()), Path(folder), preparing)
+                else _part(
+                    options,
+                    part,
+                    min(options.budget(part), until - time.monotonic()),
+                    Path(folder),
+                    preparing,
+                )
             )
             failed = failed or "failed" in result
             content["parts"][part] = about | result
             if options.json:
                 write_json(options.json, content)
-            print(f"{part}: {result.get('failed') or 'done'}, {result.get('seconds', 0):.0f} s\n", flush=True)
+            print(
+                f"{part}: {result.get('failed') or 'done'}, {result.get('seconds', 0):.0f} s\n",
+                flush=True,
+            )
     if options.json:
         print(f"results: {options.json}")
     return int(failed)
@@ -250,16 +308,24 @@ def _stored(path: Path | None) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "parts": {}}
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("format_version") != FORMAT_VERSION:
-        raise SystemExit(f"error: {path} has format version {content.get('format_version')}; give another --json FILE")
+        raise SystemExit(
+            f"error: {path} has format version {content.get('format_version')}; give another --json"
+            " FILE"
+        )
     return content
 
 
 @contextlib.contextmanager
-def _prepared(options: Options, missing: dict[str, str], work: Path) -> Iterator[dict[str, Process]]:
+def _prepared(
+    options: Options, missing: dict[str, str], work: Path
+) -> Iterator[dict[str, Process]]:
     """What parts make ready, in the background; ended at the end of the run."""
     wanted = [part for part in PREPARED if part in options.parts and part not in missing]
     paths = _paths(options, wait=0.0)[0]
-    made = {part: Process(options, part, "prepare", seconds=options.limit, work=work, paths=paths) for part in wanted}
+    made = {
+        part: Process(options, part, "prepare", seconds=options.limit, work=work, paths=paths)
+        for part in wanted
+    }
     try:
         yield made
     finally:
@@ -267,8 +333,12 @@ def _prepared(options: Options, missing: dict[str, str], work: Path) -> Iterator
             process.end()
 
 
-def _part(options: Options, part: str, budget: float, work: Path, preparing: dict[str, Process]) -> dict[str, Any]:
-    """Run a part to the end of its ``budget`` in seconds, in which it waits for what it makes ready."""
+def _part(
+    options: Options, part: str, budget: float, work: Path, preparing: dict[str, Process]
+) -> dict[str, Any]:
+    """Run a part to the end of its ``budget`` in seconds, in which it waits for what it makes
+    ready.
+    """
     print(f"== {part} (at most {budget:.0f} s)", flush=True)
     begun = time.monotonic()
     result: dict[str, Any] = {}
@@ -283,7 +353,9 @@ def _part(options: Options, part: str, budget: float, work: Path, preparing: dic
         if not_ready:
             result["not prepared"] = not_ready
             print(f"  making it ready: {not_ready}", flush=True)
-    process = Process(options, part, "measure", seconds=begun + budget - time.monotonic(), work=work, paths=paths)
+    process = Process(
+        options, part, "measure", seconds=begun + budget - time.monotonic(), work=work, paths=paths
+    )
     try:
         failure = process.wait()
     finally:
@@ -297,7 +369,8 @@ def _part(options: Options, part: str, budget: float, work: Path, preparing: dic
 
 
 def _paths(options: Options, wait: float) -> tuple[list[str], str]:
-    """Folders that go before the installed packages, and why an ONNX Runtime that was brought along is not among them.
+    """Folders that go before the installed packages, and why an ONNX Runtime that was brought along
+    is not among them.
 
     Args:
         options: the command line.
@@ -320,5 +393,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]))
     else:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the parts end too
+        # so that the parts end too
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         sys.exit(run(parse()))

@@ -1,10 +1,12 @@
-"""What Path-BN costs in training: the skip by index and by a sparse 1×1 convolution, and a step of a whole network.
+"""What Path-BN costs in training: the skip by index and by a sparse 1×1 convolution, and a step of
+a whole network.
 
     python benchmarks/path_bn.py [--rounds 15] [--threads 2] [--json FILE]
 
-Forward and backward, float32, medians over rounds in which all contenders take turns. *index* is what
-``pathconvert.PathBN`` does (``index_select``, and ``index_add`` where pivots share a row); *1×1* is a fixed convolution
-with the pivots in a dense weight. *BN* is the network before it entered Path-BN.
+Forward and backward, float32, medians over rounds in which all contenders take turns. *index* is
+what ``pathconvert.PathBN`` does (``index_select``, and ``index_add`` where pivots share a row);
+*1×1* is a fixed convolution with the pivots in a dense weight. *BN* is the network before it
+entered Path-BN.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ def medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def skips(channels: int, side: int, shared: bool, rounds: int) -> dict[str, Any]:
-    """One skip, λ = 1, signs random; ``shared``: rows drawn with repetition (as max does), else a permutation."""
+    """One skip, λ = 1, signs random.
+
+    ``shared``: rows drawn with repetition (as max does), else a permutation.
+    """
     generator = torch.Generator().manual_seed(0)
     columns = torch.arange(channels)
     rows = torch.randperm(channels, generator=generator)
@@ -71,18 +76,27 @@ def skips(channels: int, side: int, shared: bool, rounds: int) -> dict[str, Any]
 
     torch.testing.assert_close(index(), F.conv2d(x, dense))
     found = medians({"index": step(index), "1x1": step(lambda: F.conv2d(x, dense))}, rounds)
-    return {"channels": channels, "side": side, "pivots": "shared rows" if shared else "permutation", **found}
+    return {
+        "channels": channels,
+        "side": side,
+        "pivots": "shared rows" if shared else "permutation",
+        **found,
+    }
 
 
 def network(name: str, rounds: int) -> dict[str, Any]:
-    """A training step on eight images of 64 pixels: with BatchNorm as it was, and in Path-BN form."""
+    """A training step on eight images of 64 pixels: with BatchNorm as it was, and in Path-BN
+    form.
+    """
     model = build(name)
     example = example_for(name, small=True)
     images = torch.randn(BATCH, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     contenders = {"BN": model}
     for pivot in ("matching", "max"):
         conversion = pathconvert.reparameterize(model, example, pivot=pivot)
-        contenders[f"Path-BN, {pivot}"] = pathconvert.to_path_bn(conversion, example, calibration=images)
+        contenders[f"Path-BN, {pivot}"] = pathconvert.to_path_bn(
+            conversion, example, calibration=images
+        )
 
     def step(one: torch.nn.Module) -> Callable[[], None]:
         one.train()
@@ -93,7 +107,10 @@ def network(name: str, rounds: int) -> dict[str, Any]:
 
         return run
 
-    return {"network": name, **medians({name: step(one) for name, one in contenders.items()}, rounds)}
+    return {
+        "network": name,
+        **medians({name: step(one) for name, one in contenders.items()}, rounds),
+    }
 
 
 def main() -> None:
@@ -106,13 +123,21 @@ def main() -> None:
     rows = [skips(*shape, shared, options.rounds) for shape in SHAPES for shared in (False, True)]
     networks = [network(name, options.rounds) for name in NETWORKS]
     console = Console()
-    for title, results in (("skip, forward and backward, ms", rows), ("training step, ms", networks)):
+    for title, results in (
+        ("skip, forward and backward, ms", rows),
+        ("training step, ms", networks),
+    ):
         table = Table(*results[0], title=title, title_justify="left")
         for row in results:
             table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(table)
     if options.json:
-        content = {"torch": torch.__version__, "threads": options.threads, "skips": rows, "networks": networks}
+        content = {
+            "torch": torch.__version__,
+            "threads": options.threads,
+            "skips": rows,
+            "networks": networks,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

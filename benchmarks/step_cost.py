@@ -1,11 +1,14 @@
-"""What a training step costs: G-SGD on Path-BN against SGD on BatchNorm, the same network, batch and precision.
+"""What a training step costs: G-SGD on Path-BN against SGD on BatchNorm, the same network, batch
+and precision.
 
-    python benchmarks/step_cost.py [--networks resnet50 resnet56] [--rounds 7] [--threads 1] [--batch-50 16]
+    python benchmarks/step_cost.py [--networks resnet50 resnet56] [--rounds 7] [--threads 1]
+    [--batch-50 16]
                                    [--batch-56 64] [--json FILE]
 
-Contenders take turns in one process; medians. *optimizer* is the optimizer's step alone, SGD that of torch with
-``foreach``; *path-bn* what Path-BN adds to forward and backward, of the whole step of SGD on BatchNorm. Memory is what
-torch's allocator has given out at the highest during a step, in a process of its own.
+Contenders take turns in one process; medians. *optimizer* is the optimizer's step alone, SGD that
+of torch with ``foreach``; *path-bn* what Path-BN adds to forward and backward, of the whole step of
+SGD on BatchNorm. Memory is what torch's allocator has given out at the highest during a step, in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ from pathconvert.training import GSGD, path_parameter_groups
 
 from cifar_resnet import CifarResNet
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"resnet50": (resnet50, 224), "resnet56": (CifarResNet, 32)}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet50": (resnet50, 224),
+    "resnet56": (CifarResNet, 32),
+}
 FORMS = ("sgd+bn", "gsgd+path-bn")
 
 
@@ -74,24 +80,38 @@ class Contender:
         self.device, self.amp = workload.device, workload.device == "cuda"
         side = workload.side
         model = workload.build().eval()
-        self.x, self.y = torch.randn(workload.batch, 3, side, side), torch.randint(10, (workload.batch,))
+        self.x, self.y = (
+            torch.randn(workload.batch, 3, side, side),
+            torch.randint(10, (workload.batch,)),
+        )
         if form == "gsgd+path-bn":
             example = self.x[:2, :, :64, :64] if side > 64 else self.x[:2]
-            model = pathconvert.to_path_bn(pathconvert.reparameterize(model, example), example, example)
-        model.to(self.device, memory_format=torch.channels_last if self.amp else torch.contiguous_format).train()
+            model = pathconvert.to_path_bn(
+                pathconvert.reparameterize(model, example), example, example
+            )
+        model.to(
+            self.device, memory_format=torch.channels_last if self.amp else torch.contiguous_format
+        ).train()
         self.x, self.y = self.x.to(self.device), self.y.to(self.device)
         if self.amp:
             self.x = self.x.to(memory_format=torch.channels_last)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(model.parameters(), lr=1e-6, momentum=workload.momentum, foreach=True)
             if form == "sgd+bn"
-            else GSGD(path_parameter_groups(model), lr=1e-6, momentum=workload.momentum, anchor="balanced")
+            else GSGD(
+                path_parameter_groups(model), lr=1e-6, momentum=workload.momentum, anchor="balanced"
+            )
         )
         self.network = model
-        self.model: Callable[[Tensor], Tensor] = torch.compile(model) if workload.compiled else model
+        self.model: Callable[[Tensor], Tensor] = (
+            torch.compile(model) if workload.compiled else model
+        )
 
     def step(self) -> tuple[Any, Any, Any]:
-        """One training step; marks at its beginning, before the optimizer's step, and at its end."""
+        """One training step.
+
+        Marks at its beginning, before the optimizer's step, and at its end.
+        """
         begun = self._mark()
         self.optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
@@ -102,7 +122,9 @@ class Contender:
         return begun, between, self._mark()
 
     def turn(self, steps: int) -> list[tuple[float, float]]:
-        """Milliseconds of forward and backward, and of the optimizer, of steps that follow one another at once."""
+        """Milliseconds of forward and backward, and of the optimizer, of steps that follow one
+        another at once.
+        """
         marks = [self.step() for _ in range(steps)]
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -132,7 +154,10 @@ def compare(contenders: dict[str, Contender], rounds: int, steps: int = 1) -> di
             turns[form].append(contenders[form].turn(steps))
     kept = {form: own[2:] for form, own in turns.items()}
     (sgd, sgd_step), (gsgd, gsgd_step) = (
-        (statistics.median(column) for column in zip(*(step for turn in kept[form] for step in turn), strict=True))
+        (
+            statistics.median(column)
+            for column in zip(*(step for turn in kept[form] for step in turn), strict=True)
+        )
         for form in FORMS
     )
     wholes = {form: [statistics.mean(map(sum, turn)) for turn in own] for form, own in kept.items()}
@@ -166,7 +191,9 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
 
 
 def peak_memory(workload: Workload, form: str) -> float:
-    """Bytes that the allocator has given out at the highest during a step, in a process of its own."""
+    """Bytes that the allocator has given out at the highest during a step, in a process of its
+    own.
+    """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (workload, form))
@@ -186,8 +213,17 @@ def _peak(workload: Workload, form: str) -> float:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    state = [t for group in contender.optimizer.state.values() for t in group.values() if isinstance(t, Tensor)]
-    held = [*contender.network.parameters(), *contender.network.buffers(), *state]  # from before the profile
+    state = [
+        t
+        for group in contender.optimizer.state.values()
+        for t in group.values()
+        if isinstance(t, Tensor)
+    ]
+    held = [
+        *contender.network.parameters(),
+        *contender.network.buffers(),
+        *state,
+    ]  # from before the profile
     given = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
     return given + sum(t.numel() * t.element_size() for t in held)
 
@@ -203,9 +239,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batches = {"resnet50": options.batch_50, "resnet56": options.batch_56}
-    runs = [("cpu", False)] + [("cuda", compiled) for compiled in (False, True) if torch.cuda.is_available()]
+    runs = [("cpu", False)] + [
+        ("cuda", compiled) for compiled in (False, True) if torch.cuda.is_available()
+    ]
     rows = [
-        measure(Workload(network, *NETWORKS[network], batches[network], momentum, device, compiled), options.rounds)
+        measure(
+            Workload(network, *NETWORKS[network], batches[network], momentum, device, compiled),
+            options.rounds,
+        )
         for device, compiled in runs
         for network in options.networks
         for momentum in (0.0, 0.9)
@@ -214,14 +255,21 @@ def main() -> None:
     table = Table(*columns, title="a training step, G-SGD+Path-BN ÷ SGD+BN", title_justify="left")
     for row in rows:
         values = (row[name] for name in columns)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
+        table.add_row(
+            *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+        )
     console = Console(width=150)
     console.print(table)
     if not torch.cuda.is_available():
         console.print("GPU: not measured")
     if options.json:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured"
-        content = {"torch": torch.__version__, "threads": options.threads, "gpu": gpu, "steps": rows}
+        content = {
+            "torch": torch.__version__,
+            "threads": options.threads,
+            "gpu": gpu,
+            "steps": rows,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
-"""The command line: all commands of ``commands/``, and the one place where errors become a line and a tip.
+"""The command line: all commands of ``commands/``.
 
-Only this module and ``commands/`` import typer and rich.
+This is also the one place where errors become a line and a tip. Only this module and ``commands/``
+import typer and rich.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathconvert.commands.console import note
 from pathconvert.commands.demo import demo
 from pathconvert.commands.evaluate import evaluate
 from pathconvert.commands.finetune import finetune
-from pathconvert.commands.options import Settings, with_debug
+from pathconvert.commands.options import Process, with_debug
 from pathconvert.errors import PathconvertError
 from pathconvert.version import __version__
 
@@ -36,17 +37,26 @@ app = typer.Typer(
 
 #: The commands in the order of the help, each with the examples that end its own help.
 COMMANDS: dict[Callable[..., None], str] = {
-    convert.reparam: "Examples: pathconvert reparam resnet50.pt --pivot max -o resnet50.path.safetensors; "
-    "pathconvert reparam resnet50.pt --form path-bn --calibrate photos/",
+    convert.reparam: (
+        "Examples:\n\n"
+        "pathconvert reparam resnet50.pt --pivot max\n\n"
+        "pathconvert reparam resnet50.pt --form path-bn --calibrate photos/"
+    ),
     convert.restore: "Example: pathconvert restore resnet50.path.safetensors -o resnet50.pt",
-    deploy.export: "Examples: pathconvert export resnet50.pt -o resnet50.onnx; "
-    "pathconvert export resnet50.pt --precision fp16 --gauge balanced",
-    convert.verify: "Example: pathconvert verify resnet50.pt resnet50.path.safetensors --images photos/",
+    deploy.export: (
+        "Examples:\n\n"
+        "pathconvert export resnet50.pt -o resnet50.onnx\n\n"
+        "pathconvert export resnet50.pt --precision fp16 --gauge balanced"
+    ),
+    convert.verify: "Example: pathconvert verify resnet50.pt resnet50.path.safetensors",
     convert.inspect: "Example: pathconvert inspect resnet50.pt",
     deploy.bench: "Example: pathconvert bench squeezenet.onnx squeezenet1_1.pth --batch 1,8",
     deploy.predict: "Example: pathconvert predict squeezenet.onnx photos/ --top 3",
-    finetune: "Examples: pathconvert finetune squeezenet1_1.path.safetensors --data flowers/ --epochs 10; "
-    "pathconvert finetune --resume runs/squeezenet1_1-20261121-120000",
+    finetune: (
+        "Examples:\n\n"
+        "pathconvert finetune resnet50.path.safetensors --data flowers/\n\n"
+        "pathconvert finetune --resume runs/resnet50-20261121-120000"
+    ),
     evaluate: "Example: pathconvert evaluate resnet50.path.safetensors --data flowers/",
     convert.archs: "Example: pathconvert archs --json",
     demo: "Example: pathconvert demo --output-dir demo",
@@ -64,19 +74,26 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     del version
 
 
-# ---- the error boundary ----------------------------------------------------------------------------------------
+# ---- the error boundary --------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Run the command line. Typed errors become a line and a tip, others a line that asks for a report."""
+    """Run the command line.
+
+    Typed errors become a line and a tip, others a line that asks for a report.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show → or × shows ? instead
+        # a terminal that cannot show → or × shows ? instead
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
@@ -91,9 +108,10 @@ def run(arguments: list[str]) -> int:
     """Run the command that ``arguments`` name.
 
     Returns:
-        The exit code: 0 if the command succeeded, 1 if a check failed, 2 for wrong input or usage, 130 if interrupted.
+        The exit code: 0 if the command succeeded, 1 if a check failed, 2 for wrong input or usage,
+        130 if interrupted.
     """
-    Settings.debug = False
+    Process.debug = False
     try:
         app(arguments, prog_name="pathconvert")
     except SystemExit as done:
@@ -113,8 +131,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: object, tip: str, code: int) -> int:
-    """Print the error as one line and its tip as another, after the traceback if --debug was given."""
-    if Settings.debug:
+    """Print the error as one line and its tip as another.
+
+    If --debug was given, the traceback comes first.
+    """
+    if Process.debug:
         traceback.print_exc()
     note(f"error: {' '.join(str(error).splitlines())}")
     if tip:

@@ -1,7 +1,8 @@
 """Typed refusals: what is wrong, where, and what to do.
 
-Every error that a user can cause derives from :class:`PathconvertError`. The command line prints ``str(error)`` as its
-first line and ``error.tip``, which may be empty, as its second; it exits with ``error.exit_code``.
+Every error that a user can cause derives from :class:`PathconvertError`. The command line prints
+``str(error)`` as its first line and ``error.tip``, which may be empty, as its second; it exits with
+``error.exit_code``.
 """
 
 

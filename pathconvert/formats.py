@@ -9,7 +9,9 @@ from pathconvert.errors import PathconvertError
 from pathconvert.version import __version__
 
 
-def require_format(stored: Mapping[str, Any], known: int, what: str, error: type[PathconvertError]) -> None:
+def require_format(
+    stored: Mapping[str, Any], known: int, what: str, error: type[PathconvertError]
+) -> None:
     """Refuse what has another format version than this pathconvert reads and writes.
 
     Args:
@@ -24,6 +26,7 @@ def require_format(stored: Mapping[str, Any], known: int, what: str, error: type
     version = stored.get("format_version")
     if version != known:
         raise error(
-            f"{what} format version {version}; this is pathconvert {__version__}, which reads version {known}",
+            f"{what} format version {version}; this is pathconvert {__version__}, which reads"
+            f" version {known}",
             f"Use the version of pathconvert that wrote it: {stored.get('tool', 'unknown')}.",
         )

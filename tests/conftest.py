@@ -1,11 +1,14 @@
-"""The same terminal and two threads in all, wherever the tests run. Fixtures of the commands' tests.
+"""The same terminal and two threads in all, wherever the tests run.
 
-A test that needs a GPU carries the marker ``gpu``: it runs where PyTorch finds one and is skipped elsewhere, with this
-reason. ``benchmarks/gpu.py`` runs all of them on a GPU.
+Fixtures of the commands' tests.
+
+A test that needs a GPU carries the marker ``gpu``: it runs where PyTorch finds one and is skipped
+elsewhere, with this reason. ``benchmarks/gpu.py`` runs all of them on a GPU.
 """
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,13 +24,21 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark PyTorch's device tests of CUDA with ``gpu``, and skip what is marked so where there is no GPU."""
+    """Mark PyTorch's device tests of CUDA with ``gpu``, and skip what is marked so where there is
+    no GPU.
+    """
     for item in items:
         kind = getattr(item, "cls", None)
         if kind is not None and kind.__name__.endswith("CUDA"):
             item.add_marker("gpu")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="PyTorch finds no GPU"))
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+    """Keep a figure of the test that asks, for ``benchmarks/gpu.py``."""
+    return record_property
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from pathconvert.export.runtime.session import ort
 CLASSES = 5
 
 needs_cuda_provider = pytest.mark.skipif(
-    "CUDAExecutionProvider" not in ort.get_available_providers(), reason="this ONNX Runtime was built without CUDA"
+    "CUDAExecutionProvider" not in ort.get_available_providers(),
+    reason="this ONNX Runtime was built without CUDA",
 )
 
 
@@ -55,15 +56,23 @@ def save_linear(
         nodes.append(helper.make_node(operation, ["scores"], ["odd"], domain="acme"))
     last = "odd" if operation else "scores"
     names = [f"logits{i or ''}" for i in range(outputs)]
-    nodes += [helper.make_node("Softmax" if softmax else "Identity", [last], [name]) for name in names]
+    nodes += [
+        helper.make_node("Softmax" if softmax else "Identity", [last], [name]) for name in names
+    ]
     graph = helper.make_graph(
         nodes,
         "linear",
         [helper.make_tensor_value_info("input", kind, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [shape[0], CLASSES]) for name in names],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [shape[0], CLASSES])
+            for name in names
+        ],
         [numpy_helper.from_array(weight, "weight")],
     )
-    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid("acme", 1)] if operation else [])]
+    opsets = [
+        helper.make_opsetid("", opset),
+        *([helper.make_opsetid("acme", 1)] if operation else []),
+    ]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
     if card:
         write_card(model, card)

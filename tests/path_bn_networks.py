@@ -30,15 +30,20 @@ def layers(model: nn.Module) -> dict[str, PathBN]:
 
 
 class Chain(nn.Sequential):
-    """conv, BatchNorm, ReLU, then ``middle`` (with its BatchNorm unless ``bn`` is False), ReLU, mean, classifier."""
+    """conv, BatchNorm, ReLU, then ``middle`` (with its BatchNorm unless ``bn`` is False), ReLU,
+    mean, classifier.
+    """
 
-    def __init__(self, middle: nn.Module, channels: int = 6, kind: int = 2, bn: bool = True) -> None:
+    def __init__(
+        self, middle: nn.Module, channels: int = 6, kind: int = 2, bn: bool = True
+    ) -> None:
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[kind]
         norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[kind]
         out = middle.out_channels
         after = [norm(out)] if bn else []
         super().__init__(
-            conv(3, channels, 3), norm(channels), nn.ReLU(), middle, *after, nn.ReLU(), nn.Flatten(2), Mean(),
+            conv(3, channels, 3), norm(channels), nn.ReLU(), middle, *after, nn.ReLU(),
+            nn.Flatten(2), Mean(),
             nn.Linear(out, 4),
         )  # fmt: skip
 
@@ -64,7 +69,9 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def with_statistics_of(model: nn.Module, x: Tensor) -> nn.Module:
-    """Running statistics are those of ``x`` to the last bit: training mode and evaluation mode agree."""
+    """Running statistics are those of ``x`` to the last bit: training mode and evaluation mode
+    agree.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def note(module: Any, args: tuple[Tensor, ...]) -> None:

@@ -39,7 +39,8 @@ def mlp(*widths: int, bias: bool) -> nn.Sequential:
 
 def cnn() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1, stride=2),
+        nn.ReLU(),
         nn.Flatten(), nn.Linear(6 * 9, 5), nn.ReLU(), nn.Linear(5, 3),
     )  # fmt: skip
 
@@ -96,17 +97,29 @@ NETWORKS = {
 
 def in_path_bn(layers: list[Layer], model: nn.Module) -> list[Layer]:
     """The description after to_path_bn."""
-    names = {name for name, module in model.named_modules() if isinstance(module, pathconvert.PathBN)}
+    names = {
+        name for name, module in model.named_modules() if isinstance(module, pathconvert.PathBN)
+    }
     return [
-        layer._replace(gamma=layer.weight.replace(".weight", ".bn.weight"), path_bn=True)
-        if layer.weight.removesuffix(".weight") in names
-        else layer
+        (
+            layer._replace(gamma=layer.weight.replace(".weight", ".bn.weight"), path_bn=True)
+            if layer.weight.removesuffix(".weight") in names
+            else layer
+        )
         for layer in layers
     ]
 
 
-def converted(name: str, pivot: str = "matching", gauge: str = "unit", skip_scale: float | None = None, seed: int = 0):
-    """The conversion, the network to train (in Path-BN form with a skip scale), its description, and inputs."""
+def converted(
+    name: str,
+    pivot: str = "matching",
+    gauge: str = "unit",
+    skip_scale: float | None = None,
+    seed: int = 0,
+):
+    """The conversion, the network to train (in Path-BN form with a skip scale), its description,
+    and inputs.
+    """
     torch.manual_seed(seed)
     build, size, layers = NETWORKS[name]
     model = build().double()

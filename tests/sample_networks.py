@@ -1,8 +1,9 @@
-"""Torchvision networks with seeded random numbers, built without torchvision's own (slow) initialisation.
+"""Torchvision networks with seeded random numbers, built without torchvision's own (slow)
+initialisation.
 
-Weights are He-like, so that activations neither die nor explode. BatchNorms have random statistics and γ of either
-sign; in every BatchNorm the first γ is tiny and the second is 0, so that which channels are *dead* follows from the
-architecture alone.
+Weights are He-like, so that activations neither die nor explode. BatchNorms have random statistics
+and γ of either sign; in every BatchNorm the first γ is tiny and the second is 0, so that which
+channels are *dead* follows from the architecture alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathconvert.networks.architectures import Architecture, build
 TINY, CLASSES = 1e-6, 7
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
 
-# A stretch of random numbers, twice in a row, is copied over and over: drawing 140 million takes longer than all
-# the rest. Its prime length keeps the rows of a matrix apart.
+# A stretch of random numbers, twice in a row, is copied over and over: drawing 140 million takes
+# longer than all the rest. Its prime length keeps the rows of a matrix apart.
 PERIOD = 1_000_003
-_POOL = (torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1).repeat(2)
+_POOL = (
+    torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+).repeat(2)
 
 
 def network(name: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> nn.Module:
@@ -44,7 +47,9 @@ def network(name: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> 
 
 
 def narrow_classifier(model: nn.Module) -> nn.Module:
-    """AlexNet and VGG with 64 hidden units in the classifier, not 4096: conversions would take minutes."""
+    """AlexNet and VGG with 64 hidden units in the classifier, not 4096: conversions would take
+    minutes.
+    """
     linear = [module for module in model.classifier if isinstance(module, nn.Linear)]
     widths = [(linear[0].in_features, 64), (64, 64), (64, CLASSES)]
     layers = iter(nn.Linear(*width, dtype=torch.float64) for width in widths)
@@ -56,14 +61,17 @@ def narrow_classifier(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Random numbers for every parameter and statistic of ``model``, the same for the same names and shapes."""
+    """Random numbers for every parameter and statistic of ``model``, the same for the same names
+    and shapes.
+    """
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
             _randomise_batch_norm(module, name)
             continue
         for kind, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                _fill(parameter, f"{name}.{kind}", math.sqrt(6 / parameter[0].numel()))  # He, uniform
+                # He, uniform
+                _fill(parameter, f"{name}.{kind}", math.sqrt(6 / parameter[0].numel()))
             elif kind == "weight":  # γ of a LayerNorm
                 _fill(parameter, f"{name}.{kind}", 0.5, 1.0)
             else:

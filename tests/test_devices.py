@@ -1,7 +1,7 @@
 """The GPU's paths: on a GPU where PyTorch finds one, else the same code on the CPU.
 
-What cannot run without a GPU is marked ``gpu``. ``benchmarks/gpu.py`` runs both kinds on a GPU and keeps the
-figures that the fixture ``measured`` is told.
+What cannot run without a GPU is marked ``gpu``. ``benchmarks/gpu.py`` runs both kinds on a GPU and
+keeps the figures that the fixture ``measured`` is told.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,24 @@ from path_networks import converted, loss
 from sample_networks import network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trainable import Still, StopAfter, save_images, save_network
 
 import pathconvert
-from pathconvert.cli import run
-from pathconvert.networks.loading import open_network
 from pathconvert.training import GSGD, path_parameter_groups
 from pathconvert.training.optimizer.layout import Layout
-from pathconvert.training.run import begin as finetune
 from pathconvert.training.run.sync_batch_norm import synchronise_batch_norms
-from pathconvert.training.settings import Settings
 
 pytestmark = pytest.mark.device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: float64 against float64 in another order of sums.
 EXACT = 1e-10
-SMALL = ("--arch", "trainable:Still", "--input-size", "3x12x12")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "momentum, decay, balanced": {"momentum": 0.9, "weight_decay": 0.1, "anchor": "balanced"},
     "as the papers": {"anchor": None, "start": "weight", "weight_norm": True},
 }
 
-
-@pytest.fixture
-def measured(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
-    """Keep a figure of the test that asks, for ``benchmarks/gpu.py``."""
-    return record_property
-
-
-# ---- forward ----------------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["path", "path-bn"])
@@ -91,10 +77,12 @@ def test_channels_last(measured) -> None:
     assert difference < EXACT
 
 
-# ---- steps ------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
-def _trained(model: nn.Module, batches: list[Tensor], steps: int, **settings: Any) -> dict[str, Tensor]:
+def _trained(
+    model: nn.Module, batches: list[Tensor], steps: int, **settings: Any
+) -> dict[str, Tensor]:
     """The parameters after so many steps, on the CPU."""
     optimizer = GSGD(path_parameter_groups(model), **({"lr": 1e-4} | settings))
     for i in range(steps):
@@ -116,7 +104,9 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("settings", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["cnn with BatchNorm", "residual block"])
-def test_twenty_steps_are_those_of_the_cpu(name: str, settings: str, foreach: bool, measured) -> None:
+def test_twenty_steps_are_those_of_the_cpu(
+    name: str, settings: str, foreach: bool, measured
+) -> None:
     """float64, against the loop on the CPU."""
     chosen = OPTIMIZERS[settings]
     if chosen.get("anchor", "initial") is None:
@@ -124,7 +114,9 @@ def test_twenty_steps_are_those_of_the_cpu(name: str, settings: str, foreach: bo
     _, reference, _, batches = converted(name, skip_scale=1.0)
     _, model, _, _ = converted(name, skip_scale=1.0)
     expected = _trained(reference, batches, 20, foreach=False, **chosen)
-    found = _trained(model.to(DEVICE), [x.to(DEVICE) for x in batches], 20, foreach=foreach, **chosen)
+    found = _trained(
+        model.to(DEVICE), [x.to(DEVICE) for x in batches], 20, foreach=foreach, **chosen
+    )
     measured("difference", difference := _difference(found, expected))
     assert difference < EXACT
 
@@ -143,7 +135,12 @@ def test_a_captured_step_follows_a_changing_rate(settings: str, measured) -> Non
         optimizer = GSGD(path_parameter_groups(model), **(chosen | {"lr": rate}))
         weights = torch.arange(1, 4, device="cuda")
 
-        def step(model: nn.Module = model, optimizer: GSGD = optimizer, x: Tensor = x, w: Tensor = weights) -> None:
+        def step(
+            model: nn.Module = model,
+            optimizer: GSGD = optimizer,
+            x: Tensor = x,
+            w: Tensor = weights,
+        ) -> None:
             optimizer.zero_grad(set_to_none=False)
             (model(x).sin() * w).square().sum().backward()
             optimizer.step()
@@ -169,9 +166,14 @@ def test_a_captured_step_follows_a_changing_rate(settings: str, measured) -> Non
 @pytest.mark.parametrize("tensor_rate", [False, True])
 @pytest.mark.parametrize("settings", OPTIMIZERS)
 def test_a_step_needs_nothing_of_the_cpu(settings: str, tensor_rate: bool) -> None:
-    """On tensors of the GPU without numbers: any other device, and any read of a value, raises. Needs no GPU."""
+    """On tensors of the GPU without numbers: any other device, and any read of a value, raises.
+
+    Needs no GPU.
+    """
     _, model, _, batches = converted("residual block", skip_scale=1.0)
-    optimizer = GSGD(path_parameter_groups(model), **({"lr": 1e-6} | OPTIMIZERS[settings]), foreach=True)
+    optimizer = GSGD(
+        path_parameter_groups(model), **({"lr": 1e-6} | OPTIMIZERS[settings]), foreach=True
+    )
     loss(model(batches[0])).backward()
     optimizer.step()  # makes the layout and the state
     mode = FakeTensorMode()
@@ -187,14 +189,18 @@ def test_a_step_needs_nothing_of_the_cpu(settings: str, tensor_rate: bool) -> No
 
 @pytest.mark.parametrize("settings", OPTIMIZERS)
 def test_a_step_changes_its_state_in_place(settings: str) -> None:
-    """A CUDA graph replays addresses: a state that is replaced would be read as it was at the capture."""
+    """A CUDA graph replays addresses: a state that is replaced would be read as it was at the
+    capture.
+    """
     _, model, _, batches = converted("residual block", skip_scale=1.0)
     optimizer = GSGD(path_parameter_groups(model), **({"lr": 1e-6} | OPTIMIZERS[settings]))
     loss(model(batches[0])).backward()
     places, values = [], []
     for _ in range(2):
         optimizer.step()
-        states = {(i, key): t for i, s in enumerate(optimizer.state.values()) for key, t in s.items()}
+        states = {
+            (i, key): t for i, s in enumerate(optimizer.state.values()) for key, t in s.items()
+        }
         places.append({name: t.data_ptr() for name, t in states.items()})
         values.append({name: t.clone() for name, t in states.items()})
     assert places[0] == places[1]
@@ -221,7 +227,10 @@ def _move_to_fake_gpu(optimizer: GSGD, mode: FakeTensorMode) -> None:
                     fake.grad = torch.empty_like(fake)
             return fake
         if isinstance(thing, dict):
-            return {moved(key) if isinstance(key, Tensor) else key: moved(value) for key, value in thing.items()}
+            return {
+                moved(key) if isinstance(key, Tensor) else key: moved(value)
+                for key, value in thing.items()
+            }
         if isinstance(thing, list | tuple):
             return type(thing)(moved(one) for one in thing)
         if dataclasses.is_dataclass(thing):
@@ -242,12 +251,14 @@ def _move_to_fake_gpu(optimizer: GSGD, mode: FakeTensorMode) -> None:
     optimizer.state = defaultdict(dict, moved(dict(optimizer.state)))
 
 
-# ---- precisions -------------------------------------------------------------------------------------------------
+# ---- precisions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_costs_path_bn_no_more_than_batch_norm(dtype: torch.dtype, measured) -> None:
-    """Errors against float64, of the network in Path-BN form over those of the network that it came from."""
+    """Errors against float64, of the network in Path-BN form over those of the network that it came
+    from.
+    """
     plain, x = resnet_and_images()
     path_bn = pathconvert.to_path_bn(plain, x, calibration=x)
     errors = []
@@ -256,11 +267,15 @@ def test_autocast_costs_path_bn_no_more_than_batch_norm(dtype: torch.dtype, meas
         with torch.autocast(DEVICE, dtype):
             errors.append(error(narrow(x.float().to(DEVICE)).double().cpu(), model(x)))
     measured("error over the original's", errors[1] / errors[0])
-    assert errors[1] < 4 * errors[0]  # two draws of the same noise, and one rounding more for every layer
+    # two draws of the same noise, and one rounding more for every layer
+    assert errors[1] < 4 * errors[0]
 
 
 def test_fp16_with_a_grad_scaler(measured) -> None:
-    """A step whose gradients overflow is left out; other gradients are those of float32 up to fp16's rounding."""
+    """A step whose gradients overflow is left out.
+
+    Other gradients are those of float32 up to fp16's rounding.
+    """
     gradients: dict[tuple[torch.dtype, float], Tensor] = {}
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**8), (torch.float16, 2.0**100)):
         _, model, _, batches = converted("residual block", skip_scale=1.0)
@@ -272,19 +287,25 @@ def test_fp16_with_a_grad_scaler(measured) -> None:
             y = model(batches[0].float().to(DEVICE))
         scaler.scale(_loss(y.float())).backward()
         scaler.unscale_(optimizer)
-        gradients[dtype, scale] = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+        gradients[dtype, scale] = nn.utils.parameters_to_vector(
+            [p.grad for p in model.parameters()]
+        )
         scaler.step(optimizer)
         scaler.update()
         overflown = scale == 2.0**100
         assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before) == overflown
         assert scaler.get_scale() == (2.0**99 if overflown else scale)
     full, half = gradients[torch.float32, 1.0], gradients[torch.float16, 2.0**8]
-    measured("relative error of fp16's gradients", difference := float((half - full).norm() / full.norm()))
-    # hardly more than fp16's 2⁻¹¹, unless an activation that is almost 0 is 0 now, and its gradient with it
+    measured(
+        "relative error of fp16's gradients",
+        difference := float((half - full).norm() / full.norm()),
+    )
+    # hardly more than fp16's 2⁻¹¹, unless an activation that is almost 0 is 0 now, and its gradient
+    # with it
     assert 0 < difference < 0.1
 
 
-# ---- compiled, in processes, in runs ------------------------------------------------------------------------------
+# ---- compiled, in processes ----------------------------------------------------------------------
 
 
 def test_inductor_compiles_path_bn_without_a_graph_break(measured) -> None:
@@ -315,69 +336,3 @@ def test_synchronised_statistics_of_one_process(tmp_path: Path, measured) -> Non
         torch.distributed.destroy_process_group()
     measured("difference", difference := _difference(found, expected))
     assert difference < EXACT
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return save_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return save_network(tmp_path_factory.mktemp("weights") / "still.pt", Still)
-
-
-def _settings(images: Path, **changes: Any) -> Settings:
-    return Settings(data=str(images), batch_size=8, epochs=2, lr=0.02, workers=0, **changes)
-
-
-def test_a_run_of_the_cpu_goes_on_here(weights: Path, images: Path, tmp_path: Path, measured) -> None:
-    """Begun on the CPU, left in its second epoch, resumed here; it ends where one that stayed on the CPU does."""
-    network = open_network(weights, arch="trainable:Still", input_size=(3, 12, 12))
-    chosen = _settings(images, momentum=0.9, ema=0.8, checkpoint_minutes=1e-9)
-    whole = finetune.begin(network, chosen, tmp_path / "whole", device="cpu")
-    whole.train()
-    begun = finetune.begin(network, chosen, tmp_path / "run", device="cpu")
-    with pytest.raises(KeyboardInterrupt):
-        begun.train(StopAfter(9))
-    resumed = finetune.resume(tmp_path / "run", device=DEVICE)
-    assert resumed.position.step == 8
-    assert resumed.fabric.device.type == DEVICE
-    resumed.train()
-    found, expected = ({k: v.cpu().double() for k, v in r.raw.state_dict().items()} for r in (resumed, whole))
-    measured("difference", difference := max(float((found[k] - v).abs().max()) for k, v in expected.items()))
-    assert difference < 1e-3  # four steps in float32, or in the GPU's TF32
-
-
-@pytest.mark.gpu
-def test_batches_wait_in_pinned_memory(weights: Path, images: Path, tmp_path: Path) -> None:
-    network = open_network(weights, arch="trainable:Still", input_size=(3, 12, 12))
-    made = finetune.begin(network, _settings(images), tmp_path / "run", device="cuda")
-    pixels, labels = next(iter(made._batches(0)))
-    assert pixels.is_pinned()
-    assert labels.is_pinned()
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
-def test_finetune_evaluate_predict_and_export(weights: Path, images: Path, tmp_path: Path, amp: str) -> None:
-    """The commands, one after the other, on this device."""
-    folder = tmp_path / "run"
-    options = ("--epochs", "2", "--batch-size", "8", "--amp", amp, "--channels-last", "--workers", "2")
-    data = ("--data", str(images))
-    commands = [
-        ("finetune", weights, *SMALL, *data, *options, "--output-dir", folder, "--device", DEVICE),
-        ("finetune", "--resume", folder, "--device", DEVICE),
-        ("evaluate", folder, *data, "--device", DEVICE),
-        ("predict", folder, images / "val" / "red", "--device", DEVICE),
-        ("export", folder, "-o", tmp_path / "run.onnx"),
-        ("bench", folder, "--batch", "1", "--repeats", "2", "--device", DEVICE),
-    ]
-    for command in commands:
-        assert run([str(word) for word in command]) == 0, command
-
-
-@pytest.mark.gpu
-def test_finetune_compiled(weights: Path, images: Path, tmp_path: Path) -> None:
-    arguments = ("finetune", weights, *SMALL, "--data", images, "--epochs", 1, "--batch-size", 8, "--compile")
-    options = ("--amp", "bf16", "--output-dir", tmp_path / "run", "--device", "cuda")
-    assert run([str(word) for word in (*arguments, *options)]) == 0

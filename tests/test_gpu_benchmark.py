@@ -1,4 +1,7 @@
-"""``benchmarks/gpu.py``: rehearsed whole on the CPU; what it reports when something fails; what it is brought."""
+"""``benchmarks/gpu.py``: rehearsed whole on the CPU; what it reports when something fails.
+
+What it is brought.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,21 @@ from gpu_parts.accuracy import METHODS, PADDING, Course, Run, crop_and_flip
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-# ---- whole runs --------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 def test_rehearsal(tmp_path: Path) -> None:
     """Every part, as on a GPU, at toy size and on made-up data."""
     results = tmp_path / "gpu.json"
-    options = ("--rehearse", "--data", str(tmp_path / "none"), "--json", str(results), "--budget-factor", "5")
+    options = (
+        "--rehearse",
+        "--data",
+        str(tmp_path / "none"),
+        "--json",
+        str(results),
+        "--budget-factor",
+        "5",
+    )
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu.py"), *options],
         capture_output=True,
@@ -44,7 +55,12 @@ def test_rehearsal(tmp_path: Path) -> None:
         assert found["rehearsal"]
     checks, step, errors, runtime = (found["measured"] for found in parts.values())
     assert checks["passed"] > 10
-    assert checks["figures"]["test_devices.py::test_synchronised_statistics_of_one_process"]["difference"] < 1e-10
+    assert (
+        checks["figures"]["test_devices.py::test_synchronised_statistics_of_one_process"][
+            "difference"
+        ]
+        < 1e-10
+    )
     assert [row["how"] for row in step["steps"]] == ["cpu", "cpu, compiled"]
     assert all(row["whole step"] > 0 and row["kernels"]["gsgd+path-bn"] for row in step["steps"])
     assert {len(row["errors"]) for row in errors["summary"].values()} == {2}
@@ -59,7 +75,9 @@ def options(tmp_path: Path, *parts: str, rehearse: bool = False) -> gpu.Options:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the first part fails for want of a GPU")
-def test_a_part_that_fails_is_reported_and_stops_no_other(tmp_path: Path, monkeypatch, capfd) -> None:
+def test_a_part_that_fails_is_reported_and_stops_no_other(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
     monkeypatch.setattr(machine, "gpu", lambda: {"name": "a GPU that is not there"})
     monkeypatch.setattr(gpu, "PREPARED", ())
     assert gpu.run(options(tmp_path, "step", "accuracy")) == 1
@@ -71,12 +89,16 @@ def test_a_part_that_fails_is_reported_and_stops_no_other(tmp_path: Path, monkey
     assert parts["accuracy"]["failed"] in printed
 
 
-def test_a_part_that_takes_too_long_is_stopped_and_keeps_what_it_had(tmp_path: Path, monkeypatch) -> None:
+def test_a_part_that_takes_too_long_is_stopped_and_keeps_what_it_had(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(gpu, "BUDGETS", {"accuracy": (1, 1)})
     assert gpu.run(options(tmp_path, "accuracy", rehearse=True)) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]["accuracy"]
     assert found["failed"] == "stopped after 1 s; what it had measured is kept"
-    process = gpu.Process(options(tmp_path, "x"), "x", "measure", seconds=0, work=tmp_path, paths=[])
+    process = gpu.Process(
+        options(tmp_path, "x"), "x", "measure", seconds=0, work=tmp_path, paths=[]
+    )
     process.into.write_text('{"kept": 1}')
     assert process.wait().startswith("stopped")
     assert process.results() == {"kept": 1}
@@ -108,7 +130,10 @@ def test_without_a_gpu(tmp_path: Path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "checks,nosuch"], "there is no part nosuch; there are checks, step, accuracy, runtime"),
+        (
+            ["--parts", "checks,nosuch"],
+            "there is no part nosuch; there are checks, step, accuracy, runtime",
+        ),
         (["--parts", ","], "there is no part (none given)"),
         (["--budget-factor", "0"], "--budget-factor 0 is not positive"),
         (["--json", "nosuch/gpu.json"], "there is no folder nosuch"),
@@ -147,7 +172,7 @@ def test_an_old_package_leaves_out_what_needs_it_alone(tmp_path: Path, monkeypat
     assert set(machine.left_out(["step", "accuracy"])) == {"step", "accuracy"}
 
 
-# ---- an ONNX Runtime that is brought -----------------------------------------------------------------------------
+# ---- an ONNX Runtime that is brought -------------------------------------------------------------
 
 
 def write_wheel(path: Path, tag: str | None = None) -> Path:
@@ -155,7 +180,9 @@ def write_wheel(path: Path, tag: str | None = None) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("onnxruntime/__init__.py", "__version__ = '9.9'\n")
         archive.writestr("onnxruntime/capi/lib.so", bytes(range(256)) * 400)
-        archive.writestr("onnxruntime_gpu-9.9.dist-info/WHEEL", f"Tag: {tag or next(iter(sys_tags()))}\n")
+        archive.writestr(
+            "onnxruntime_gpu-9.9.dist-info/WHEEL", f"Tag: {tag or next(iter(sys_tags()))}\n"
+        )
     return path
 
 
@@ -217,15 +244,25 @@ def test_what_was_brought_goes_before_what_is_installed(tmp_path: Path) -> None:
     write_wheel(tmp_path / "onnxruntime_gpu-9.9.whl")
     paths, why = gpu._paths(options(tmp_path, "runtime"), wait=0)
     assert why == ""
-    code = f"import gpu; gpu.bring({paths!r}); import onnxruntime, subprocess, sys; print(onnxruntime.__version__)\n"
-    code += "subprocess.run([sys.executable, '-c', 'import onnxruntime; print(onnxruntime.__version__)'])"
+    code = (
+        f"import gpu; gpu.bring({paths!r}); import onnxruntime, subprocess, sys;"
+        " print(onnxruntime.__version__)\n"
+    )
+    code += (
+        "subprocess.run([sys.executable, '-c', 'import onnxruntime;"
+        " print(onnxruntime.__version__)'])"
+    )
     done = subprocess.run(
-        [sys.executable, "-u", "-c", code], capture_output=True, text=True, cwd=BENCHMARKS, check=True
+        [sys.executable, "-u", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        check=True,
     )
     assert done.stdout.split() == ["9.9", "9.9"]
 
 
-# ---- the accuracy part's own arithmetic --------------------------------------------------------------------------
+# ---- the accuracy part's own arithmetic ----------------------------------------------------------
 
 
 def test_crops_and_flips_are_torchvisions() -> None:
@@ -258,7 +295,9 @@ def test_a_run_that_was_made_ready_trains_as_one_that_was_not(name: str) -> None
     labels = torch.randint(0, 10, (16,), generator=generator)
     course = Course.drawn(16, steps=4, batch=8, seed=0, device="cpu")
     context = gpu.Context("cpu", True, Path("none"), Path(), Path(), 0.0)
-    form = accuracy.forms(context, accuracy.Images(pixels[:, 4:36, 4:36], labels))[METHODS[name].form]
+    form = accuracy.forms(context, accuracy.Images(pixels[:, 4:36, 4:36], labels))[
+        METHODS[name].form
+    ]
     found = []
     for ready in (False, True):
         run = Run(copy.deepcopy(form), METHODS[name].optimizer, 0.01, pixels, labels, course)

@@ -1,4 +1,6 @@
-"""Which part of the package may import what (CONTRIBUTING.md), counting imports inside functions too."""
+"""Which part of the package may import what (CONTRIBUTING.md), counting imports inside functions
+too.
+"""
 
 import ast
 import subprocess
@@ -13,12 +15,13 @@ import pathconvert
 
 PACKAGE = Path(pathconvert.__file__).parent
 ROOT = PACKAGE.parent
-BASE = {"errors", "formats", "version"}
+BASE = {"choices", "errors", "formats", "version"}
 #: Every part, and the parts that it may import: downwards only.
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "formats": {"errors", "version"},
+    "choices": {"errors"},
     "__init__": {*BASE, "conversion", "path_bn", "networks", "export"},
     "conversion": BASE,
     "path_bn": {*BASE, "conversion"},
@@ -28,12 +31,14 @@ MAY_IMPORT = {
     "training.optimizer": {*BASE, "conversion", "path_bn", "training.settings"},
     "training.data": {*BASE, "networks", "training.settings"},
     "training.run": {
-        *BASE, "conversion", "path_bn", "files", "networks", "training.settings", "training.optimizer", "training.data",
+        *BASE, "conversion", "path_bn", "files", "networks", "training.settings",
+        "training.optimizer", "training.data",
     },
     "training.__init__": {"training.optimizer"},
     "export.card": {*BASE, "networks"},
     "export.runtime": {*BASE, "conversion", "files", "networks", "export.card"},
-    "export.graph": {*BASE, "conversion", "path_bn", "files", "networks", "export.card", "export.runtime"},
+    "export.graph": {*BASE, "conversion", "path_bn", "files", "networks", "export.card",
+        "export.runtime"},
     "export.__init__": {"export.graph", "export.card", "networks"},
     "commands": {*BASE, "conversion", "path_bn", "files", "networks", "training", "export"},
     "cli": {*BASE, "commands"},
@@ -56,10 +61,17 @@ MODULES = modules()
 
 
 def imported(name: str) -> Iterator[str]:
-    """The modules of the package that a module imports, wherever in it; not those for type checking alone."""
+    """The modules of the package that a module imports, wherever in it.
+
+    Not those for type checking alone.
+    """
     tree = ast.parse(MODULES[name].read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+        ):
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -83,14 +95,20 @@ def importers(*wanted: str) -> set[str]:
     return {
         part_of(name)
         for name in MODULES
-        if any(one == module or one.startswith(f"{module}.") for one in imported(name) for module in wanted)
+        if any(
+            one == module or one.startswith(f"{module}.")
+            for one in imported(name)
+            for module in wanted
+        )
     }
 
 
 @pytest.mark.parametrize("part", sorted({part_of(name) for name in MODULES}))
 def test_imports_run_downwards(part: str) -> None:
     own = [name for name in MODULES if part_of(name) == part]
-    used = {part_of(one) for name in own for one in imported(name) if one.split(".")[0] == "pathconvert"} - {part}
+    used = {
+        part_of(one) for name in own for one in imported(name) if one.split(".")[0] == "pathconvert"
+    } - {part}
     allowed = MAY_IMPORT[part] | {f"{one}.__init__" for one in MAY_IMPORT[part]}
     odd = {one for one in used if one not in allowed and one.split(".")[0] not in MAY_IMPORT[part]}
     assert not odd, f"{part} imports {', '.join(sorted(odd))}"
@@ -109,18 +127,27 @@ def test_typer_and_rich_stay_at_the_command_line() -> None:
 
 
 def test_onnx_stays_in_export() -> None:
-    assert {part.split(".")[0] for part in importers("onnx", "onnxruntime", "onnxscript")} == {"export"}
+    users = importers("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+    assert {part.split(".")[0] for part in users} == {"export"}
 
 
 def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, pathconvert, pathconvert.training, pathconvert.export; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, pathconvert, pathconvert.training, pathconvert.export; assert 'torch' not in"
+        " sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("link", ["training", "export"])
 def test_a_link_at_the_root_is_no_second_package(link: str) -> None:
-    """``import training`` from the checkout would make a second GSGD class, which no isinstance knows."""
+    """``import training`` from the checkout would make a second GSGD class, which no isinstance
+    knows.
+    """
     command = [sys.executable, "-c", f"import {link}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"ImportError: import it as pathconvert.{link}, not as {link}"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"ImportError: import it as pathconvert.{link}, not as {link}"
+    )

@@ -31,9 +31,13 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "resnet18.onnx").exists()
 
 
-@pytest.mark.skipif(DATA is None, reason="PATHCONVERT_DATA does not name the folder with the real weights")
+@pytest.mark.skipif(
+    DATA is None, reason="PATHCONVERT_DATA does not name the folder with the real weights"
+)
 def test_console_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys):
-    """All but the times, which differ, and the equality, which differs in its digits from processor to processor."""
+    """All but the times, which differ, and the equality, which differs in its digits from processor
+    to processor.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     shutil.copy(Path(DATA) / "weights" / "squeezenet1_1.pth", tmp_path)
@@ -52,6 +56,8 @@ def test_console_examples_print_what_the_readme_shows(tmp_path, monkeypatch, cap
 
 def stable(text):
     """Words line by line, without probabilities and without the lines that hold times or errors."""
-    lines = [[word for word in line.split() if not word.endswith("%")] for line in text.splitlines()]
+    lines = [
+        [word for word in line.split() if not word.endswith("%")] for line in text.splitlines()
+    ]
     varying = ("time", "equality", "largest", "1×3×224×224,")
     return [line for line in lines if line and line[0] not in varying and line[-1] != "relative)"]

@@ -1,4 +1,6 @@
-"""Real trained networks, from the folder that PATHCONVERT_DATA names (its README says what they are)."""
+"""Real trained networks, from the folder that PATHCONVERT_DATA names (its README says what they
+are).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ from pathconvert.training.settings import Settings
 
 DATA = os.environ.get("PATHCONVERT_DATA")
 pytestmark = pytest.mark.skipif(
-    DATA is None, reason="PATHCONVERT_DATA names no folder with weights/ and images/: real weights are not tested"
+    DATA is None,
+    reason=(
+        "PATHCONVERT_DATA names no folder with weights/ and images/: real weights are not tested"
+    ),
 )
 COMBINATIONS = [
     (scope, pivot, gauge)
@@ -66,7 +71,9 @@ def prepare(network: LoadedNetwork, folder: str) -> Real:
     paths = folder_images(Path(DATA).resolve() / "images" / folder)
     labels = torch.tensor([int(path.stem.rpartition("_")[2]) for path in paths])
     traced = trace_network(network.model, random_input(network.architecture))
-    return Real(network, traced, load_images(paths, network.architecture, network.preprocessing), labels)
+    return Real(
+        network, traced, load_images(paths, network.architecture, network.preprocessing), labels
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,9 @@ def builder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resnet56(builder_folder: Path) -> Real:
     sys.path.insert(0, str(builder_folder))
-    network = open_network(weights("resnet56_cifar10.pth"), arch="cifar_network:CifarResNet", input_size=(3, 32, 32))
+    network = open_network(
+        weights("resnet56_cifar10.pth"), arch="cifar_network:CifarResNet", input_size=(3, 32, 32)
+    )
     return prepare(network, "cifar10_20")
 
 
@@ -106,10 +115,15 @@ def test_squeezenet_is_recognised(squeezenet: Real) -> None:
     assert architecture.input_size == (3, 224, 224)
 
 
-@pytest.mark.parametrize(("real", "correct"), [("squeezenet", 14), ("resnet56", 19)], indirect=["real"])
+@pytest.mark.parametrize(
+    ("real", "correct"), [("squeezenet", 14), ("resnet56", 19)], indirect=["real"]
+)
 def test_the_images_fit_the_weights(real: Real, correct: int) -> None:
     """Of 20: what the published accuracies let expect. Else the tests below would compare noise."""
-    assert int((forward_outputs(real.network.model, real.images)[0].argmax(1) == real.labels).sum()) == correct
+    assert (
+        int((forward_outputs(real.network.model, real.images)[0].argmax(1) == real.labels).sum())
+        == correct
+    )
 
 
 @both
@@ -141,7 +155,12 @@ def test_all_twelve_combinations(real: Real) -> None:
 @pytest.mark.parametrize(
     ("real", "pivot", "smallest", "median"),
     [
-        ("squeezenet", "diagonal", 2.7e-6, 0.044),  # docs/design.md says 0.043: without the channels held back it is
+        (
+            "squeezenet",
+            "diagonal",
+            2.7e-6,
+            0.044,
+        ),  # docs/design.md says 0.043: without the channels held back it is
         ("squeezenet", "max", 1.3e-4, 0.22),
         ("squeezenet", "matching", 1.3e-4, 0.21),
         ("resnet56", "diagonal", 2.3e-4, 0.048),
@@ -150,8 +169,12 @@ def test_all_twelve_combinations(real: Real) -> None:
     ],
     indirect=["real"],
 )
-def test_pivot_magnitudes_are_the_measured_ones(real: Real, pivot: str, smallest: float, median: float) -> None:
-    """docs/design.md's table, scope block: all pivots, those of channels that float32 held back included."""
+def test_pivot_magnitudes_are_the_measured_ones(
+    real: Real, pivot: str, smallest: float, median: float
+) -> None:
+    """docs/design.md's table, scope block: all pivots, those of channels that float32 held back
+    included.
+    """
     value = np.abs(real.convert("block", pivot, "unit").pivots.value)
     value = value[value > 0]
     assert f"{value.min():.1e}" == f"{smallest:.1e}"
@@ -160,8 +183,11 @@ def test_pivot_magnitudes_are_the_measured_ones(real: Real, pivot: str, smallest
 
 @both
 def test_diagonals_of_a_deep_plain_chain_leave_float32(real: Real) -> None:
-    """26 diagonals of 0.04 in a row make 1e-36: four of SqueezeNet's channels are held back, only there."""
-    held = {pivot: real.convert("network", pivot, "unit").counts()["channels_held_back"] for pivot in
+    """26 diagonals of 0.04 in a row make 1e-36: four of SqueezeNet's channels are held back, only
+    there.
+    """
+    held = {pivot: real.convert("network", pivot, "unit").counts()["channels_held_back"]
+        for pivot in
             ("matching", "max", "diagonal")}  # fmt: skip
     is_squeezenet = real.network.architecture.name == "squeezenet1_1"
     assert held == {"matching": 0, "max": 0, "diagonal": 4 if is_squeezenet else 0}
@@ -171,8 +197,13 @@ def test_diagonals_of_a_deep_plain_chain_leave_float32(real: Real) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("gauge", ["unit", "pow2"])
 def test_other_dtypes(real: Real, dtype: torch.dtype, gauge: str, tmp_path: Path) -> None:
-    """A checkpoint in another dtype converts, is saved in that dtype, loads, and equals its source."""
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in real.network.model.state_dict().items()}
+    """A checkpoint in another dtype converts, is saved in that dtype, loads, and equals its
+    source.
+    """
+    state = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in real.network.model.state_dict().items()
+    }
     torch.save(state, tmp_path / "net.pt")
     own = real.network.architecture
     arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
@@ -189,10 +220,16 @@ def test_other_dtypes(real: Real, dtype: torch.dtype, gauge: str, tmp_path: Path
     report = verify(source.model, written.model, real.images[:4])
     assert report.passed, report
     if gauge == "pow2":
-        # In float16 arithmetic activations below 2^-14 / factor are subnormal and lose bits, whatever the weights do.
+        # In float16 arithmetic activations below 2^-14 / factor are subnormal and lose bits,
+        # whatever the weights do.
         wider = torch.float32 if dtype == torch.float16 else dtype
         models = (source.model, written.model)
-        assert all(map(torch.equal, *(forward_outputs(model, real.images[:4], dtype=wider) for model in models)))
+        assert all(
+            map(
+                torch.equal,
+                *(forward_outputs(model, real.images[:4], dtype=wider) for model in models),
+            )
+        )
     restored = restore(written.model, written.record).state_dict()
     if gauge == "pow2":
         assert all(torch.equal(restored[name], tensor) for name, tensor in state.items())
@@ -203,23 +240,37 @@ def test_saved_through_the_api(real: Real, tmp_path: Path) -> None:
     conversion = real.convert("network", "matching", "unit")
     save(conversion, tmp_path / "net.path.safetensors")
     own = real.network.architecture
-    model, record = load(tmp_path / "net.path.safetensors", **({"arch": own.name} if ":" in own.name else {}))
+    model, record = load(
+        tmp_path / "net.path.safetensors", **({"arch": own.name} if ":" in own.name else {})
+    )
     assert record == conversion.record
-    assert all(map(torch.equal, model.state_dict().values(), conversion.model.state_dict().values()))
+    assert all(
+        map(torch.equal, model.state_dict().values(), conversion.model.state_dict().values())
+    )
 
 
 @both
 def test_checkpoint_to_onnx_runtime(real: Real, tmp_path: Path) -> None:
-    """Checkpoint → path → Path-BN → ONNX → ONNX Runtime: top-1 stays on every image, in fp32 and fp16."""
+    """Checkpoint → path → Path-BN → ONNX → ONNX Runtime: top-1 stays on every image, in fp32 and
+    fp16.
+    """
     expected = forward_outputs(real.network.model, real.images)[0].argmax(1)
-    m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
-    equality = checked.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
+    m = to_path_bn(
+        real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images
+    )
+    equality = checked.save_checked(
+        m, real.network, tmp_path / "net.path-bn.safetensors", force=False
+    )
     assert equality.passed, equality
     own = real.network.architecture
     arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
     network = open_network(tmp_path / "net.path-bn.safetensors", **arch)
     assert network.form == "path-bn"
-    for precision, gauge in (("fp32", "keep"), ("fp16", "balanced")):  # path space has channels of any scale
+    # path space has channels of any scale
+    for precision, gauge in (
+        ("fp32", "keep"),
+        ("fp16", "balanced"),
+    ):
         path = tmp_path / f"{precision}.onnx"
         report, card = export_network(network, path, precision=precision, gauge=gauge)
         assert (card.form, report.batch_norms_left) == ("path-bn", 0)
@@ -229,7 +280,10 @@ def test_checkpoint_to_onnx_runtime(real: Real, tmp_path: Path) -> None:
 
 @both
 def test_the_balanced_gauge_on_a_real_network(real: Real) -> None:
-    """Path space has channels of any scale; balanced, they lie closer, and float32's outputs stay to the bit."""
+    """Path space has channels of any scale.
+
+    Balanced, they lie closer, and float32's outputs stay to the bit.
+    """
     folded = fold(real.convert("network", "matching", "unit").model, real.images[:1]).float()
     even = balanced(folded, real.images[:1], real.images)
     with torch.no_grad():
@@ -248,12 +302,18 @@ def _spread(model: torch.nn.Module, images: Tensor) -> float:
 
 @both
 def test_every_form_predicts_the_same(real: Real, tmp_path: Path) -> None:
-    """`predict` on the checkpoint, its Path-BN file and the .onnx made of that: same class for every image."""
+    """`predict` on the checkpoint, its Path-BN file and the .onnx made of that: same class for
+    every image.
+    """
     own = real.network.architecture
     arch = {"arch": own.name, "input_size": own.input_size} if ":" in own.name else {}
-    m = to_path_bn(real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images)
+    m = to_path_bn(
+        real.convert("block", "matching", "unit"), real.images[:1], calibration=real.images
+    )
     checked.save_checked(m, real.network, tmp_path / "net.path-bn.safetensors", force=False)
-    export_network(open_network(tmp_path / "net.path-bn.safetensors", **arch), tmp_path / "net.onnx")
+    export_network(
+        open_network(tmp_path / "net.path-bn.safetensors", **arch), tmp_path / "net.onnx"
+    )
     assert real.network.checkpoint is not None
     folder = Path(DATA or "") / "images" / ("cifar10_20" if arch else "imagenet20")
 
@@ -261,25 +321,40 @@ def test_every_form_predicts_the_same(real: Real, tmp_path: Path) -> None:
         report = predict(path, [folder], 1, "cpu", load=lambda source: open_network(source, **arch))
         return [prediction.classes[0].index for prediction in report.predictions]
 
-    files = (real.network.checkpoint.path, tmp_path / "net.path-bn.safetensors", tmp_path / "net.onnx")
+    files = (
+        real.network.checkpoint.path,
+        tmp_path / "net.path-bn.safetensors",
+        tmp_path / "net.onnx",
+    )
     found = [classes(path) for path in files]
     assert len(found[0]) == 20
     assert found[0] == found[1] == found[2]
 
 
 def test_path_bn_trains_as_batch_norm_does(resnet56: Real) -> None:
-    """Training-mode loss on the calibration images: within 1 %, though the running statistics are of 50 000 others."""
+    """Training-mode loss on the calibration images: within 1 %, though the running statistics are
+    of 50 000 others.
+    """
     model = resnet56.network.model
     m = to_path_bn(model, resnet56.images, calibration=resnet56.images)
     outputs = [forward_outputs(one, resnet56.images, training=True)[0] for one in (model, m)]
-    losses = [float(torch.nn.functional.cross_entropy(output, resnet56.labels)) for output in outputs]
+    losses = [
+        float(torch.nn.functional.cross_entropy(output, resnet56.labels)) for output in outputs
+    ]
     assert abs(losses[1] / losses[0] - 1) < 0.01, losses
 
 
 def test_fine_tuning_on_other_images(resnet56: Real, tmp_path: Path) -> None:
-    """CIFAR-10's network on Fashion-MNIST: it knows nothing of it at first, and much after twenty steps."""
+    """CIFAR-10's network on Fashion-MNIST: it knows nothing of it at first, and much after twenty
+    steps.
+    """
     settings = Settings(
-        data=f"fashion-mnist:{DATA}", steps=20, batch_size=32, limit_train=640, limit_val=200, calibration_images=64
+        data=f"fashion-mnist:{DATA}",
+        steps=20,
+        batch_size=32,
+        limit_train=640,
+        limit_val=200,
+        calibration_images=64,
     )
     run = begin(resnet56.network, settings, tmp_path / "run", device="cpu")
     before = run.validate()

@@ -64,8 +64,13 @@ def save_network(path: Path, kind: type[nn.Module] = Small, num_classes: int = 3
     return path
 
 
-def save_images(folder: Path, train: int = 16, val: int = 6, classes: tuple[str, ...] = CLASSES) -> Path:
-    """``folder/train`` and ``folder/val``: noise, brighter in one channel; so many images a class."""
+def save_images(
+    folder: Path, train: int = 16, val: int = 6, classes: tuple[str, ...] = CLASSES
+) -> Path:
+    """``folder/train`` and ``folder/val``: noise, brighter in one channel.
+
+    So many images a class.
+    """
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", train), ("val", val)):
         for label, name in enumerate(classes):

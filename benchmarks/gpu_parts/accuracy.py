@@ -1,14 +1,17 @@
-"""Error after fine-tuning at real length: ResNet-56, CIFAR-10 → Fashion-MNIST, five methods, paired by seed.
+"""Error after fine-tuning at real length: ResNet-56, CIFAR-10 → Fashion-MNIST, five methods, paired
+by seed.
 
-All images lie on the GPU, and so do their order and their random crops and flips, which follow from the seed alone: all
-methods see the same images in the same order. A whole step (images, forward, backward, optimizer, rate) is captured in
-a CUDA graph, and the runs of a round are replayed in turns on streams of their own, since one run alone leaves most of
-the GPU idle. On the CPU the same steps run one by one.
+All images lie on the GPU, and so do their order and their random crops and flips, which follow from
+the seed alone: all methods see the same images in the same order. A whole step (images, forward,
+backward, optimizer, rate) is captured in a CUDA graph, and the runs of a round are replayed in
+turns on streams of their own, since one run alone leaves most of the GPU idle. On the CPU the same
+steps run one by one.
 
-The rounds: every method at its first rate with seed 0, then at its other rates, then with the other seeds at the rate
-that did best with seed 0. A round that the time does not allow is left out. Errors are those of the last step. The rate
-is chosen on the same test images, and seed 0 counts in the mean: this favours every method alike, but it makes the
-means a little too good, so the differences that are paired by seed are the ones to read.
+The rounds: every method at its first rate with seed 0, then at its other rates, then with the other
+seeds at the rate that did best with seed 0. A round that the time does not allow is left out.
+Errors are those of the last step. The rate is chosen on the same test images, and seed 0 counts in
+the mean: this favours every method alike, but it makes the means a little too good, so the
+differences that are paired by seed are the ones to read.
 """
 
 from __future__ import annotations
@@ -61,11 +64,15 @@ def _sgd(model: nn.Module, rate: Tensor) -> torch.optim.Optimizer:
 
 
 def _adamw(model: nn.Module, rate: Tensor) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, capturable=rate.is_cuda)
+    return torch.optim.AdamW(
+        model.parameters(), lr=rate, weight_decay=0.01, capturable=rate.is_cuda
+    )
 
 
 def _gsgd(model: nn.Module, rate: Tensor) -> torch.optim.Optimizer:
-    return GSGD(path_parameter_groups(model), lr=rate, momentum=0.9, anchor="balanced", foreach=True)
+    return GSGD(
+        path_parameter_groups(model), lr=rate, momentum=0.9, anchor="balanced", foreach=True
+    )
 
 
 METHODS = {
@@ -78,7 +85,7 @@ METHODS = {
 BASELINE = "SGD+BN"
 
 
-# ---- images ------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,23 @@ def load_images(context: Context, part: str) -> Images:
         pixels = torch.randint(0, 256, (64, 28, 28), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, 10, (64,), generator=generator)
     else:
-        raw = [np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in found if path]
+        raw = [
+            np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in found if path
+        ]
         pixels = torch.from_numpy(raw[0][16:].copy()).view(-1, 28, 28)  # after the IDX headers
         labels = torch.from_numpy(raw[1][8:].astype(np.int64))
         pixels, labels = pixels[: context.size(None, 64)], labels[: context.size(None, 64)]
-    resized = VF.resize(pixels[:, None], [SIDE, SIDE])[:, 0]  # as finetune does, without normalisation
+    # as finetune does, without normalisation
+    resized = VF.resize(pixels[:, None], [SIDE, SIDE])[:, 0]
     return Images(resized.to(context.device), labels.to(context.device))
 
 
 @dataclass(frozen=True)
 class Course:
-    """Which images every step takes, and how they are cropped and flipped; on the device, [steps, batch] each."""
+    """Which images every step takes, and how they are cropped and flipped.
+
+    On the device, [steps, batch] each.
+    """
 
     index: Tensor
     top: Tensor
@@ -117,19 +130,28 @@ class Course:
 
     @staticmethod
     def drawn(count: int, steps: int, batch: int, seed: int, device: str) -> Course:
-        """Whole passes over ``count`` images in a new order each; an incomplete batch is left out."""
+        """Whole passes over ``count`` images in a new order each.
+
+        An incomplete batch is left out.
+        """
         generator = torch.Generator().manual_seed(seed)
         per_epoch = count // batch
         epochs = -(-steps // per_epoch)
-        order = torch.cat([torch.randperm(count, generator=generator)[: per_epoch * batch] for _ in range(epochs)])
+        order = torch.cat(
+            [torch.randperm(count, generator=generator)[: per_epoch * batch] for _ in range(epochs)]
+        )
         shape = (steps, batch)
         draw = functools.partial(torch.randint, 0, generator=generator)
-        parts = (order[: steps * batch].view(shape), *(draw(n, shape) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)))
+        parts = (
+            order[: steps * batch].view(shape),
+            *(draw(n, shape) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)),
+        )
         return Course(*(part.to(device) for part in parts))
 
 
 def crop_and_flip(padded: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """float32 [batch, 3, side, side] in [0, 1]: what finetune's crop-flip does, by one read of the images.
+    """float32 [batch, 3, side, side] in [0, 1]: what finetune's crop-flip does, by one read of the
+    images.
 
     Args:
         padded: uint8 [N, side + 2 padding, side + 2 padding].
@@ -147,7 +169,7 @@ def to_input(grey: Tensor) -> Tensor:
     return (grey.float() / 255)[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-# ---- a run -------------------------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -163,9 +185,21 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, rate: float, padded: Tensor, labels: Tensor, course: Course
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        rate: float,
+        padded: Tensor,
+        labels: Tensor,
+        course: Course,
     ) -> None:
-        self.model, self.padded, self.labels, self.course, self.base = model.train(), padded, labels, course, rate
+        self.model, self.padded, self.labels, self.course, self.base = (
+            model.train(),
+            padded,
+            labels,
+            course,
+            rate,
+        )
         self.steps = len(course.index)
         self.done = torch.zeros(1, dtype=torch.int64, device=padded.device)
         self.rate = torch.full((), rate, device=padded.device)
@@ -176,7 +210,9 @@ class Run:
     def step(self) -> None:
         """One step; all that changes from step to step is read from tensors."""
         c = self.course
-        index, top, left, flip = (t.index_select(0, self.done)[0] for t in (c.index, c.top, c.left, c.flip))
+        index, top, left, flip = (
+            t.index_select(0, self.done)[0] for t in (c.index, c.top, c.left, c.flip)
+        )
         self.rate.copy_((self.base / 2 * (1 + torch.cos(torch.pi * self.done / self.steps)))[0])
         self.optimizer.zero_grad(set_to_none=True)
         images = crop_and_flip(self.padded, index, top, left, flip)
@@ -185,7 +221,9 @@ class Run:
         self.done += 1
 
     def make_ready(self) -> None:
-        """Make every buffer by some steps, put all back to the beginning and, on a GPU, capture a step."""
+        """Make every buffer by some steps, put all back to the beginning and, on a GPU, capture a
+        step.
+        """
         before = copy.deepcopy(self.model.state_dict())
         if self.stream is None:
             self._warm_up(before)
@@ -223,15 +261,20 @@ def error_of(model: nn.Module, images: Images, batch: int = 1000) -> float:
     """Top-1 error in percent."""
     model.eval()
     pairs = zip(images.pixels.split(batch), images.labels.split(batch), strict=True)
-    wrong = sum(int((model(to_input(pixels)).argmax(1) != labels).sum()) for pixels, labels in pairs)
+    wrong = sum(
+        int((model(to_input(pixels)).argmax(1) != labels).sum()) for pixels, labels in pairs
+    )
     return 100 * wrong / len(images.labels)
 
 
-# ---- the forms ---------------------------------------------------------------------------------------------------
+# ---- the forms -----------------------------------------------------------------------------------
 
 
 def forms(context: Context, train: Images) -> dict[str, nn.Module]:
-    """The network in each form, on the device; Path-BN's statistics from 512 training images, as finetune has them."""
+    """The network in each form, on the device.
+
+    Path-BN's statistics from 512 training images, as finetune has them.
+    """
     torch.manual_seed(0)
     model = CifarResNet(context.size(9, 1))
     path = context.file(WEIGHTS)
@@ -246,7 +289,7 @@ def forms(context: Context, train: Images) -> dict[str, nn.Module]:
     }
 
 
-# ---- the rounds --------------------------------------------------------------------------------------------------
+# ---- the rounds ----------------------------------------------------------------------------------
 
 
 def key_of(name: str, rate: float, seed: int) -> str:
@@ -256,7 +299,10 @@ def key_of(name: str, rate: float, seed: int) -> str:
 
 def best_rate(runs: dict[str, Any], name: str) -> float:
     """The rate with the smallest error of seed 0."""
-    return min(METHODS[name].rates, key=lambda rate: runs.get(key_of(name, rate, 0), {}).get("error", 100.0))
+    return min(
+        METHODS[name].rates,
+        key=lambda rate: runs.get(key_of(name, rate, 0), {}).get("error", 100.0),
+    )
 
 
 def rounds(runs: dict[str, Any], seeds: int) -> Iterator[list[tuple[str, float, int]]]:
@@ -274,23 +320,33 @@ def measure(context: Context) -> None:
     padded = F.pad(train.pixels, [PADDING] * 4)
     made = forms(context, train)
     about = {
-        "steps": steps, "batch": batch, "training images": len(train.labels), "test images": len(test.labels),
-        "before training": {name: error_of(copy.deepcopy(model), test) for name, model in made.items()},
+        "steps": steps, "batch": batch, "training images": len(train.labels),
+        "test images": len(test.labels),
+        "before training": {name: error_of(copy.deepcopy(model), test) for name,
+            model in made.items()},
     }  # fmt: skip
     context.keep("about", about)
     runs: dict[str, Any] = {}
     longest = 0.0
     for group in rounds(runs, seeds):
         if context.seconds_left() < 1.1 * longest:
-            print(f"{context.seconds_left():.0f} s are left, and a round takes {longest:.0f} s: stopping here")
+            print(
+                f"{context.seconds_left():.0f} s are left, and a round takes {longest:.0f} s:"
+                " stopping here"
+            )
             break
         begun = time.monotonic()
-        courses = {seed: Course.drawn(len(padded), steps, batch, seed, context.device) for _, _, seed in group}
+        courses = {
+            seed: Course.drawn(len(padded), steps, batch, seed, context.device)
+            for _, _, seed in group
+        }
         going = {}
         for name, rate, seed in group:
             method = METHODS[name]
             model = copy.deepcopy(made[method.form])
-            going[name, rate, seed] = Run(model, method.optimizer, rate, padded, train.labels, courses[seed])
+            going[name, rate, seed] = Run(
+                model, method.optimizer, rate, padded, train.labels, courses[seed]
+            )
             going[name, rate, seed].make_ready()
         for _ in range(steps):
             for run in going.values():
@@ -300,7 +356,10 @@ def measure(context: Context) -> None:
         longest = max(longest, time.monotonic() - begun)
         for (name, rate, seed), run in going.items():
             finite = all(bool(p.isfinite().all()) for p in run.model.parameters())
-            runs[key_of(name, rate, seed)] = {"error": error_of(run.model, test), "diverged": not finite}
+            runs[key_of(name, rate, seed)] = {
+                "error": error_of(run.model, test),
+                "diverged": not finite,
+            }
         context.keep("runs", runs)
         context.keep("seconds per round", longest)
         context.keep("summary", summary(runs, seeds))
@@ -308,20 +367,29 @@ def measure(context: Context) -> None:
 
 
 def summary(runs: dict[str, Any], seeds: int) -> dict[str, Any]:
-    """By method: best rate, errors by seed, mean, standard error, difference to the baseline, good rates."""
+    """By method: best rate, errors by seed, mean, standard error, difference to the baseline, good
+    rates.
+    """
     found = {}
     for name, method in METHODS.items():
         rate = best_rate(runs, name)
-        by_rate = {r: runs[key]["error"] for r in method.rates if (key := key_of(name, r, 0)) in runs}
+        by_rate = {
+            r: runs[key]["error"] for r in method.rates if (key := key_of(name, r, 0)) in runs
+        }
         keys = {
-            seed: (key_of(name, rate, seed), key_of(BASELINE, best_rate(runs, BASELINE), seed)) for seed in range(seeds)
+            seed: (key_of(name, rate, seed), key_of(BASELINE, best_rate(runs, BASELINE), seed))
+            for seed in range(seeds)
         }
         errors = [runs[mine]["error"] for mine, _ in keys.values() if mine in runs]
-        paired = [runs[a]["error"] - runs[b]["error"] for a, b in keys.values() if a in runs and b in runs]
+        paired = [
+            runs[a]["error"] - runs[b]["error"] for a, b in keys.values() if a in runs and b in runs
+        ]
         good = sorted(r for r, error in by_rate.items() if error <= min(by_rate.values()) + 1)
         found[name] = {
-            "rate": rate, "errors": errors, "mean": statistics.mean(errors), "standard error": _standard_error(errors),
-            "over the baseline": statistics.mean(paired), "its standard error": _standard_error(paired),
+            "rate": rate, "errors": errors, "mean": statistics.mean(errors),
+            "standard error": _standard_error(errors),
+            "over the baseline": statistics.mean(paired),
+            "its standard error": _standard_error(paired),
             "by rate": {f"{r:g}": by_rate[r] for r in sorted(by_rate)},
             "width of the good rates": good[-1] / good[0],
         }  # fmt: skip
@@ -333,13 +401,19 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def _print(found: dict[str, Any], about: dict[str, Any]) -> None:
-    print(f"error in % on {about['test images']} images after {about['steps']} steps of {about['batch']}")
+    print(
+        f"error in % on {about['test images']} images after {about['steps']} steps of"
+        f" {about['batch']}"
+    )
     print("method          rate   mean ± s.e.  seeds   over SGD+BN ± s.e.  good rates")
     for name, row in found.items():
         errors = f"{row['mean']:6.2f} {_plus_minus(row['standard error'])}"
         difference = f"{row['over the baseline']:+6.2f} {_plus_minus(row['its standard error'])}"
         width = f"× {row['width of the good rates']:.0f}"
-        print(f"{name:14} {row['rate']:6g} {errors:>13} {len(row['errors']):6} {difference:>20}  {width:>10}")
+        print(
+            f"{name:14} {row['rate']:6g} {errors:>13} {len(row['errors']):6} {difference:>20} "
+            f" {width:>10}"
+        )
 
 
 def _plus_minus(value: float | None) -> str:

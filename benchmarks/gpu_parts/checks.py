@@ -57,7 +57,8 @@ class Collector:
     def _keep(self) -> None:
         slowest = sorted(self.seconds.items(), key=lambda pair: -pair[1])[:10]
         for name, value in (
-            ("passed", self.passed), ("failed", self.failed), ("skipped", self.skipped), ("figures", self.figures),
+            ("passed", self.passed), ("failed", self.failed), ("skipped", self.skipped),
+            ("figures", self.figures),
             ("slowest, seconds", dict(slowest)),
         ):  # fmt: skip
             self.context.results[name] = value
@@ -73,23 +74,36 @@ def _last_line(text: str) -> str:
 
 def measure(context: Context) -> None:
     """Run them; raises AssertionError where one failed."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if MARKS.search(path.read_text())]
+    files = [
+        path
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if MARKS.search(path.read_text())
+    ]
     without = machine.left_out_tests()
     context.keep("left out", without)
     files = [path for path in files if path.name not in without]
     files.sort(key=lambda path: path.name != "test_devices.py")  # the most telling first
     processes: list[str] = []
     if not context.rehearse and importlib.util.find_spec("xdist"):
-        processes = ["--numprocesses", str(min(4, (os.cpu_count() or 2) // 2)), "--dist", "worksteal"]
+        processes = [
+            "--numprocesses",
+            str(min(4, (os.cpu_count() or 2) // 2)),
+            "--dist",
+            "worksteal",
+        ]
     options: list[Any] = [
-        "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", "--continue-on-collection-errors",
+        "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore",
+        "--continue-on-collection-errors",
         "-m", context.size("gpu or device", "device"), *processes,
     ]  # fmt: skip
     if context.rehearse:  # test by test they run in the suite already
         options += ["-k", "twenty_steps or autocast or pinned or resumed or synchronised"]
     collector = Collector(context)
     code = pytest.main(["--rootdir", str(ROOT), *options, *map(str, files)], plugins=[collector])
-    shown = f"{collector.passed} passed, {len(collector.failed)} failed, {len(collector.skipped)} skipped"
+    shown = (
+        f"{collector.passed} passed, {len(collector.failed)} failed, {len(collector.skipped)}"
+        " skipped"
+    )
     print(shown)
     for name, why in collector.failed.items():
         print(f"  FAILED {name}: {why}")

@@ -58,9 +58,12 @@ class Context:
         """The file of that name anywhere in the data folder, or None.
 
         Raises:
-            FileNotFoundError: the file is missing. A rehearsal uses made-up data instead and does not raise.
+            FileNotFoundError: the file is missing. A rehearsal uses made-up data instead and does
+                not raise.
         """
         found = next(self.data.rglob(name), None) if self.data.is_dir() else None
         if found is None and not self.rehearse:
-            raise FileNotFoundError(f"{self.data} holds no {name}: name the folder that does with --data DIR")
+            raise FileNotFoundError(
+                f"{self.data} holds no {name}: name the folder that does with --data DIR"
+            )
         return found

@@ -1,4 +1,6 @@
-"""What the machine has: versions beside those that pathconvert needs, the GPU, an ONNX Runtime that was brought."""
+"""What the machine has: versions beside those that pathconvert needs, the GPU, an ONNX Runtime that
+was brought.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ NEEDED_BY = {
 NEEDED_BY_TESTS = {"expecttest": "test_gsgd_torch.py"}
 
 
-# ---- versions ----------------------------------------------------------------------------------------------------
+# ---- versions ------------------------------------------------------------------------------------
 
 
 def requirements() -> list[Requirement]:
@@ -52,7 +54,10 @@ def requirements() -> list[Requirement]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, or of one that holds the same modules; None where there is neither."""
+    """The version of a package, or of one that holds the same modules.
+
+    None where there is neither.
+    """
     for candidate in (name, *ALSO.get(name, ())):
         try:
             return importlib.metadata.version(candidate)
@@ -85,7 +90,9 @@ def left_out(parts: list[str]) -> dict[str, str]:
 
 def left_out_tests() -> dict[str, str]:
     """File of tests → the package that it lacks."""
-    absent = {package: file for package, file in NEEDED_BY_TESTS.items() if installed(package) is None}
+    absent = {
+        package: file for package, file in NEEDED_BY_TESTS.items() if installed(package) is None
+    }
     return {file: f"{package} is not installed" for package, file in absent.items()}
 
 
@@ -96,18 +103,26 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> dict[str, Any]:
-    """Name, memory and driver of the GPU, as PyTorch and the driver say; in a process of its own."""
+    """Name, memory and driver of the GPU, as PyTorch and the driver say.
+
+    In a process of its own.
+    """
     code = (
-        "import json, torch\n"
-        "found = {'cuda': torch.version.cuda, 'cudnn': torch.backends.cudnn.version()}\n"
-        "if torch.cuda.is_available():\n"
-        "    p = torch.cuda.get_device_properties(0)\n"
-        "    found |= {'name': p.name, 'GiB': round(p.total_memory / 2**30, 1), 'capability': f'{p.major}.{p.minor}'}\n"
-        "print(json.dumps(found))"
+        "import json, torch\nfound = {'cuda': torch.version.cuda, 'cudnn':"
+        " torch.backends.cudnn.version()}\nif torch.cuda.is_available():\n    p ="
+        " torch.cuda.get_device_properties(0)\n    found |= {'name': p.name, 'GiB':"
+        " round(p.total_memory / 2**30, 1), 'capability':"
+        " f'{p.major}.{p.minor}'}\nprint(json.dumps(found))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "torch cannot be imported"}
+        return {
+            "error": (
+                done.stderr.strip().splitlines()[-1]
+                if done.stderr.strip()
+                else "torch cannot be imported"
+            )
+        }
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -126,7 +141,7 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-# ---- an ONNX Runtime that was brought along ----------------------------------------------------------------------
+# ---- an ONNX Runtime that was brought along ------------------------------------------------------
 
 
 class NotWhole(Exception):
@@ -134,10 +149,12 @@ class NotWhole(Exception):
 
 
 def onnxruntime_folder(folder: Path) -> Path | None:
-    """The folder to put before the installed packages, or None where ``folder`` brings no ONNX Runtime.
+    """The folder to put before the installed packages, or None where ``folder`` brings no ONNX
+    Runtime.
 
-    ``folder`` may be an unpacked wheel, or hold one, or hold ``onnxruntime_gpu-*.whl``, or its pieces
-    ``onnxruntime-gpu.part.*``, which are joined in the order of their names. A wheel is unpacked beside them, once.
+    ``folder`` may be an unpacked wheel, or hold one, or hold ``onnxruntime_gpu-*.whl``, or its
+    pieces ``onnxruntime-gpu.part.*``, which are joined in the order of their names. A wheel is
+    unpacked beside them, once.
 
     Raises:
         NotWhole: pieces are missing or damaged, or the wheel is not for this Python.
@@ -173,7 +190,9 @@ def _unpack(wheel: Path, into: Path) -> None:
             _require_this_python(archive.read(tags).decode())
             archive.extractall(into)  # checks every file's CRC
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise NotWhole(f"the pieces in {wheel.parent.parent} do not make a whole wheel (yet?): {error}") from error
+        raise NotWhole(
+            f"the pieces in {wheel.parent.parent} do not make a whole wheel (yet?): {error}"
+        ) from error
 
 
 def _require_this_python(wheel: str) -> None:
@@ -187,4 +206,6 @@ def _require_this_python(wheel: str) -> None:
     """
     kinds = re.findall(r"^Tag: (\S+)", wheel, re.MULTILINE)
     if not {str(tag) for tag in sys_tags()} & set(kinds):
-        raise NotWhole(f"the wheel is for {', '.join(kinds)}, which Python {platform.python_version()} is not")
+        raise NotWhole(
+            f"the wheel is for {', '.join(kinds)}, which Python {platform.python_version()} is not"
+        )

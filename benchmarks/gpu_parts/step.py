@@ -1,7 +1,8 @@
 """Seconds per training step, G-SGD+Path-BN over SGD+BN, and where the difference goes.
 
-Both take turns in one process; times are CUDA events, and all ratios are of one round. Memory is what the allocator has
-given out at the highest during a step, less what was there before the contender was made.
+Both take turns in one process; times are CUDA events, and all ratios are of one round. Memory is
+what the allocator has given out at the highest during a step, less what was there before the
+contender was made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def workloads(context: Context) -> list[Workload]:
     """In order of value."""
     toy = functools.partial(CifarResNet, 1)
     sizes = context.size(
-        [("resnet50", resnet50, 224, 128), ("resnet56", CifarResNet, 32, 128)], [("resnet8", toy, 32, 4)]
+        [("resnet50", resnet50, 224, 128), ("resnet56", CifarResNet, 32, 128)],
+        [("resnet8", toy, 32, 4)],
     )
     return [
         Workload(name, build, side, batch, 0.9, context.device, compiled)
@@ -53,18 +55,27 @@ def prepare(context: Context) -> None:
 def measure(context: Context) -> None:
     """All workloads that the time allows; then the profiles."""
     torch.backends.cudnn.benchmark = True
-    print(f"  a step of G-SGD+Path-BN ÷ SGD+BN; the papers: {PAPERS}, to reach: {TO_REACH} compiled", flush=True)
+    print(
+        f"  a step of G-SGD+Path-BN ÷ SGD+BN; the papers: {PAPERS}, to reach: {TO_REACH} compiled",
+        flush=True,
+    )
     rows: list[dict[str, Any]] = []
     left_out = []
     for workload in workloads(context):
         if workload.compiled and context.seconds_left() < context.size(COMPILED_SECONDS, 0):
-            left_out.append(f"{workload.network}, {workload.title()}: {context.seconds_left():.0f} s were left")
+            left_out.append(
+                f"{workload.network}, {workload.title()}: {context.seconds_left():.0f} s were left"
+            )
             context.keep("left out", left_out)
             continue
         rows.append({})
         with _alone(workload) as (contenders, memory):
             row = {"network": workload.network, "batch": workload.batch, "how": workload.title()}
-            rows[-1] |= row | compare(contenders, context.size(12, 2), context.size(10, 2)) | {"memory": memory}
+            rows[-1] |= (
+                row
+                | compare(contenders, context.size(12, 2), context.size(10, 2))
+                | {"memory": memory}
+            )
             context.keep("steps", rows)
             _print(rows[-1])
             rows[-1]["kernels"] = _kernels(contenders, context.size(5, 1))
@@ -74,7 +85,10 @@ def measure(context: Context) -> None:
 
 @contextlib.contextmanager
 def _alone(workload: Workload) -> Iterator[tuple[dict[str, Contender], float | None]]:
-    """Both contenders, and the second's peak memory over the first's; their memory is given back."""
+    """Both contenders, and the second's peak memory over the first's.
+
+    Their memory is given back.
+    """
     contenders, peaks = {}, []
     for form in FORMS:
         gpu = workload.device == "cuda"
@@ -94,7 +108,9 @@ def _alone(workload: Workload) -> Iterator[tuple[dict[str, Contender], float | N
 
 
 def _kernels(contenders: dict[str, Contender], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """The largest kernels that only one form has, by form: name, milliseconds per step, calls per step."""
+    """The largest kernels that only one form has, by form: name, milliseconds per step, calls per
+    step.
+    """
     times = {form: _profiled(contender, steps) for form, contender in contenders.items()}
     found = {}
     for form, other in zip(FORMS, reversed(FORMS), strict=True):
@@ -121,10 +137,15 @@ def _print(row: dict[str, Any]) -> None:
     memory = "not measured" if row["memory"] is None else f"{row['memory']:.3f}"
     print(f"{row['network']}, batches of {row['batch']}, {row['how']}")
     print(
-        f"  step {row['SGD+BN, ms']:.2f} ms; × {row['whole step']:.3f} ({row['whole step, low']:.3f} to "
-        f"{row['whole step, high']:.3f}), of it Path-BN {row['path-bn']:+.1%}, optimizer {row['optimizer']:+.1%}"
+        f"  step {row['SGD+BN, ms']:.2f} ms; × {row['whole step']:.3f}"
+        f" ({row['whole step, low']:.3f} to {row['whole step, high']:.3f}), of it Path-BN"
+        f" {row['path-bn']:+.1%}, optimizer {row['optimizer']:+.1%}"
     )
-    print(f"  optimizer {row['G-SGD, ms']:.3f} ms, × {row['optimizer alone']:.2f}; peak memory × {memory}", flush=True)
+    print(
+        f"  optimizer {row['G-SGD, ms']:.3f} ms, × {row['optimizer alone']:.2f}; peak memory ×"
+        f" {memory}",
+        flush=True,
+    )
 
 
 def _print_kernels(kernels: dict[str, list[dict[str, Any]]]) -> None:

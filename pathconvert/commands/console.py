@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderResult
     from rich.table import Table
 
-#: Width in characters of a column that may break anywhere, on the narrowest terminal.
+#: Width, in characters, to which a column that may break anywhere can shrink.
 FOLDED_WIDTH = 12
 
 
@@ -27,12 +27,15 @@ def note(message: str) -> None:
 
 @dataclass(frozen=True)
 class Titled:
-    """A table below its title. The title stays on one line even if the table is narrower (rich would wrap it).
+    """A table below its title.
+
+    The title stays on one line even if the table is narrower (rich would wrap it).
 
     Attributes:
         title: printed in bold.
         table: its columns.
-        foldable: indices of the columns that may break anywhere, such as file names; the others break at spaces.
+        foldable: indices of the columns that may break anywhere, such as file names; the others
+            break at spaces, or not at all.
     """
 
     title: str
@@ -48,7 +51,10 @@ class Titled:
     def fits(self) -> bool:
         """Whether the terminal is wide enough for every cell to stay on one line."""
         console = _stdout()
-        return console.measure(self.table, options=console.options.update(width=10_000)).maximum <= console.width
+        return (
+            console.measure(self.table, options=console.options.update(width=10_000)).maximum
+            <= console.width
+        )
 
     def least_width(self) -> int:
         """The width in characters below which rich would cut off words and numbers."""
@@ -70,10 +76,11 @@ def _stdout() -> Console:
 def emit(result: dict[str, Any], table: Titled, as_json: bool) -> None:
     """Print the result on stdout, as a table or as one JSON object.
 
-    If the terminal is too narrow for the table, lines are wrapped, so that no number is cut off.
+    If the terminal is too narrow for the table, its rows run over the edge: no number is cut off.
     """
     if as_json:
-        finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no Infinity
+        # JSON has no Infinity: it becomes null.
+        finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
         typer.echo(json.dumps(finite))
         return
     console = _stdout()
@@ -100,8 +107,8 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
 
     Args:
         title: printed above the table.
-        columns: the columns' names, and how each is set: ``right`` (numbers, never broken), ``left`` (broken at spaces
-            if the terminal is too narrow) or ``wrap`` (broken anywhere).
+        columns: the columns' names → how their texts are set: ``right`` (numbers, never broken),
+            ``left`` (broken at spaces if the terminal is too narrow) or ``wrap`` (broken anywhere).
         rows: for every row, one text per column.
     """
     from rich import box
@@ -123,7 +130,14 @@ def grid(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[str]]) 
 
 
 class Steps:
-    """A progress bar over named steps, shown on stderr after two seconds."""
+    """A progress bar over named steps, shown on stderr after two seconds.
+
+    Args:
+        total: number of steps.
+
+    Attributes:
+        seconds: the time that each step took, by name; ``total`` is the time of all of them.
+    """
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -131,7 +145,9 @@ class Steps:
 
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
         self._task = self._progress.add_task("", total=total)
         self._timer = threading.Timer(2.0, self._progress.start)
         self._timer.daemon = True

@@ -7,21 +7,18 @@ from typing import Annotated
 
 import typer
 
+from pathconvert.choices import ConvertedForm, Gauge, PivotRule, Scope
 from pathconvert.commands.console import Steps, emit, facts, grid, note
 from pathconvert.commands.loading import Loader, checked_output
 from pathconvert.commands.options import (
     Arch,
     Force,
-    Form,
-    GaugeChoice,
     Images,
     InputSize,
     Json,
     Key,
     NumClasses,
     Output,
-    PivotChoice,
-    Scope,
     Source,
     TrustPickle,
 )
@@ -36,46 +33,74 @@ def reparam(
     num_classes: NumClasses = None,
     scope: Annotated[
         Scope, typer.Option(help="block leaves residual streams alone; network rescales them too.")
-    ] = Scope.block,
+    ] = "block",
     pivot: Annotated[
-        PivotChoice, typer.Option(help="Rule that chooses which outgoing weight of a channel becomes ±1.")
-    ] = PivotChoice.matching,
+        PivotRule,
+        typer.Option(help="Rule that chooses which outgoing weight of a channel becomes ±1."),
+    ] = "matching",
     gauge: Annotated[
-        GaugeChoice,
-        typer.Option(help="unit makes pivots exactly ±1; pow2 uses powers of two, so outputs stay bit-identical."),
-    ] = GaugeChoice.unit,
+        Gauge,
+        typer.Option(
+            help=(
+                "unit makes pivots exactly ±1; pow2 uses powers of two, so outputs stay"
+                " bit-identical."
+            )
+        ),
+    ] = "unit",
     form: Annotated[
-        Form, typer.Option(help="path rescales the weights; path-bn also inserts Path-BN layers for training.")
-    ] = Form.path,
+        ConvertedForm,
+        typer.Option(
+            help="path rescales the weights; path-bn also inserts Path-BN layers for training."
+        ),
+    ] = "path",
     calibrate: Annotated[
-        Path | None, typer.Option(help="Folder of images from which Path-BN's statistics are computed.")
+        Path | None,
+        typer.Option(help="Folder of images from which Path-BN's statistics are computed."),
     ] = None,
     skip_scale: Annotated[
-        float, typer.Option(help="λ, the factor of Path-BN's skip; the papers use 0.1 for ResNets.")
+        float,
+        typer.Option(
+            help="λ, which multiplies the pivots in Path-BN layers; it changes training, not what"
+            " the network computes. The papers use 0.1 for ResNets."
+        ),
     ] = 1.0,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Convert what can be converted, instead of refusing the whole network.")
+        bool,
+        typer.Option(
+            "--partial",
+            help="Leave channels that meet an operation such as GELU as they are, instead of"
+            " refusing the network.",
+        ),
     ] = False,
     key: Key = None,
     force: Force = False,
-    report: Annotated[Path | None, typer.Option(help="Write every scale group and pivot to this JSON file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write every scale group and pivot to this JSON file.")
+    ] = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Move a network into path space, and check that it computes the same function."""
-    steps = Steps(3 + bool(report) + (form == Form.path_bn))
-    if form == Form.path and (calibrate or skip_scale != 1):
-        raise PathconvertError("--calibrate and --skip-scale apply only to the Path-BN form", "Add --form path-bn.")
+    steps = Steps(3 + bool(report) + (form == "path-bn"))
+    if form == "path" and (calibrate or skip_scale != 1):
+        raise PathconvertError(
+            "--calibrate and --skip-scale apply only to the Path-BN form", "Add --form path-bn."
+        )
     from pathconvert.commands import reports
 
-    path = checked_output(source, output, form.value, force)
+    path = checked_output(source, output, form, force)
     if report:
         reports.prepare_report(report, force=force, taken=(Path(source), path))
     with steps.shown():
         with steps.step("load"):
             network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
         from pathconvert.conversion.record import record_of
-        from pathconvert.networks.checked import convert_network, enter_path_bn, resume_conversion, save_checked
+        from pathconvert.networks.checked import (
+            convert_network,
+            enter_path_bn,
+            resume_conversion,
+            save_checked,
+        )
 
         if network.form in (form, "path-bn"):
             form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
@@ -87,10 +112,10 @@ def reparam(
             conversion = (
                 resume_conversion(network)
                 if network.record
-                else convert_network(network, scope.value, pivot.value, gauge.value, partial=partial)
+                else convert_network(network, scope, pivot, gauge, partial=partial)
             )
         path_bn = None
-        if form == Form.path_bn:
+        if form == "path-bn":
             with steps.step("Path-BN"):
                 conversion, path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
         with steps.step("verify and write"):
@@ -98,7 +123,7 @@ def reparam(
         if report:
             with steps.step("report"):
                 reports.write_report(conversion, report)
-    parts = record_of(path_bn)["path_bn"] if path_bn else None
+    parts = record_of(path_bn).path_bn if path_bn else None
     if network.record:
         note(f"note: {source} is in path form; its scope, pivot rule and gauge were kept")
     summary = reports.summarise(conversion, parts, network, equality, steps.seconds)
@@ -158,11 +183,16 @@ def verify(
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Check that two networks of one architecture compute the same function. If not, the exit code is 1."""
+    """Check that two networks of one architecture compute the same function.
+
+    If not, the exit code is 1.
+    """
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            network_a, network_b = Loader(arch, input_size, trust_pickle=trust_pickle).open_pair(a, b)
+            network_a, network_b = Loader(arch, input_size, trust_pickle=trust_pickle).open_pair(
+                a, b
+            )
         from pathconvert.commands import reports
         from pathconvert.networks.checked import compare
 
@@ -203,7 +233,12 @@ def archs(as_json: Json = False) -> None:
 
     entries = catalogue()
     rows = ((e.name, e.task, "yes" if e.supported else f"no: {e.reason}") for e in entries)
-    table = grid("torchvision networks", {"network": "left", "task": "left", "supported": "wrap"}, rows)
+    table = grid(
+        "torchvision networks", {"network": "left", "task": "left", "supported": "wrap"}, rows
+    )
     keys = ("name", "task", "supported", "reason")
     emit({"architectures": [{k: getattr(e, k) for k in keys} for e in entries]}, table, as_json)
-    note("For any other module give --arch package.module:builder, or --arch timm/NAME if timm is installed.")
+    note(
+        "For any other module give --arch package.module:builder, or --arch timm/NAME if timm is"
+        " installed."
+    )

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pathconvert.choices import ExportGauge
 from pathconvert.commands.console import Steps, emit, facts, grid, note
 from pathconvert.commands.loading import Loader, default_output, source_file
 from pathconvert.commands.options import (
     Arch,
     Device,
-    DeviceChoice,
-    ExportGauge,
     Force,
     Images,
     InputSize,
@@ -35,7 +34,9 @@ if TYPE_CHECKING:
 
 def export(
     source: Source,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write (.onnx).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write (.onnx).")
+    ] = None,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
@@ -45,18 +46,28 @@ def export(
         str, typer.Option(help="Type of inputs and outputs: fp32, or fp16 with --precision fp16.")
     ] = "fp32",
     gauge: Annotated[
-        ExportGauge, typer.Option(help="balanced evens out the channels' ranges, which helps fp16.")
-    ] = ExportGauge.keep,
+        ExportGauge,
+        typer.Option(
+            help="keep leaves the channels' ranges as they are; balanced evens them out, which"
+            " helps fp16."
+        ),
+    ] = "keep",
     batch: Annotated[str, typer.Option(help="Batch size: dynamic or a fixed number.")] = "dynamic",
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Make height and width dynamic, too.")] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Make height and width dynamic, too.")
+    ] = False,
     with_preprocessing: Annotated[
-        bool, typer.Option("--with-preprocessing", help="Include the normalisation: the graph takes uint8 pixels.")
+        bool,
+        typer.Option(
+            "--with-preprocessing", help="Include the normalisation: the graph takes uint8 pixels."
+        ),
     ] = False,
     with_softmax: Annotated[
         bool, typer.Option("--with-softmax", help="Output probabilities instead of logits.")
     ] = False,
     auxiliary: Annotated[
-        bool, typer.Option("--auxiliary", help="Include the auxiliary output of a segmentation network.")
+        bool,
+        typer.Option("--auxiliary", help="Include the auxiliary output of a segmentation network."),
     ] = False,
     images: Images = None,
     key: Key = None,
@@ -68,26 +79,32 @@ def export(
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            from pathconvert.export.graph.loaded import check_export, export_network, parse_batch, report_rows
+            from pathconvert.export.graph.export import SUFFIXES
+            from pathconvert.export.graph.loaded import export_network, parse_batch, report_rows
+            from pathconvert.export.graph.options import ExportOptions
+            from pathconvert.files.writing import prepare_output
 
             path = output or default_output(source, ".onnx")
-            check_export(path, opset, precision, io_dtype, force=force, source=source_file(source))
+            options = ExportOptions(
+                opset=opset,
+                precision=precision,
+                io_dtype=io_dtype,
+                gauge=gauge,
+                dynamic_size=dynamic_size,
+                softmax=with_softmax,
+                auxiliary=auxiliary,
+            )
+            prepare_output(path, force=force, source=source_file(source), suffixes=SUFFIXES)
             fixed = parse_batch(batch)
             network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
         with steps.step("export, verify and write"):
             report, card = export_network(
                 network,
                 path,
+                options,
                 batch=fixed,
                 with_preprocessing=with_preprocessing,
                 images=images,
-                opset=opset,
-                precision=precision,
-                io_dtype=io_dtype,
-                gauge=gauge.value,
-                dynamic_size=dynamic_size,
-                with_softmax=with_softmax,
-                auxiliary=auxiliary,
                 force=force,
             )
     result = report.to_json() | {"source": source, "output": str(path), "card": card.to_json()}
@@ -97,17 +114,27 @@ def export(
 
 def bench(
     sources: Annotated[
-        list[str], typer.Argument(help="Networks to time: .onnx files, checkpoints or torchvision names.")
+        list[str],
+        typer.Argument(help="Networks to time: .onnx files, checkpoints or torchvision names."),
     ],
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, separated by commas.", show_default="1,8")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads per contender.", min=1)] = None,
-    device: Device = DeviceChoice.auto,
-    repeats: Annotated[int, typer.Option(help="Timed turns per contender and batch size.", min=1)] = 20,
-    compile: Annotated[bool, typer.Option("--compile", help="Time checkpoints with torch.compile as well.")] = False,
-    io_binding: Annotated[
-        bool, typer.Option("--io-binding", help="On a GPU, do not time copies between host and device.")
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes, separated by commas (default: 1,8).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per network.", min=1)] = None,
+    device: Device = "auto",
+    repeats: Annotated[
+        int, typer.Option(help="Timed turns of each network at each batch size.", min=1)
+    ] = 20,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Time checkpoints with torch.compile as well.")
     ] = False,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU, replay a captured CUDA graph.")] = False,
+    io_binding: Annotated[
+        bool,
+        typer.Option("--io-binding", help="On a GPU, do not time copies of inputs and outputs."),
+    ] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On a GPU, replay a captured CUDA graph.")
+    ] = False,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
@@ -116,11 +143,14 @@ def bench(
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Compare the speed of networks: ONNX files in ONNX Runtime, checkpoints in PyTorch."""
-    sizes = _batch_sizes(batch)
-    if (io_binding or cuda_graph) and not any(Path(source).suffix.lower() == ".onnx" for source in sources):
+    batch_sizes = _batch_sizes(batch)
+    if (io_binding or cuda_graph) and not any(
+        Path(source).suffix.lower() == ".onnx" for source in sources
+    ):
         option = "--io-binding" if io_binding else "--cuda-graph"
         raise PathconvertError(
-            f"{option} needs ONNX Runtime, and none of the networks is an .onnx file", f"Leave {option} out."
+            f"{option} needs ONNX Runtime, and none of the networks is an .onnx file",
+            f"Leave {option} out.",
         )
     steps = Steps(1)
     with steps.shown(), steps.step("load and measure"):
@@ -130,8 +160,8 @@ def bench(
         loader.refuse_for_onnx(sources)
         report = measure(
             sources,
-            sizes,
-            device=device.value,
+            batch_sizes,
+            device=device,
             threads=threads,
             rounds=repeats,
             compile=compile,
@@ -146,13 +176,20 @@ def bench(
 
 
 def _timing_table(report: BenchReport) -> Titled:
-    """One row per timing. A device that all share stands in the title; a narrow terminal gets no quartiles."""
+    """One row per timing. A device that all share stands in the title.
+
+    A narrow terminal gets no quartiles.
+    """
     devices = list(dict.fromkeys(t.device for t in report.timings))
     size = "x".join(map(str, report.input_size))
     title = f"{size}, {'/'.join(devices)}, {report.threads} threads, {report.rounds} turns: median"
-    kinds = {"network": "wrap", "engine": "left"} | dict.fromkeys(("batch", "ms", "images/s", "× first"), "right")
+    kinds = {"network": "wrap", "engine": "left"} | dict.fromkeys(
+        ("batch", "ms", "images/s", "× first"), "right"
+    )
     rows = [_timing_row(t, t.device if len(devices) > 1 else "") for t in report.timings]
-    with_quartiles = dict.fromkeys(("network", "engine", "batch", "ms", "quartiles", "images/s", "× first"), "right")
+    with_quartiles = dict.fromkeys(
+        ("network", "engine", "batch", "ms", "quartiles", "images/s", "× first"), "right"
+    )
     wide = grid(f"{title} (quartiles)", with_quartiles | kinds, rows)
     if wide.fits():
         return wide
@@ -162,7 +199,12 @@ def _timing_table(report: BenchReport) -> Titled:
 def _timing_row(t: Timing, device: str) -> tuple[str, ...]:
     quartiles = f"{_short(t.low_ms)}–{_short(t.high_ms)}"
     speed = (_short(t.median_ms), quartiles, _short(t.throughput), _short(t.ratio))
-    return (Path(t.source).name, f"{t.engine}, {device}" if device else t.engine, str(t.batch), *speed)
+    return (
+        Path(t.source).name,
+        f"{t.engine}, {device}" if device else t.engine,
+        str(t.batch),
+        *speed,
+    )
 
 
 def _short(value: float) -> str:
@@ -172,19 +214,23 @@ def _short(value: float) -> str:
 
 def _batch_sizes(text: str | None) -> list[int] | None:
     try:
-        sizes = None if text is None else [int(size) for size in text.split(",")]
+        batch_sizes = None if text is None else [int(size) for size in text.split(",")]
     except ValueError:
-        sizes = []
-    if sizes is not None and (not sizes or min(sizes) < 1):
-        raise PathconvertError(f"{text!r} is not a list of batch sizes", "Give positive numbers, such as --batch 1,8.")
-    return sizes
+        batch_sizes = []
+    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+        raise PathconvertError(
+            f"{text!r} is not a list of batch sizes", "Give positive numbers, such as --batch 1,8."
+        )
+    return batch_sizes
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="An .onnx file, a checkpoint in any form, or a torchvision name.")],
+    model: Annotated[
+        str, typer.Argument(help="An .onnx file, a checkpoint in any form, or a torchvision name.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(help="Classes shown per image.", min=1)] = 5,
-    device: Device = DeviceChoice.auto,
+    device: Device = "auto",
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
@@ -199,7 +245,7 @@ def predict(
 
         loader = Loader(arch, input_size, num_classes, key, trust_pickle)
         loader.refuse_for_onnx([model])
-        report = classify(model, images, top, device.value, input_size=loader.size, load=loader.open)
+        report = classify(model, images, top, device, input_size=loader.size, load=loader.open)
     if report.fallback:
         note(f"note: {model} runs on the CPU: {report.fallback}")
     for remark in report.notes:

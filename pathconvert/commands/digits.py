@@ -1,4 +1,7 @@
-"""The demo's network: a stock torchvision ResNet-18, trained on scikit-learn's 8×8 digits within seconds."""
+"""The demo's network: a stock torchvision ResNet-18 for scikit-learn's 8×8 digits.
+
+It is trained within seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise PathconvertError("the demo needs scikit-learn", "pip install 'pathconvert[demo]'") from error
+        raise PathconvertError(
+            "the demo needs scikit-learn", "pip install 'pathconvert[demo]'"
+        ) from error
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""From the names on a command line to the networks they mean, and to the file that will be written."""
+"""From the names on a command line to networks, and to the file that will be written."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Loader:
     def open_pair(self, a: str, b: str) -> list[LoadedNetwork]:
         """Load two forms of one network.
 
-        A plain checkpoint of a user's own class does not say how to build it. If only one of the two can be opened,
-        its architecture is used for the other.
+        A plain checkpoint of a user's own class does not say how to build it. If only one of the
+        two can be opened, its architecture is used for the other.
         """
         opened: dict[str, LoadedNetwork] = {}
         refusals: list[ArchitectureError] = []
@@ -94,15 +94,20 @@ class Loader:
 
 
 def default_output(source: str, ending: str) -> Path:
-    """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``; in the current folder if the source is not a file.
+    """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``.
 
-    The suffix of an earlier conversion is dropped: ``resnet50.path.safetensors`` becomes ``resnet50`` again.
+    In the current folder if the source is not a file.
+
+    The suffix of an earlier conversion is dropped: ``resnet50.path.safetensors`` becomes
+    ``resnet50`` again.
     """
     file = Path(source)
     stem = file.name
     for suffix in (".safetensors", ".pth", ".pt"):
         stem = stem.removesuffix(suffix)
-    left_behind = {".path.safetensors": (), ".path-bn.safetensors": (".path",)}.get(ending, (".path", ".path-bn"))
+    left_behind = {".path.safetensors": (), ".path-bn.safetensors": (".path",)}.get(
+        ending, (".path", ".path-bn")
+    )
     for form in left_behind:
         stem = stem.removesuffix(form)
     return (file.parent if file.exists() else Path()) / f"{stem}{ending}"

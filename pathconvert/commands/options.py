@@ -6,86 +6,80 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-
-class Scope(StrEnum):
-    block = "block"
-    network = "network"
+from pathconvert import choices
 
 
-class PivotChoice(StrEnum):
-    matching = "matching"
-    max = "max"
-    diagonal = "diagonal"
-
-
-class Form(StrEnum):
-    path = "path"
-    path_bn = "path-bn"
-
-
-class GaugeChoice(StrEnum):
-    unit = "unit"
-    pow2 = "pow2"
-
-
-class ExportGauge(StrEnum):
-    keep = "keep"
-    balanced = "balanced"
-
-
-class DeviceChoice(StrEnum):
-    auto = "auto"
-    cuda = "cuda"
-    tensorrt = "tensorrt"
-    cpu = "cpu"
-
-
-class Settings:
-    """Settings of the whole process."""
+class Process:
+    """What holds for the whole process."""
 
     debug = False
 
 
 def _set_debug(value: bool) -> None:
-    Settings.debug = Settings.debug or value
+    Process.debug = Process.debug or value
 
 
 Source = Annotated[
-    str, typer.Argument(help="A .pt, .pth or .safetensors file, or a torchvision name such as resnet50.")
+    str,
+    typer.Argument(
+        help="A .pt, .pth or .safetensors file, or a torchvision name such as resnet50."
+    ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write (.safetensors, .pt or .pth).")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File to write (.safetensors, .pt or .pth).")
+]
 Arch = Annotated[
     str | None,
     typer.Option(
-        help="Architecture: a torchvision name, MODULE:FUNCTION or timm/NAME, plus arguments that the weights do not "
-        "reveal, as in NAME(KEY=VALUE). Default: recognised from the weights."
+        help=(
+            "Architecture: a torchvision name, MODULE:FUNCTION or timm/NAME, plus arguments that"
+            " the weights do not reveal, as in NAME(KEY=VALUE) (default: recognised from the"
+            " weights)."
+        )
     ),
 ]
 InputSize = Annotated[
-    str | None, typer.Option(help="Input size such as 3x32x32, if the architecture does not define it.")
+    str | None,
+    typer.Option(help="Size of one input, such as 3x32x32, if the architecture does not say."),
 ]
-NumClasses = Annotated[int | None, typer.Option(help="Number of classes. Default: read from the weights.", min=1)]
-Key = Annotated[str | None, typer.Option(help="Key of the checkpoint that holds the weights, such as model_ema.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of images on which the networks are compared as well.")]
+NumClasses = Annotated[
+    int | None, typer.Option(help="Number of classes (default: read from the weights).", min=1)
+]
+Key = Annotated[
+    str | None,
+    typer.Option(help="Key of the checkpoint that holds the weights, such as model_ema."),
+]
+Images = Annotated[
+    Path | None, typer.Option(help="Folder of images on which the networks are compared as well.")
+]
 Device = Annotated[
-    DeviceChoice, typer.Option(help="Device to run on. auto uses a GPU if one works, and says if it does not.")
+    choices.Device,
+    typer.Option(help="Device to run on. auto uses a GPU if one works, and says if it does not."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr."),
+]
 TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Load a pickled module. This runs code that the file contains.")
+    bool,
+    typer.Option(
+        "--trust-pickle", help="Load a pickled module. This runs code that the file contains."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show tracebacks.")]
 
 
 def with_debug(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with ``--debug`` as its last option, which takes effect while the command line is parsed."""
+    """``command`` with ``--debug`` as its last option.
+
+    The option takes effect while the command line is parsed.
+    """
 
     @functools.wraps(command)
     def run(*arguments: Any, debug: bool, **options: Any) -> None:
@@ -93,7 +87,9 @@ def with_debug(command: Callable[..., None]) -> Callable[..., None]:
         command(*arguments, **options)
 
     hints = typing.get_type_hints(command, include_extras=True) | {"debug": Debug}
-    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    debug = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+    )
     signature = inspect.signature(command, eval_str=True)
     signature = signature.replace(parameters=[*signature.parameters.values(), debug])
     vars(run).update(__signature__=signature, __annotations__=hints)

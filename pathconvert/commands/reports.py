@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pathconvert.conversion.equivalence import EquivalenceReport
+from pathconvert.conversion.path_bn_record import PathBnRecord
 from pathconvert.conversion.reparameterize import Conversion, reparameterize
 from pathconvert.errors import OutputError, PathconvertError
 from pathconvert.networks.inputs import random_input
@@ -18,14 +19,15 @@ from pathconvert.networks.loading import LoadedNetwork
 
 def summarise(
     conversion: Conversion,
-    path_bn: dict[str, Any] | None,
+    path_bn: PathBnRecord | None,
     network: LoadedNetwork,
     equality: EquivalenceReport,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The result of ``pathconvert reparam`` as a JSON-serialisable dictionary.
 
-    ``path_bn`` is the part of the conversion record that describes the Path-BN layers; None in path form.
+    ``path_bn`` is the part of the conversion record that describes the Path-BN layers; None in path
+    form.
     """
     magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
     has_pivots = bool(magnitudes.size)
@@ -42,7 +44,7 @@ def summarise(
             "median": float(np.median(magnitudes)) if has_pivots else None,
             "max": float(magnitudes.max()) if has_pivots else None,
         },
-        "path_bn": path_bn and path_bn | {"layers": [layer["name"] for layer in path_bn["layers"]]},
+        "path_bn": _path_bn_json(path_bn) if path_bn else None,
         "equality": equality.to_json(),
         "parts": list(conversion.parts),
         "left_alone": conversion.left_alone,
@@ -54,23 +56,34 @@ def summarise(
 def _notes(conversion: Conversion) -> list[str]:
     counts = conversion.counts()
     notes = [
-        f"{name} is too wide for the pivot rule matching: max was used there" for name in conversion.pivot_fallbacks
+        f"{name} is too wide for the pivot rule matching: max was used there"
+        for name in conversion.pivot_fallbacks
     ]
     if counts["channels_held_back"]:
         held_back = counts["channels_held_back"]
-        notes.append(f"{held_back} channels were held back: rescaled, they would leave the dtype's normal range")
+        notes.append(
+            f"{held_back} channels were held back: rescaled, they would leave the dtype's normal"
+            " range"
+        )
     if counts["channels_circular"]:
-        notes.append(f"{counts['channels_circular']} channels were left alone: their pivots run in a circle")
+        notes.append(
+            f"{counts['channels_circular']} channels were left alone: their pivots run in a circle"
+        )
     if conversion.parts != ("",):
         notes.append(f"converted part by part: {', '.join(conversion.parts)}")
     notes += [f"left alone: {name} ({why})" for name, why in conversion.left_alone.items()]
     return notes
 
 
-def _path_bn_notes(path_bn: dict[str, Any] | None) -> list[str]:
+def _path_bn_json(path_bn: PathBnRecord) -> dict[str, Any]:
+    """The description of Path-BN layers, with their names in place of their entries."""
+    return path_bn.to_json() | {"layers": [layer.name for layer in path_bn.layers]}
+
+
+def _path_bn_notes(path_bn: PathBnRecord | None) -> list[str]:
     """One note for every reason why layers did not become Path-BN layers."""
     by_reason: dict[str, list[str]] = {}
-    for name, why in path_bn["left"].items() if path_bn else ():
+    for name, why in path_bn.left.items() if path_bn else ():
         by_reason.setdefault(why, []).append(name)
     return [f"no Path-BN: {_listing(names)} ({why})" for why, names in by_reason.items()]
 
@@ -98,15 +111,23 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     magnitude = summary["pivot_magnitude"]
     seconds = summary["seconds"]
     rows = {
-        "network": f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"],
-        "form": f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge {summary['gauge']}",
+        "network": (
+            f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"]
+        ),
+        "form": (
+            f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge"
+            f" {summary['gauge']}"
+        ),
         "groups": f"{summary['groups']} ({summary['groups_pinned']} pinned)",
-        "channels": f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
-        f"{summary['channels_dead']} dead",
+        "channels": (
+            f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
+            f"{summary['channels_dead']} dead"
+        ),
     }
     if magnitude["min"] is not None:
         rows["pivots before"] = (
-            f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max {magnitude['max']:.2e}"
+            f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max"
+            f" {magnitude['max']:.2e}"
         )
     if summary["path_bn"]:
         rows["Path-BN"] = _path_bn_row(summary["path_bn"])
@@ -139,17 +160,27 @@ def prepare_report(path: Path, *, force: bool, taken: tuple[Path, ...]) -> None:
         taken: the source and the output, which the report must not replace.
 
     Raises:
-        OutputError: the path is taken, is a directory, is not writable, or exists and ``force`` is False.
+        OutputError: the path is taken, is a directory, is not writable, or exists and ``force`` is
+            False.
     """
     tip = "Give another file to --report."
     if any(path.resolve() == other.resolve() for other in taken):
-        raise OutputError(f"{path} is the source or the output, so the report cannot be written there.", tip)
+        raise OutputError(
+            f"{path} is the source or the output, so the report cannot be written there.", tip
+        )
     if path.is_dir():
-        raise OutputError(f"{path} is a directory; expected the name of a file for the report.", tip)
+        raise OutputError(
+            f"{path} is a directory; expected the name of a file for the report.", tip
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"The folder {path.parent} of the report {path} does not exist or is not writable.", tip)
+        raise OutputError(
+            f"The folder {path.parent} of the report {path} does not exist or is not writable.", tip
+        )
     if path.exists() and not force:
-        raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another file to --report.")
+        raise OutputError(
+            f"{path} exists already.",
+            "Pass --force to replace it, or give another file to --report.",
+        )
 
 
 def write_report(conversion: Conversion, path: Path) -> None:
@@ -172,15 +203,22 @@ def write_report(conversion: Conversion, path: Path) -> None:
     ]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps({"groups": groups, "left_alone": conversion.left_alone}, indent=1))
+        temporary.write_text(
+            json.dumps({"groups": groups, "left_alone": conversion.left_alone}, indent=1)
+        )
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} was not written: {error.strerror}", "Give another file to --report.") from error
+        raise OutputError(
+            f"{path} was not written: {error.strerror}", "Give another file to --report."
+        ) from error
 
 
 def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
-    """What a file contains and, for a plain checkpoint, how uneven its channel scales are, as JSON."""
+    """What a file contains, as JSON.
+
+    For a plain checkpoint, this includes how uneven its channel scales are.
+    """
     parameters = list(network.model.parameters())
     file = network.checkpoint
     result: dict[str, Any] = {
@@ -197,16 +235,18 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
         result["training"] = network.training
     if network.record and network.metadata:
         record = network.record
-        result |= {name: record[name] for name in ("scope", "pivot", "gauge", "tool")}
-        result["groups"] = len(record["groups"])
-        if "path_bn" in record:
-            layers = [layer["name"] for layer in record["path_bn"]["layers"]]
-            result["path_bn"] = record["path_bn"] | {"layers": layers}
+        result |= record.choices | {"tool": record.tool, "groups": len(record.groups)}
+        if record.path_bn:
+            result["path_bn"] = _path_bn_json(record.path_bn)
         result["source"] = network.metadata.get("source")
         return result
     try:
         conversion = reparameterize(
-            network.model, random_input(network.architecture), scope="network", pivot="max", partial=True
+            network.model,
+            random_input(network.architecture),
+            scope="network",
+            pivot="max",
+            partial=True,
         )
     except PathconvertError as error:
         return result | {"scales": f"not measured: {error}"}
@@ -214,7 +254,10 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
 
 
 def _unevenness(conversion: Conversion) -> list[dict[str, Any]]:
-    """The scale groups with the ratio of their largest to their smallest factor, the most uneven first."""
+    """The scale groups, the most uneven first.
+
+    Each comes with the ratio of its largest to its smallest factor.
+    """
     free = [group for group in conversion.groups if group.pinned_by is None]
     ratios = [
         {
@@ -243,13 +286,16 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
         rows["converted from"] = ", ".join(f"{k} {v}" for k, v in result["source"].items())
     if result.get("training"):
         settings, measured = result["training"]["settings"], result["training"].get("measured")
-        rows["fine-tuned"] = f"{settings['optimizer']}, norm {settings['norm']}, on {settings['data']}"
+        rows["fine-tuned"] = (
+            f"{settings['optimizer']}, norm {settings['norm']}, on {settings['data']}"
+        )
         if measured:
             rows["fine-tuned"] += f"; epoch {measured['epoch']}: top-1 {measured['val_top1']:.2%}"
     if result.get("uneven"):
         ratios = [row["largest_over_smallest"] for row in result["uneven"]]
         rows["channel scales"] = (
-            f"largest / smallest of each group: median {np.median(ratios):.3g}, worst {ratios[0]:.3g}"
+            f"largest / smallest of each group: median {np.median(ratios):.3g}, worst"
+            f" {ratios[0]:.3g}"
         )
         rows["most uneven"] = ", ".join(
             f"{row['group']} {row['largest_over_smallest']:.3g}" for row in result["uneven"][:5]

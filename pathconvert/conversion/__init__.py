@@ -1,1 +1,4 @@
-"""Converting a network in memory: trace, groups, pivots, scales, rescale; and the check that its function stays."""
+"""Converting a network in memory: trace, groups, pivots, scales, rescale.
+
+The package also checks that the network's function stays the same.
+"""

@@ -1,10 +1,13 @@
-"""Comparing the outputs of two networks, before and after a conversion → :class:`EquivalenceReport`.
+"""Comparing the outputs of two networks, before and after a conversion.
 
-*Noise* is the error that the original network makes because of its dtype: max |a(x) − a₆₄(x)|, where a₆₄ is the same
-network in float64, and at least one rounding of the largest output. (For a network in float64, the noise is that of its
-float32 copy times 2⁻²⁹.) The *noise ratio* is the other network's error against the same float64 reference, divided by
-the noise. A rescaled network rounds different numbers of the same relative size, so its error is of the same order as
-the noise. It passes if the ratio is ≤ 4, which leaves room for a maximum over few outputs.
+The result is an :class:`EquivalenceReport`.
+
+*Noise* is the error that the original network makes because of its dtype: max |a(x) − a₆₄(x)|,
+where a₆₄ is the same network in float64, and at least one rounding of the largest output. (For a
+network in float64, the noise is that of its float32 copy times 2⁻²⁹.) The *noise ratio* is the
+other network's error against the same float64 reference, divided by the noise. A rescaled network
+rounds different numbers of the same relative size, so its error is of the same order as the noise.
+It passes if the ratio is ≤ 4, which leaves room for a maximum over few outputs.
 """
 
 from __future__ import annotations
@@ -18,9 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from pathconvert.conversion.modules import as_arguments, computed_tensors, mode_of, output_tensors
+from pathconvert.conversion.calls import Arguments, watched
+from pathconvert.conversion.modules import (
+    as_arguments,
+    computed_tensors,
+    in_dtype,
+    mode_of,
+    output_tensors,
+)
 from pathconvert.errors import EquivalenceError
 
 #: Highest noise ratio that passes (see the module's docstring).
@@ -67,14 +76,18 @@ class EquivalenceReport:
         )
 
 
-def verify(model_a: nn.Module, model_b: nn.Module, inputs: Any, *, training: bool = False) -> EquivalenceReport:
+def verify(
+    model_a: nn.Module, model_b: nn.Module, inputs: Any, *, training: bool = False
+) -> EquivalenceReport:
     """Compare two networks on ``inputs``.
 
     Args:
         model_a: the original network, whose dtype defines the noise; not changed.
         model_b: the other network; not changed.
-        inputs: a tensor, or a tuple of positional arguments. Floating tensors are cast to the networks' dtype.
-        training: compare in training mode, on copies (as running statistics change), with the same random seed.
+        inputs: a tensor, or a tuple of positional arguments. Floating tensors are cast to the
+            networks' dtype.
+        training: compare in training mode, on copies (as running statistics change), with the same
+            random seed.
 
     Raises:
         EquivalenceError: the outputs differ in number or shape, or none is a floating-point tensor.
@@ -115,7 +128,9 @@ def _noises(
 def _compare(a: Tensor, b: Tensor, reference: Tensor, noise: float) -> EquivalenceReport:
     """The report for one output tensor; ``reference`` is a₆₄(x)."""
     if not a.numel():
-        return EquivalenceReport(max_abs=0.0, max_rel=0.0, noise_ratio=0.0, bit_identical=True, outputs=1)
+        return EquivalenceReport(
+            max_abs=0.0, max_rel=0.0, noise_ratio=0.0, bit_identical=True, outputs=1
+        )
     difference = float((a.double() - b.double()).abs().max())
     error = float((b.double() - reference.double()).abs().max())
     scale = float(reference.abs().max())
@@ -137,14 +152,21 @@ def _quotient(error: float, unit: float) -> float:
 
 
 def run_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which a network runs: the dtype of its weights, or float32 if they have several."""
+    """The dtype in which a network runs.
+
+    It is that of its weights, or float32 if they have several.
+    """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 @contextlib.contextmanager
-def _runnable(model: nn.Module, training: bool, dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The network in evaluation or training mode and in ``dtype``, seeded; a copy where the original would change.
+def _runnable(
+    model: nn.Module, training: bool, dtype: torch.dtype | None
+) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """The network in evaluation or training mode and in ``dtype``, seeded.
+
+    A copy where the original would change.
 
     Yields:
         The network; and its dtype.
@@ -166,7 +188,11 @@ def _runnable(model: nn.Module, training: bool, dtype: torch.dtype | None) -> It
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``; a parameter stays a parameter."""
     cast = tensor.detach().to(dtype)
-    return nn.Parameter(cast, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast
+    return (
+        nn.Parameter(cast, requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else cast
+    )
 
 
 def forward_outputs(
@@ -174,26 +200,29 @@ def forward_outputs(
 ) -> list[Tensor]:
     """All floating-point outputs of one forward in ``dtype`` (None: the network's own dtype)."""
     with _runnable(model, training, dtype) as (runnable, kind):
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(kind) if tensor.is_floating_point() else tensor
-
-        output = runnable(*tree_map_only(Tensor, cast, as_arguments(inputs)))
+        output = runnable(*in_dtype(as_arguments(inputs), kind))
     return [tensor for tensor in output_tensors(output) if tensor.is_floating_point()]
 
 
-# ---- part by part ---------------------------------------------------------------------------------------------
+# ---- part by part --------------------------------------------------------------------------------
 
 
 def verify_conversion(
     original: nn.Module, converted: nn.Module, parts: tuple[str, ...], inputs: Any
 ) -> EquivalenceReport:
-    """:func:`verify` for every converted part, on the inputs that it receives in the original network."""
+    """Call :func:`verify` for every converted part.
+
+    Its inputs are those that the part receives in the original network.
+    """
     if parts == ("",):
         return verify(original, converted, inputs)
     received = _part_inputs(original, parts, inputs)
     return EquivalenceReport.worst(
-        verify(_Bound(original.get_submodule(part), kwargs), _Bound(converted.get_submodule(part), kwargs), args)
+        verify(
+            _Bound(original.get_submodule(part), kwargs),
+            _Bound(converted.get_submodule(part), kwargs),
+            args,
+        )
         for part, calls in received.items()
         for args, kwargs in calls
     )
@@ -211,22 +240,16 @@ class _Bound(nn.Module):
         return self.module(*args, **self.kwargs)
 
 
-def _part_inputs(model: nn.Module, parts: tuple[str, ...], inputs: Any) -> dict[str, list[Any]]:
+def _part_inputs(
+    model: nn.Module, parts: tuple[str, ...], inputs: Any
+) -> dict[str, list[Arguments]]:
     """The arguments of all calls of every part when ``model`` runs on ``inputs``."""
-    received: dict[str, list[Any]] = {}
-    handles = []
-    for part in parts:
+    received: dict[str, list[Arguments]] = {}
 
-        def note(_: nn.Module, args: Any, kwargs: Any, part: str = part) -> None:
-            received.setdefault(part, []).append((args, kwargs))
+    def note(part: str, call: Arguments) -> None:
+        received.setdefault(part, []).append(call)
 
-        handles.append(model.get_submodule(part).register_forward_pre_hook(note, with_kwargs=True))
-    dtype = run_dtype(model)
-    cast = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
-    try:
-        with mode_of(model, training=False), torch.no_grad():
-            model(*as_arguments(cast))
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {part: model.get_submodule(part) for part in parts}
+    with mode_of(model, training=False), torch.no_grad(), watched(modules, before=note):
+        model(*as_arguments(in_dtype(inputs, run_dtype(model))))
     return received

@@ -1,14 +1,15 @@
 """Scale groups: the solution of a trace's ties and pins.
 
-A **unit** is a set of ids that share one factor; usually it is a feature map. Units that the same layers produce form a
-**scale group**. Units are numbered group by group, so that one vector [units] holds all factors. ``-1`` stands for a
-factor that is 1 by construction (network inputs, the input of a BatchNorm).
+A **unit** is a set of ids that share one factor; usually it is a feature map. Units that the same
+layers produce form a **scale group**. Units are numbered group by group, so that one vector [units]
+holds all factors. ``-1`` stands for a factor that is 1 by construction (network inputs, the input
+of a BatchNorm).
 
-====================  ==========================================================================================
-pinned                the factor must be 1; the reason names the operation
-residual              an ``add`` of two activations ties it (scope ``block`` does not scale it)
-absorbed              only BatchNorms read it: a factor would have no effect, so it does not count as a unit
-====================  ==========================================================================================
+==========  =======================================================================================
+pinned      the factor must be 1; the reason names the operation
+residual    an ``add`` of two activations ties it (scope ``block`` does not scale it)
+absorbed    only BatchNorms read it: a factor would have no effect, so it does not count as a unit
+==========  =======================================================================================
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class Layer:
         rows: unit of every output row, [rows]; ``FIXED`` where its factor is 1.
         columns: unit of every input column, [columns].
         groups, transposed: as in :class:`~pathconvert.conversion.trace.Slot`.
-        next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that absorbs it.
-        batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows]; -1 if there is none.
+        next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that
+            absorbs it.
+        batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows]; -1 if there is
+            none.
         channels: the row's channel in that BatchNorm, [rows].
-        follower: the BatchNorm that is the only reader of the layer and reads nothing else (:meth:`Trace.followers`);
-            None if there is none.
-        readers: if there is no follower, the BatchNorms that read some of its rows (through a concat): name, rows,
-            channels.
+        follower: the BatchNorm that is the only reader of the layer and reads nothing else
+            (:meth:`Trace.followers`); None if there is none.
+        readers: if there is no follower, the BatchNorms that read some of its rows (through a
+            concat): name, rows, channels.
     """
 
     parameter: str
@@ -104,7 +107,10 @@ class Units:
 
 
 def find_units(trace: Trace) -> Units:
-    """Solve ``trace``: a unit is a connected component of the ties, and it is pinned if one of its ids is."""
+    """Solve ``trace``: its units are the connected components of the ties.
+
+    A unit is pinned if one of its ids is.
+    """
     slots = _one_slot_a_parameter(trace)
     label_of = _components(trace)
     label_count = int(label_of.max()) + 1
@@ -116,7 +122,13 @@ def find_units(trace: Trace) -> Units:
     unit_of = unit_of_label[label_of]
     unit_of[: PINNED + 1] = FIXED
     unit_slots = tuple(
-        Slot(s.parameter, unit_of[s.rows], None if s.columns is None else unit_of[s.columns], s.groups, s.transposed)
+        Slot(
+            s.parameter,
+            unit_of[s.rows],
+            None if s.columns is None else unit_of[s.columns],
+            s.groups,
+            s.transposed,
+        )
         for s in slots
     )
     batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
@@ -142,7 +154,10 @@ def _concatenate(vectors: Iterable[IdVector]) -> IdVector:
 
 
 def _one_slot_a_parameter(trace: Trace) -> list[Slot]:
-    """The first slot of each parameter; further uses of it (a second call, tied weights) are tied to the first."""
+    """The first slot of each parameter.
+
+    Further uses of it (a second call, tied weights) are tied to the first.
+    """
     first: dict[str, Slot] = {}
     for slot in trace.slots:
         known = first.setdefault(slot.parameter, slot)
@@ -167,7 +182,9 @@ def _components(trace: Trace) -> IdVector:
     """Id → label of its connected component."""
     left = _concatenate(a for a, _ in trace.ties)
     right = _concatenate(b for _, b in trace.ties)
-    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(trace.id_count,) * 2)
+    graph = coo_array(
+        (np.ones(len(left), dtype=np.int8), (left, right)), shape=(trace.id_count,) * 2
+    )
     labels: IdVector = connected_components(graph, directed=False)[1].astype(np.int64)
     return labels
 
@@ -178,8 +195,8 @@ def _status(
     """Which labels are absorbed or pinned.
 
     Returns:
-        Whether a label is absorbed, [labels]; the index of the reason why it is pinned, [labels], -1 if it is free; and
-        the reasons.
+        Whether a label is absorbed, [labels]; the index of the reason why it is pinned, [labels],
+        -1 if it is free; and the reasons.
     """
     names: dict[str, int] = {}
     reasons = np.full(count, np.iinfo(np.int64).max)
@@ -223,9 +240,14 @@ def _bundle(
     layer_names = list(dict.fromkeys(titles.values()))
     index = {name: i for i, name in enumerate(layer_names)}
     rows = label_of[_concatenate(slot.rows for slot in slots)]
-    made_by = np.repeat([index[titles[slot.parameter]] for slot in slots] or [0], [len(s.rows) for s in slots] or [0])
+    made_by = np.repeat(
+        [index[titles[slot.parameter]] for slot in slots] or [0],
+        [len(s.rows) for s in slots] or [0],
+    )
     # [2, pairs]: every label with each layer that produces it, sorted by label
-    pairs = np.stack(np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names))))
+    pairs = np.stack(
+        np.divmod(np.unique(rows * len(layer_names) + made_by), max(1, len(layer_names)))
+    )
 
     labels, first_row = np.unique(rows, return_index=True)
     keep = ~absorbed[labels]
@@ -247,19 +269,28 @@ def _bundle(
 
 
 def _signatures(
-    pairs: IdVector, layer_count: int, reasons: IdVector, reason_count: int, residual: NDArray[np.bool_]
+    pairs: IdVector,
+    layer_count: int,
+    reasons: IdVector,
+    reason_count: int,
+    residual: NDArray[np.bool_],
 ) -> IdVector:
     """A hash of every label's producing layers, reason and residual flag, [labels]."""
     hashes = np.random.default_rng(0).integers(1, 2**62, (3, max(layer_count, reason_count) + 1))
     signature = np.zeros(len(reasons), dtype=np.int64)
-    # The sum, which may wrap around, does not depend on the order: it is a hash of the set of layers.
+    # The sum, which may wrap around, does not depend on the order: it is a hash of the set of
+    # layers.
     np.add.at(signature, pairs[0], hashes[0][pairs[1]])
     signature += hashes[1][reasons] + hashes[2][residual.astype(np.int64)]
     return signature
 
 
-def _in_runs(labels: IdVector, first_row: IdVector, signature: IdVector) -> tuple[IdVector, IdVector, IdVector]:
-    """Order labels so that those with the same signature follow one another, in the order of the forward.
+def _in_runs(
+    labels: IdVector, first_row: IdVector, signature: IdVector
+) -> tuple[IdVector, IdVector, IdVector]:
+    """Order labels so that those with the same signature follow one another.
+
+    The runs, and the labels in each, are in the order of the forward.
 
     Args:
         labels: those that are units.
@@ -267,24 +298,33 @@ def _in_runs(labels: IdVector, first_row: IdVector, signature: IdVector) -> tupl
         signature: of all labels.
 
     Returns:
-        The labels in their new order; and start and length of every run of labels with the same signature.
+        The labels in their new order; and start and length of every run of labels with the same
+        signature.
     """
     _, bundle = np.unique(signature[labels], return_inverse=True)
     first_of_bundle = np.full(bundle.max(initial=-1) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first_of_bundle, bundle, first_row)
     order = np.lexsort([first_row, first_of_bundle[bundle]])
     labels, bundle = labels[order], bundle[order]
-    starts = np.flatnonzero(np.r_[True, bundle[1:] != bundle[:-1]]) if len(bundle) else np.zeros(0, dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.r_[True, bundle[1:] != bundle[:-1]])
+        if len(bundle)
+        else np.zeros(0, dtype=np.int64)
+    )
     return labels, starts, np.diff(np.r_[starts, len(bundle)])
 
 
 def _single_readers(
-    trace: Trace, batch_norms: tuple[BatchNormCall, ...], label_of: IdVector, absorbed: NDArray[np.bool_]
+    trace: Trace,
+    batch_norms: tuple[BatchNormCall, ...],
+    label_of: IdVector,
+    absorbed: NDArray[np.bool_],
 ) -> tuple[IdVector, IdVector]:
     """The one BatchNorm channel that reads each absorbed label.
 
     Returns:
-        The BatchNorm's index, [labels], -1 if none or several read the label; and the channel, [labels].
+        The BatchNorm's index, [labels], -1 if none or several read the label; and the channel,
+        [labels].
     """
     index = {call.name: i for i, call in enumerate(batch_norms)}
     read = [(label_of[call.columns], index[call.name]) for call in trace.batch_norms]
@@ -309,8 +349,12 @@ class _Reads:
         labels = _concatenate(label_of[call.columns] for call in trace.batch_norms)
         order = np.argsort(labels, kind="stable")
         self.labels = labels[order]
-        self.norm = _concatenate(np.full(len(call.columns), index[call.name]) for call in trace.batch_norms)[order]
-        self.channel = _concatenate(np.arange(len(call.columns)) for call in trace.batch_norms)[order]
+        self.norm = _concatenate(
+            np.full(len(call.columns), index[call.name]) for call in trace.batch_norms
+        )[order]
+        self.channel = _concatenate(np.arange(len(call.columns)) for call in trace.batch_norms)[
+            order
+        ]
 
     def of(self, labels: IdVector) -> tuple[tuple[str, IdVector, IdVector], ...]:
         """The BatchNorms that read any of ``labels``.
@@ -333,4 +377,13 @@ def _layer(slot: Slot, reader: IdVector, channel: IdVector, bn_units: list[IdVec
     for index in np.unique(reader[reader >= 0]):
         mask = reader == index
         next_units[mask] = bn_units[index][channel[mask]]
-    return Layer(slot.parameter, slot.rows, slot.columns, slot.groups, slot.transposed, next_units, reader, channel)
+    return Layer(
+        slot.parameter,
+        slot.rows,
+        slot.columns,
+        slot.groups,
+        slot.transposed,
+        next_units,
+        reader,
+        channel,
+    )

@@ -1,4 +1,7 @@
-"""Rules for the layers whose parameters produce and consume units: convolution, linear, the normalizations."""
+"""Rules for the layers whose parameters produce and consume units.
+
+They are convolutions, linear layers and normalizations.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,29 @@ import torch
 from torch import Tensor
 
 from pathconvert.conversion.pinning import pin
-from pathconvert.conversion.trace import BatchNormCall, Call, Rule, Slot, pinned_like
+from pathconvert.conversion.trace import BatchNormCall, Slot
+from pathconvert.conversion.tracer import Call, Rule, pinned_like
 
 
 def convolution(spatial: int, *, transposed: bool = False) -> Rule:
-    """W[j, k] z[k] + b[j]: columns read, rows produce; with groups, each row reads only its own block of columns."""
+    """W[j, k] z[k] + b[j]: columns read, rows produce.
+
+    With groups, each row reads only its own block of columns.
+    """
 
     def rule(call: Call) -> Any:
-        x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+        x, weight, bias = (
+            call.argument(i, name) for i, name in enumerate(("input", "weight", "bias"))
+        )
         groups = int(call.argument(6, "groups", 1))
         result = call.run()
         channel = result.dim() - 1 - spatial
         names = _weight_names(call, weight, bias)
-        if names is None or weight.dim() != spatial + 2 or (names[1] and bias.numel() != result.shape[channel]):
+        if (
+            names is None
+            or weight.dim() != spatial + 2
+            or (names[1] and bias.numel() != result.shape[channel])
+        ):
             return pin(call, result)
         columns = call.channel_ids(call.ids(x), channel, x.shape[channel])
         rows = call.trace.fresh(result.shape[channel])
@@ -36,7 +49,10 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
 
 
 def _weight_names(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str, str | None] | None:
-    """The names of a layer's weight and bias (None: no bias); None if one is computed and cannot be rescaled."""
+    """The names of a layer's weight and bias (None: no bias).
+
+    None if one is computed and cannot be rescaled.
+    """
     name, bias_name = call.tracer.name_of(weight), call.tracer.name_of(bias)
     if name is None or not weight.is_floating_point() or (bias is not None and bias_name is None):
         return None
@@ -44,15 +60,22 @@ def _weight_names(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str,
 
 
 def batch_norm(call: Call) -> Any:
-    """BatchNorm normalises any factor of its input away (its running statistics stay); γ and β produce new units."""
+    """BatchNorm normalises any factor of its input away (its running statistics stay).
+
+    γ and β produce new units.
+    """
     names = ("input", "running_mean", "running_var", "weight", "bias")
     x, mean, var, weight, bias = (call.argument(i, name) for i, name in enumerate(names))
     eps = float(call.argument(7, "eps", 1e-5))
     columns = call.channel_ids(call.ids(x), 1, x.shape[1])
     name_of = call.tracer.name_of
-    title = (name_of(weight) or name_of(mean) or call.tracer.path).rpartition(".")[0] or call.tracer.path
+    title = (name_of(weight) or name_of(mean) or call.tracer.path).rpartition(".")[
+        0
+    ] or call.tracer.path
     rows = _affine_rows(call, weight, bias, x.shape[1], f"the BatchNorm {title}")
-    call.trace.batch_norms.append(BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps))
+    call.trace.batch_norms.append(
+        BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps)
+    )
     shape = [1] * x.dim()
     shape[1] = -1
     result = torch.empty_like(x, device="meta")
@@ -60,8 +83,13 @@ def batch_norm(call: Call) -> Any:
     return call.with_ids(result, torch.from_numpy(rows).view(shape))
 
 
-def _affine_rows(call: Call, weight: Tensor | None, bias: Tensor | None, size: int, title: str) -> Any:
-    """Ids of the units that γ and β produce; they are pinned if γ is missing, or if γ or β is computed."""
+def _affine_rows(
+    call: Call, weight: Tensor | None, bias: Tensor | None, size: int, title: str
+) -> Any:
+    """Ids of the units that γ and β produce.
+
+    They are pinned if γ is missing, or if γ or β is computed.
+    """
     rows = call.trace.fresh(size)
     names = [call.tracer.name_of(parameter) for parameter in (weight, bias)]
     for parameter, name in zip((weight, bias), names, strict=True):
@@ -75,7 +103,10 @@ def _affine_rows(call: Call, weight: Tensor | None, bias: Tensor | None, size: i
 
 
 def normalization(weight_at: int, *, channels_last: bool) -> Rule:
-    """LayerNorm, GroupNorm, InstanceNorm are not homogeneous: they pin their input; γ and β produce new units."""
+    """LayerNorm, GroupNorm, InstanceNorm are not homogeneous: they pin their input.
+
+    γ and β produce new units.
+    """
 
     def rule(call: Call) -> Any:
         x = call.argument(0, "input")
@@ -87,7 +118,11 @@ def normalization(weight_at: int, *, channels_last: bool) -> Rule:
         if weight is None:
             return call.with_ids(result, pinned_like(x))
         rows = torch.from_numpy(_affine_rows(call, weight, bias, weight.numel(), title))
-        shape = [1] * (x.dim() - weight.dim()) + list(weight.shape) if channels_last else [1, -1] + [1] * (x.dim() - 2)
+        shape = (
+            [1] * (x.dim() - weight.dim()) + list(weight.shape)
+            if channels_last
+            else [1, -1] + [1] * (x.dim() - 2)
+        )
         return call.with_ids(result, rows.view(shape))
 
     return rule

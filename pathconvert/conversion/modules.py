@@ -1,4 +1,7 @@
-"""What several steps need of a ``nn.Module`` and of the trees of tensors that go in and come out of it."""
+"""What several steps need of an ``nn.Module``, and of the trees of tensors around it.
+
+These trees go into it and come out of it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pathconvert.errors import TraceError
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of ``torch.compile`` and data parallel training, if any."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, detached and on the CPU."""
     pairs = (*model.named_buffers(), *model.named_parameters())
@@ -23,14 +37,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put all modules into training or evaluation mode; afterwards, restore the attributes of each.
 
-    All attributes are restored, because a forward may cache what it computes (a detector caches its anchors), and
-    after a trace the cache would hold meta tensors.
+    All attributes are restored, because a forward may cache what it computes (a detector caches its
+    anchors), and after a trace the cache would hold meta tensors.
     """
     before: list[tuple[Any, Any]] = []
     for module in model.modules():
         attributes = vars(module)
         before.append((attributes, dict(attributes)))
-        before += [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)]
+        before += [
+            (value, value.copy())
+            for value in attributes.values()
+            if isinstance(value, dict | list | set)
+        ]
     try:
         for module in model.modules():
             module.training = training
@@ -42,21 +60,35 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Copies, by id, of the tensors that hooks compute and keep as attributes (pruning, weight_norm).
+    """Copies, by id, of the tensors that hooks compute and keep as attributes.
 
-    ``copy.deepcopy`` refuses these tensors; given this dictionary as its memo, it takes the copies instead.
+    Hooks of pruning and weight_norm do so. ``copy.deepcopy`` refuses these tensors; given this
+    dictionary as its memo, it takes the copies instead.
     """
     attributes = [value for module in model.modules() for value in vars(module).values()]
-    return {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+    return {
+        id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf
+    }
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:
-    """The forward's positional arguments: a tuple as it is; anything else becomes the only argument."""
+    """The forward's positional arguments: a tuple as it is.
+
+    Anything else becomes the only argument.
+    """
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
+def in_dtype(tree: Any, dtype: torch.dtype) -> Any:
+    """``tree`` with its floating-point tensors in ``dtype``."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
 def meta_inputs(tree: Any, dtype: torch.dtype | None) -> Any:
-    """``tree`` with its tensors on the meta device; floating-point tensors have ``dtype`` (None: their own)."""
+    """``tree`` with its tensors on the meta device.
+
+    Floating-point tensors have ``dtype`` (None: their own).
+    """
 
     def convert(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -65,26 +97,10 @@ def meta_inputs(tree: Any, dtype: torch.dtype | None) -> Any:
     return tree_map_only(Tensor, convert, tree)
 
 
-@contextlib.contextmanager
-def running_modules(stack: list[nn.Module]) -> Iterator[None]:
-    """Keep the modules that are currently running in ``stack``, outermost first."""
-    hooks = nn.modules.module
-
-    def pop(*_: Any) -> None:
-        stack.pop()
-
-    enter = hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module))
-    leave = hooks.register_module_forward_hook(pop)
-    try:
-        yield
-    finally:
-        enter.remove()
-        leave.remove()
-        stack.clear()
-
-
 def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a forward's output, also in nested containers and in the attributes of objects.
+    """All tensors in a forward's output.
+
+    This includes those in nested containers and in the attributes of objects.
 
     Raises:
         TraceError: the output contains an object whose tensors cannot be reached.
@@ -93,11 +109,20 @@ def output_tensors(output: Any) -> list[Tensor]:
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif isinstance(leaf, Mapping | Sequence | Set) and not isinstance(leaf, str | bytes | torch.Size):
-            tensors += output_tensors([dict(getattr(leaf, "__dict__", {})), *getattr(leaf, "values", leaf.__iter__)()])
+        elif isinstance(leaf, Mapping | Sequence | Set) and not isinstance(
+            leaf, str | bytes | torch.Size
+        ):
+            tensors += output_tensors(
+                [dict(getattr(leaf, "__dict__", {})), *getattr(leaf, "values", leaf.__iter__)()]
+            )
         elif hasattr(leaf, "__dict__") and not callable(leaf):
             tensors += output_tensors(dict(vars(leaf)))
-        elif not isinstance(leaf, str | bytes | int | float | complex | torch.Size | torch.dtype | torch.device | None):
+        elif not isinstance(
+            leaf,
+            str | bytes | int | float | complex | torch.Size | torch.dtype | torch.device | None,
+        ):
             kind = type(leaf).__name__
-            raise TraceError(f"the forward returns an object of type {kind}, whose tensors cannot be found")
+            raise TraceError(
+                f"the forward returns an object of type {kind}, whose tensors cannot be found"
+            )
     return tensors

@@ -1,9 +1,10 @@
 """Tracing a whole network, or the largest parts of it that can be traced.
 
-Every forward is traced in evaluation *and* in training mode, into one trace: auxiliary heads run only in training mode,
-and a rescaling has to be right in both. If a network cannot be followed as a whole (the boxes of a detector depend on
-numbers), it is run once on the example, and its children are traced with the inputs that they received. The inputs and
-outputs of a part have factor 1, and a parameter that code outside the part also uses is pinned.
+Every forward is traced in evaluation *and* in training mode, into one trace: auxiliary heads run
+only in training mode, and a rescaling has to be right in both. If a network cannot be followed as a
+whole (the boxes of a detector depend on numbers), it is run once on the example, and its children
+are traced with the inputs that they received. The inputs and outputs of a part have factor 1, and a
+parameter that code outside the part also uses is pinned.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
+from pathconvert.conversion.calls import Arguments, Stack, observe
 from pathconvert.conversion.equivalence import run_dtype
-from pathconvert.conversion.modules import as_arguments, meta_inputs, mode_of
+from pathconvert.conversion.modules import as_arguments, meta_inputs
 from pathconvert.conversion.rules import rule_of
-from pathconvert.conversion.trace import Trace, Tracer, run
+from pathconvert.conversion.trace import Trace
+from pathconvert.conversion.tracer import Tracer, run
 from pathconvert.errors import TraceError, first_line
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-
-class TrainingError(TraceError):
+class TrainingModeError(TraceError):
     """Only evaluation mode can be followed, but some parameters are only used in training mode."""
 
 
@@ -49,8 +48,8 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
 
     Args:
         model: not changed.
-        example_input: a tensor, or a tuple of positional arguments. If the whole network can be traced, only its shapes
-            matter; otherwise the network is run on it once.
+        example_input: a tensor, or a tuple of positional arguments. If the whole network can be
+            traced, only its shapes matter; otherwise the network is run on it once.
 
     Returns:
         What was traced, and why the rest was not.
@@ -61,9 +60,11 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
     arguments = as_arguments(example_input)
     dtype = run_dtype(model)
     try:
-        trace, seen, notes = _trace_calls(model, model, Trace(), [(meta_inputs(arguments, dtype), {})])
+        trace, seen, notes = _trace_calls(
+            model, model, Trace(), [(meta_inputs(arguments, dtype), {})]
+        )
         parts: tuple[str, ...] = ("",)
-    except TrainingError:
+    except TrainingModeError:
         raise
     except TraceError as error:
         trace, parts, seen, notes = _trace_parts(model, arguments, dtype, error)
@@ -83,8 +84,8 @@ def _trace_calls(
     """Trace all given calls of ``module`` in both modes.
 
     Returns:
-        A copy of ``trace`` that contains the calls; the names of the parameters that they use; and notes on what could
-        not be traced.
+        A copy of ``trace`` that contains the calls; the names of the parameters that they use; and
+        notes on what could not be traced.
     """
     trace = trace.copy()
     seen: set[str] = set()
@@ -96,13 +97,17 @@ def _trace_calls(
             try:
                 run(tracer, module, args, kwargs, training=training)
             except TraceError as error:
-                own = {name for name, parameter in model.named_parameters() if _owns(module, parameter)}
+                own = {
+                    name for name, parameter in model.named_parameters() if _owns(module, parameter)
+                }
                 if not training:
                     raise
                 if own - seen:
-                    raise TrainingError(
-                        f"{min(own - seen)} is only used in training mode, whose forward cannot be followed: {error}",
-                        "Give an example input that the network can also train on, usually a larger one: --input-size.",
+                    raise TrainingModeError(
+                        f"{min(own - seen)} is only used in training mode, whose forward cannot be"
+                        f" followed: {error}",
+                        "Give an example input that the network can also train on, usually a larger"
+                        " one: --input-size.",
                     ) from error
                 trace = before
                 notes["training mode"] = str(error)
@@ -115,97 +120,29 @@ def _owns(module: nn.Module, parameter: nn.Parameter) -> bool:
     return any(parameter is own for own in module.parameters())
 
 
-class _Watcher(TorchFunctionMode):
-    """Records in which stacks of running modules each parameter is used."""
-
-    def __init__(self, model: nn.Module, stack: list[str]) -> None:
-        super().__init__()
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.stack = stack
-        self.uses: dict[str, set[tuple[str, ...]]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) in self.names:
-                self.uses.setdefault(self.names[id(leaf)], set()).add(tuple(self.stack))
-        return func(*args, **(kwargs or {}))
-
-
-def observe(
-    model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
-) -> tuple[dict[str, list[Arguments]], dict[str, set[tuple[str, ...]]]]:
-    """Run the network once in evaluation mode and watch its modules.
-
-    Returns:
-        The arguments of every call of every module, as meta tensors; and for every parameter, the stacks of modules
-        (outermost first) in which it was used.
-    """
-    calls: dict[str, list[Arguments]] = {}
-    stack: list[str] = []
-    handles = []
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    for name, module in model.named_modules():
-
-        def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            stack.append(name)
-            calls.setdefault(name, []).append(_one_at_least((meta_inputs(args, None), meta_inputs(kwargs, None))))
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    watcher = _Watcher(model, stack)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with mode_of(model, training=False), torch.no_grad(), torch.random.fork_rng(devices=[]), watcher:
-            model(*_in_dtype(arguments, dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for buffer, was in buffers:  # a forward may change them, for example to count its calls
-            buffer.copy_(was)
-    return calls, watcher.uses
-
-
-def _one_at_least(call: Arguments) -> Arguments:
-    """The call with batches of one in place of empty ones (a detector found no box): ids need at least one element."""
-
-    def filled(tensor: Tensor) -> Tensor:
-        return tensor.new_empty((1, *tensor.shape[1:])) if tensor.shape[:1] == (0,) else tensor
-
-    filled_call: Arguments = tree_map_only(Tensor, filled, call)
-    return filled_call
-
-
-def _in_dtype(tree: Any, dtype: torch.dtype) -> Any:
-    """``tree`` with its floating-point tensors in ``dtype``."""
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
-
-
 def _trace_parts(
     model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype, error: TraceError
 ) -> tuple[Trace, tuple[str, ...], set[str], dict[str, str]]:
     """Trace the largest parts that can be traced.
 
     Args:
-        model, arguments, dtype: as for :func:`observe`.
+        model, arguments, dtype: as for :func:`~pathconvert.conversion.calls.observe`.
         error: why the whole network cannot be traced; raised if no part can either.
 
     Returns:
-        The trace of all parts; their paths; the names of the parameters that they use; and module or parameter → why it
-        was not traced.
+        The trace of all parts; their paths; the names of the parameters that they use; and module
+        or parameter → why it was not traced.
     """
     try:
-        calls, uses = observe(model, arguments, dtype)
+        observed = observe(model, arguments, dtype)
     except Exception as cause:
         error.tip = error.tip or f"running it on the example input failed too: {first_line(cause)}"
         raise error from cause
-    search = _PartSearch(model, calls, error)
+    search = _PartSearch(model, observed.calls, error)
     search.descend(model, "")
     if not search.parts:
         raise error
-    _pin_shared(search.trace, set(search.parts), uses)
+    _pin_shared(search.trace, set(search.parts), observed.uses)
     return search.trace, tuple(search.parts), search.seen, search.notes
 
 
@@ -219,7 +156,9 @@ class _PartSearch:
         notes: module or parameter → why it was not traced.
     """
 
-    def __init__(self, model: nn.Module, calls: dict[str, list[Arguments]], error: TraceError) -> None:
+    def __init__(
+        self, model: nn.Module, calls: dict[str, list[Arguments]], error: TraceError
+    ) -> None:
         self.model, self.calls, self.error = model, calls, error
         self.trace = Trace()
         self.parts: list[str] = []
@@ -239,7 +178,9 @@ class _PartSearch:
         if why and not children:
             self.notes[path] = why
         for name, _ in module.named_parameters(recurse=False):
-            self.notes[f"{path}.{name}".lstrip(".")] = f"belongs to {path or 'the network'}: {why or self.error}"
+            self.notes[f"{path}.{name}".lstrip(".")] = (
+                f"belongs to {path or 'the network'}: {why or self.error}"
+            )
         for name, child in children:
             self.descend(child, f"{path}.{name}".lstrip("."))
 
@@ -254,10 +195,13 @@ class _PartSearch:
         return ""
 
 
-def _pin_shared(trace: Trace, parts: set[str], uses: dict[str, set[tuple[str, ...]]]) -> None:
+def _pin_shared(trace: Trace, parts: set[str], uses: dict[str, set[Stack]]) -> None:
     """Pin the parameters of parts that are also used outside of all parts."""
     for slot in list(trace.slots):
         if any(not parts.intersection(stack) for stack in uses.get(slot.parameter, ())):
             for vector in (slot.rows, slot.columns):
                 if vector is not None:
-                    trace.pin(vector, f"{slot.parameter} is also used outside the parts that could be traced")
+                    trace.pin(
+                        vector,
+                        f"{slot.parameter} is also used outside the parts that could be traced",
+                    )

@@ -1,4 +1,7 @@
-"""Rules for operations that are not homogeneous: what they read and what they return is pinned to factor 1."""
+"""Rules for operations that are not homogeneous.
+
+What they read and what they return is pinned to factor 1.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pathconvert.conversion.trace import Call, changes_its_input, pinned_like
+from pathconvert.conversion.tracer import Call, changes_its_input, pinned_like
 
 
 def works_in_place(call: Call) -> bool:
@@ -16,14 +19,20 @@ def works_in_place(call: Call) -> bool:
 
 
 def gate(call: Call) -> Any:
-    """sigmoid, softmax: not homogeneous, but common as gates and outputs, so they pin and do not refuse the network."""
+    """Pin what a sigmoid or a softmax reads and returns, without refusing the network.
+
+    They are not homogeneous, but common as gates and outputs.
+    """
     x = call.argument(0, "input")
     call.trace.pin(call.ids(x).flatten().numpy(), f"enters {call.where}, which is not homogeneous")
     return call.with_ids(call.run(), pinned_like(x))
 
 
 def pin(call: Call, result: Any = None) -> Any:
-    """Pin everything that the call reads, and its result (``result``: where the caller has run it already)."""
+    """Pin everything that the call reads, and its result.
+
+    The caller gives ``result`` if it has run the call already.
+    """
     reason = f"enters {call.where}, which is not known to be homogeneous"
     for tensor in call.tensors():
         if call.tracer.is_live(tensor):
@@ -40,10 +49,18 @@ def pin(call: Call, result: Any = None) -> Any:
 
 
 def activation(call: Call) -> Any:
-    """An activation that is not homogeneous: it pins, and the network is refused unless ``partial`` is set."""
+    """Pin an activation that is not homogeneous.
+
+    Unless ``partial`` is set, the network is refused because of it.
+    """
     x = call.argument(0, "input")
     module = call.tracer.stack[-1] if call.tracer.stack else None
-    kind = type(module).__name__ if module is not None and not list(module.children()) else call.name
+    kind = (
+        type(module).__name__ if module is not None and not list(module.children()) else call.name
+    )
     call.trace.offenders.append((call.tracer.path, kind))
-    call.trace.pin(call.ids(x).flatten().numpy(), f"enters {call.tracer.path} ({kind}), which is not homogeneous")
+    call.trace.pin(
+        call.ids(x).flatten().numpy(),
+        f"enters {call.tracer.path} ({kind}), which is not homogeneous",
+    )
     return call.with_ids(call.run(), pinned_like(x))

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from pathconvert.choices import Gauge, PivotRule, Scope, require_choice
 from pathconvert.conversion.groups import Group, Units, find_units
-from pathconvert.conversion.modules import named_tensors
+from pathconvert.conversion.modules import named_tensors, unwrapped
 from pathconvert.conversion.parts import Traced, trace_network
-from pathconvert.conversion.pivots import FloatVector, PivotRule, Pivots, choose_pivots, pivots_at
+from pathconvert.conversion.pivots import FloatVector, Pivots, choose_pivots, pivots_at
 from pathconvert.conversion.record import (
-    FORMAT_VERSION,
+    Record,
+    RecordedGroup,
+    RecordedPivots,
     attach_record,
-    encode_runs,
-    encode_slot,
     form_of,
-    read_record,
-    unwrapped,
 )
 from pathconvert.conversion.rescale import rescale
-from pathconvert.conversion.scales import Gauge, choose_scales
+from pathconvert.conversion.scales import choose_scales
 from pathconvert.errors import PathconvertError, RecordError, RefusedNetwork
-from pathconvert.version import __version__
-
-Scope = Literal["block", "network"]
 
 
 class Pivot(NamedTuple):
@@ -39,7 +35,8 @@ class Pivot(NamedTuple):
     Attributes:
         parameter, row, column: its place.
         sign: 1 or -1.
-        magnitude: |a| of its effective weight before the conversion (docs/design.md, "Effective weight").
+        magnitude: |a| of its effective weight before the conversion (docs/design.md, "Effective
+            weight").
     """
 
     parameter: str
@@ -81,13 +78,15 @@ class Conversion:
     """A converted network and everything that is known about its conversion.
 
     Attributes:
-        model: a rescaled copy with the same class and tensor names; its attribute ``path_record`` is the record.
+        model: a rescaled copy with the same class and tensor names; its attribute ``path_record``
+            is the record.
         groups: every scale group of the network, in forward order.
         parts: the modules that were converted; ``("",)`` for the whole network.
         left_alone: module or parameter → why it was not traced.
         pivot_fallbacks: layers that were too wide for ``matching`` and used ``max`` instead.
         scope, pivot, gauge: as given to :func:`reparameterize`.
-        units, pivots: the network's scale groups and pivots, as the steps of the conversion use them.
+        units, pivots: the network's scale groups and pivots, as the steps of the conversion use
+            them.
     """
 
     model: nn.Module
@@ -108,11 +107,14 @@ class Conversion:
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """Everything that :func:`restore` needs, JSON-serialisable (``record.py``)."""
-        return make_record(self)
+        """Everything that :func:`restore` needs, as a JSON object (``record.py``)."""
+        return make_record(self).to_json()
 
     def counts(self) -> dict[str, int]:
-        """The number of groups, and the numbers of channels that were rescaled, pinned, dead, held back or circular."""
+        """The number of groups, and the numbers of channels by what became of them.
+
+        Channels are rescaled, pinned, dead, held back or circular.
+        """
         free = [group for group in self.groups if group.pinned_by is None]
         held = sum(int(group.held_back.sum()) for group in free)
         with_pivot = sum(int((self.pivots.layer[_span(g)] >= 0).sum()) for g in self._free_groups())
@@ -120,7 +122,9 @@ class Conversion:
             "groups": len(self.groups),
             "groups_pinned": len(self.groups) - len(free),
             "channels_rescaled": with_pivot - held - int(self.circular().sum()),
-            "channels_pinned": sum(group.size for group in self.groups if group.pinned_by is not None),
+            "channels_pinned": sum(
+                group.size for group in self.groups if group.pinned_by is not None
+            ),
             "channels_dead": sum(group.size for group in free) - with_pivot,
             "channels_held_back": held,
             "channels_circular": int(self.circular().sum()),
@@ -128,7 +132,9 @@ class Conversion:
 
     def held_back(self) -> NDArray[np.bool_]:
         """Which units are held back, [units]."""
-        return np.concatenate([np.zeros(0, dtype=bool), *(group.held_back for group in self.groups)])
+        return np.concatenate(
+            [np.zeros(0, dtype=bool), *(group.held_back for group in self.groups)]
+        )
 
     def circular(self) -> NDArray[np.bool_]:
         """Which units lie on a circle of pivots, [units]."""
@@ -151,38 +157,53 @@ def reparameterize(
     scope: Scope = "block",
     pivot: PivotRule = "matching",
     gauge: Gauge = "unit",
+    *,
     partial: bool = False,
 ) -> Conversion:
     """Rescale every hidden unit so that its pivot is ±1 (PBN Theorem 1, PBN-A Theorem 3.1 and D.1).
 
     Args:
         model: any ``nn.Module``; not changed.
-        example_input: a tensor, or a tuple of the forward's positional arguments. Only shapes matter, unless the
-            network can only be converted in parts (detectors); it is then run once.
-        scope: ``block`` does not scale channels that a residual ``add`` ties; ``network`` scales these too.
+        example_input: a tensor, or a tuple of the forward's positional arguments. Only shapes
+            matter, unless the network can only be converted in parts (detectors); it is then run
+            once.
+        scope: ``block`` does not scale channels that a residual ``add`` ties; ``network`` scales
+            these too.
         pivot: ``matching``, ``max`` or ``diagonal`` (``pivots.py``).
         gauge: ``unit`` (pivots ±1) or ``pow2`` (bit-identical outputs; ``scales.py``).
-        partial: pin the units that enter an activation that is not homogeneous, instead of refusing the network.
+        partial: pin the units that enter an activation that is not homogeneous, instead of refusing
+            the network.
 
     Raises:
-        RefusedNetwork: the network has an activation that is not positively homogeneous (ReLU6, GELU, …), and
-            ``partial`` is not set.
+        RefusedNetwork: the network has an activation that is not positively homogeneous (ReLU6,
+            GELU, …), and ``partial`` is not set.
         TraceError: the forward cannot be followed.
         PathconvertError: the network is in Path-BN form already, or a choice is not known.
     """
     model = unwrapped(model)
     if form_of(model) == "path-bn":
-        raise PathconvertError("the network is in Path-BN form already", "Call leave_path_bn(model) first.")
+        raise PathconvertError(
+            "the network is in Path-BN form already", "Call leave_path_bn(model) first."
+        )
     for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
-        if value not in get_args(kind):
-            raise PathconvertError(f"{value!r} is not one of {', '.join(get_args(kind))}")
-    return convert_traced(model, trace_network(model, example_input), scope, pivot, gauge, partial)
+        require_choice(value, kind)
+    traced = trace_network(model, example_input)
+    return convert_traced(model, traced, scope, pivot, gauge, partial=partial)
 
 
 def convert_traced(
-    model: nn.Module, traced: Traced, scope: Scope, pivot: PivotRule, gauge: Gauge, partial: bool = False
+    model: nn.Module,
+    traced: Traced,
+    scope: Scope,
+    pivot: PivotRule,
+    gauge: Gauge,
+    *,
+    partial: bool = False,
 ) -> Conversion:
-    """:func:`reparameterize` for a network that is traced already: one trace serves all scopes, pivots and gauges."""
+    """:func:`reparameterize` for a network that is traced already.
+
+    One trace serves all scopes, pivots and gauges.
+    """
     if traced.trace.offenders and not partial:
         path, kind = traced.trace.offenders[0]
         raise RefusedNetwork(
@@ -193,7 +214,9 @@ def convert_traced(
     units = find_units(traced.trace)
     tensors = named_tensors(model)
     reasons = [_pinned_by(group, scope) for group in units.groups]
-    free = np.repeat([reason is None for reason in reasons], [group.size for group in units.groups]).astype(bool)
+    free = np.repeat(
+        [reason is None for reason in reasons], [group.size for group in units.groups]
+    ).astype(bool)
     pivots = choose_pivots(units, tensors, free, pivot)
     scales, held, circular = choose_scales(units, pivots, tensors, gauge)
     pivots = dataclasses.replace(pivots, circular=circular)
@@ -211,7 +234,7 @@ def convert_traced(
         units=units,
         pivots=pivots,
     )
-    attach_record(rescaled, conversion.record)
+    attach_record(rescaled, make_record(conversion))
     return conversion
 
 
@@ -253,100 +276,111 @@ def _pinned_by(group: Group, scope: Scope) -> str | None:
     return group.pinned_by
 
 
-def _named_pivots(units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group) -> tuple[Pivot | None, ...]:
-    """The pivot of each unit of a group; None for those in ``left``, [units], which were not scaled."""
+def _named_pivots(
+    units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group
+) -> tuple[Pivot | None, ...]:
+    """The pivot of each unit of a group.
+
+    None for those in ``left``, [units], which were not scaled.
+    """
     return tuple(
-        None
-        if left[i]
-        else Pivot(
-            units.layers[pivots.layer[i]].parameter,
-            int(pivots.row[i]),
-            1 if pivots.value[i] > 0 else -1,
-            int(pivots.column[i]),
-            abs(float(pivots.value[i])),
+        (
+            None
+            if left[i]
+            else Pivot(
+                units.layers[pivots.layer[i]].parameter,
+                int(pivots.row[i]),
+                1 if pivots.value[i] > 0 else -1,
+                int(pivots.column[i]),
+                abs(float(pivots.value[i])),
+            )
         )
         for i in range(group.start, group.start + group.size)
     )
 
 
-def resume(model: nn.Module, example_input: Any, record: dict[str, Any]) -> Conversion:
+def resume(model: nn.Module, example_input: Any, record: Record | Mapping[str, Any]) -> Conversion:
     """Rebuild the conversion of a network in path form from its record, with a new trace.
 
     Args:
         model: the converted network, which may be fine-tuned; neither changed nor copied.
         example_input: as for :func:`reparameterize`.
-        record: its record.
+        record: its record, as JSON or read already.
 
     Raises:
-        RecordError: the record has another format version, is damaged, or belongs to another network.
+        RecordError: the record has another format version, is damaged, or belongs to another
+            network.
     """
-    tensors = named_tensors(model)
-    _, scales = read_record(record, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    record = Record.read(record)
+    tensors, scales, places = named_tensors(model), record.scales, record.pivots
+    record.require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     traced = trace_network(model, example_input)
     units = find_units(traced.trace)
-    places = record["pivots"]
-    layer, row, column = (np.asarray(places[key], dtype=np.int64) for key in ("layer", "row", "column"))
-    if [lay.parameter for lay in units.layers] != places["parameters"] or not units.count == len(scales) == len(layer):
-        raise RecordError("the conversion record belongs to another network: its layers differ from this one's")
-    pivots = pivots_at(units, tensors, layer, row, column)
-    pivots = dataclasses.replace(pivots, value=pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit])
+    same_layers = tuple(layer.parameter for layer in units.layers) == places.parameters
+    if not (same_layers and units.count == len(scales) == len(places.layer)):
+        raise RecordError(
+            "the conversion record belongs to another network: its layers differ from this one's"
+        )
+    pivots = pivots_at(units, tensors, places.layer, places.row, places.column)
+    values = pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit]
+    pivots = dataclasses.replace(pivots, value=values)
     held = np.zeros(units.count, dtype=bool)
-    held[record.get("held_back", [])] = True
+    held[record.held_back] = True
     left = held | (pivots.layer < 0)
+    reasons = [group.pinned_by for group in record.groups]
     return Conversion(
         model=model,
-        groups=_scale_groups(units, pivots, scales, held, left, [stored["pinned_by"] for stored in record["groups"]]),
+        groups=_scale_groups(units, pivots, scales, held, left, reasons),
         parts=traced.parts,
         left_alone=traced.left_alone,
         pivot_fallbacks=(),
-        scope=record["scope"],
-        pivot=record["pivot"],
-        gauge=record["gauge"],
+        scope=record.scope,
+        pivot=record.pivot,
+        gauge=record.gauge,
         units=units,
         pivots=pivots,
     )
 
 
-# ---- the record ------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 
 
-def make_record(conversion: Conversion) -> dict[str, Any]:
+def make_record(conversion: Conversion) -> Record:
     """The record of ``conversion``."""
     pivots, layers = conversion.pivots, conversion.units.layers
-    return {
-        "format_version": FORMAT_VERSION,
-        "tool": f"pathconvert {__version__}",
-        "form": "path",
-        "scope": conversion.scope,
-        "pivot": conversion.pivot,
-        "gauge": conversion.gauge,
-        "parts": list(conversion.parts),
-        "groups": [
-            {"name": g.name, "size": g.size, "pinned_by": g.pinned_by, "producers": list(g.producers)}
-            for g in conversion.groups
-        ],
-        "scales": conversion.scales.tolist(),
-        "pivots": {
-            "parameters": [layer.parameter for layer in layers],
-            "layer": np.where(conversion.circular(), -1, pivots.layer).tolist(),
-            "row": pivots.row.tolist(),
-            "column": pivots.column.tolist(),
-            "negative": (pivots.value < 0).astype(int).tolist(),
-            "next_unit": pivots.next_unit.tolist(),
-        }
-        | ({"magnitude": _magnitudes(conversion).tolist()} if conversion.gauge == "pow2" else {}),
-        "held_back": np.flatnonzero(conversion.held_back()).tolist(),
-        "tensors": {slot.parameter: encode_slot(slot) for slot in conversion.units.slots},
-        "row_ends": {
-            layer.parameter: encode_runs(layer.next_units)
+    return Record(
+        form="path",
+        scope=conversion.scope,
+        pivot=conversion.pivot,
+        gauge=conversion.gauge,
+        parts=conversion.parts,
+        groups=tuple(
+            RecordedGroup(g.name, g.size, g.pinned_by, g.producers) for g in conversion.groups
+        ),
+        scales=conversion.scales,
+        pivots=RecordedPivots(
+            parameters=tuple(layer.parameter for layer in layers),
+            layer=np.where(conversion.circular(), -1, pivots.layer),
+            row=pivots.row,
+            column=pivots.column,
+            negative=pivots.value < 0,
+            next_unit=pivots.next_unit,
+            magnitude=_magnitudes(conversion) if conversion.gauge == "pow2" else None,
+        ),
+        held_back=np.flatnonzero(conversion.held_back()),
+        slots=conversion.units.slots,
+        row_ends={
+            layer.parameter: layer.next_units
             for layer in layers
             if not np.array_equal(layer.next_units, layer.rows)
         },
-    }
+    )
 
 
 def _magnitudes(conversion: Conversion) -> FloatVector:
     """|a| of the pivots after the conversion, [units]; 0 for a unit without a pivot."""
     pivots, scales = conversion.pivots, conversion.scales
-    magnitudes: FloatVector = np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
+    magnitudes: FloatVector = (
+        np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
+    )
     return magnitudes

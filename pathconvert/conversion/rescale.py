@@ -1,7 +1,8 @@
-"""Apply factors to a copy of the weights: ``parameter[row, column] · s[row] / s[column]``, in float64.
+"""Apply factors to a copy of the weights, in float64.
 
-With ``inverse=True`` the same call divides by the same factor. Restoring therefore undoes a conversion up to the
-rounding of the weights' dtype, and exactly if the factors are powers of two.
+Each element becomes ``parameter[row, column] · s[row] / s[column]``. With ``inverse=True`` the same
+call divides by the same factor. Restoring therefore undoes a conversion up to the rounding of the
+weights' dtype, and exactly if the factors are powers of two.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ BLOCK = 1 << 16
 
 
 def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iterator[Tensor]:
-    """The float64 factors of a parameter, part by part, as all of them together may need more memory than it does.
+    """The float64 factors of a parameter, part by part.
+
+    All of them together may need more memory than the parameter does.
 
     Args:
         slot: its rows and columns, as units.
-        padded_scales: [units + 1], the last entry 1 (for ``FIXED``).
+        padded_scales: the units' factors, [units + 1]; the last is 1, for ``FIXED`` (−1).
         shape: the parameter's shape.
         length: size of a part along the first dimension.
 
@@ -48,8 +51,12 @@ def factors(slot: Slot, padded_scales: Tensor, shape: Size, length: int) -> Iter
         yield factor.view(*factor.shape, *kernel)
 
 
-def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inverse: bool = False) -> nn.Module:
-    """A copy of ``model`` in which the parameter of every slot is rescaled; everything else is copied unchanged.
+def rescale(
+    model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inverse: bool = False
+) -> nn.Module:
+    """A copy of ``model`` in which the parameter of every slot is rescaled.
+
+    Everything else is copied unchanged.
 
     Args:
         model: not changed.
@@ -62,7 +69,9 @@ def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inv
     changed = np.append(scales != 1, False)
     memo: dict[int, Tensor] = {}
     for slot in slots:
-        if not (changed[slot.rows].any() or (slot.columns is not None and changed[slot.columns].any())):
+        if not (
+            changed[slot.rows].any() or (slot.columns is not None and changed[slot.columns].any())
+        ):
             continue
         old = tensors[slot.parameter]
         memo[id(old)] = _scaled(old, slot, padded, inverse)
@@ -70,11 +79,16 @@ def rescale(model: nn.Module, slots: Sequence[Slot], scales: FloatVector, *, inv
 
 
 def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:
-    """``old · factor`` or ``old / factor``, in float64, in blocks that are small enough for the CPU's cache."""
+    """``old · factor`` or ``old / factor``, in float64.
+
+    It is computed in blocks that are small enough for the CPU's cache.
+    """
     new = torch.empty_like(old, memory_format=torch.contiguous_format)
     length = max(1, BLOCK * len(old) // max(1, old.numel()))
     parts = factors(slot, padded_scales, old.shape, length)
-    for target, block, factor in zip(new.split(length), old.detach().split(length), parts, strict=True):
+    for target, block, factor in zip(
+        new.split(length), old.detach().split(length), parts, strict=True
+    ):
         wide, scale = block.to(torch.float64, copy=True), factor.to(old.device)
         target.copy_(wide.div_(scale) if inverse else wide.mul_(scale))
     if isinstance(old, nn.Parameter):

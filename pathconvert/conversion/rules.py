@@ -1,10 +1,11 @@
 """One rule per operation: what it produces, consumes, carries, ties and pins.
 
-:data:`RULES` lists all supported operations by torch's name; the in-place, dunder and method variants of an operation
-follow the same rule. An operation that is not listed pins everything that it reads, and its result has factor 1: no
-rule is ever guessed.
+:data:`RULES` lists all supported operations by torch's name; the in-place, dunder and method
+variants of an operation follow the same rule. An operation that is not listed pins everything that
+it reads, and its result has factor 1: no rule is ever guessed.
 
-A function f carries a factor if f(c·x) = c·f(x) for every c > 0 (docs/design.md, "Positive scale invariance").
+A function f carries a factor if f(c·x) = c·f(x) for every c > 0 (docs/design.md, "Positive scale
+invariance").
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from torch.utils._pytree import tree_leaves
 
 from pathconvert.conversion.layer_rules import batch_norm, convolution, normalization
 from pathconvert.conversion.pinning import activation, gate, pin, works_in_place
-from pathconvert.conversion.trace import PINNED, ZERO, Call, Rule, Slot, compact, metadata, pinned_like
+from pathconvert.conversion.trace import PINNED, ZERO, Slot
+from pathconvert.conversion.tracer import Call, Rule, compact, metadata, pinned_like
 
-# ---- carries: one tensor in, the same ids out ------------------------------------------------------------------
+# ---- carries: one tensor in, the same ids out ----------------------------------------------------
 
 
 def carry(call: Call) -> Any:
-    """relu(c·x) = c·relu(x) for each element, so the ids stay. The mask of dropout does not depend on its input."""
+    """relu(c·x) = c·relu(x) for each element, so the ids stay.
+
+    The mask of dropout does not depend on its input.
+    """
     return call.with_ids(call.run(), call.ids(call.argument(0, "input")))
 
 
 def prelu(call: Call) -> Any:
-    """PReLU's slopes have factor 1, even where they are computed or are another layer's parameter."""
+    """Pin PReLU's slopes to factor 1.
+
+    This holds even where they are computed or are another layer's parameter.
+    """
     slopes = call.argument(1, "weight")
     name = call.tracer.name_of(slopes)
     if name is None:
@@ -50,9 +58,17 @@ def new(call: Call) -> Any:
 
 
 def convert_kind(call: Call) -> Any:
-    """``to``, ``float``, ``cpu``: the dtype or the device changes; here the result stays on the meta device."""
+    """``to``, ``float``, ``cpu``: the dtype or the device changes.
+
+    Here the result stays on the meta device.
+    """
     kinds = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, torch.dtype)]
-    named = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+    named = {
+        "float": torch.float32,
+        "double": torch.float64,
+        "half": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
     x = call.args[0]
     others = [leaf.dtype for leaf in call.args[1:] if isinstance(leaf, Tensor)]
     dtype = (kinds or others or [named.get(call.name, x.dtype)])[0]
@@ -64,7 +80,10 @@ def convert_kind(call: Call) -> Any:
 
 
 def window(dims: int) -> Rule:
-    """Pooling and linear resizing over the last ``dims`` dimensions: elements that share a window are tied."""
+    """Pooling and linear resizing over the last ``dims`` dimensions.
+
+    Elements that share a window are tied.
+    """
 
     def rule(call: Call) -> Any:
         x = call.argument(0, "input")
@@ -84,7 +103,9 @@ def reindex(call: Call) -> Any:
     """view, permute, cat, chunk, getitem, …: the same operation is applied to the ids."""
     if call.name in ("cat", "concat", "concatenate"):
         return cat(call)
-    if any(call.tracer.is_live(tensor) and not tensor.is_floating_point() for tensor in call.tensors()):
+    if any(
+        call.tracer.is_live(tensor) and not tensor.is_floating_point() for tensor in call.tensors()
+    ):
         return pin(call)  # the index depends on numbers
     try:
         ids = call.run_on_ids()
@@ -131,7 +152,13 @@ def reduce(call: Call) -> Any:
     dims = call.argument(1, "dim", call.kwargs.get("axis"))
     if isinstance(dims, Tensor) or "other" in call.kwargs:
         return tie(call)  # torch.max(x, y)
-    dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims or range(x.dim())
+    dims = (
+        range(x.dim())
+        if dims is None
+        else [dims]
+        if isinstance(dims, int)
+        else dims or range(x.dim())
+    )
     dims = [d % x.dim() for d in dims]
     ids = call.tied(call.ids(x), dims)
     result = call.run()
@@ -143,7 +170,11 @@ def reduce(call: Call) -> Any:
 
 def pad(call: Call) -> Any:
     """Zero, reflecting, replicating and circular padding; padding with another constant pins."""
-    x, mode, value = call.argument(0, "input"), call.argument(2, "mode", "constant"), call.argument(3, "value")
+    x, mode, value = (
+        call.argument(0, "input"),
+        call.argument(2, "mode", "constant"),
+        call.argument(3, "value"),
+    )
     if mode == "constant" and value:
         return pin(call)
     ids = call.ids(x)
@@ -151,7 +182,8 @@ def pad(call: Call) -> Any:
     ends = [(x.dim() - 1 - i, widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)]
     if any(dim == 1 for dim, _, _ in ends):  # channels are kept apart even where they share an id
         ids = ids.expand([size if dim == 1 else ids.shape[dim] for dim, size in enumerate(x.shape)])
-    ends = [end for end in ends if ids.shape[end[0]] > 1 or end[0] == 1]  # elsewhere padding continues the channel
+    # elsewhere padding continues the channel
+    ends = [end for end in ends if ids.shape[end[0]] > 1 or end[0] == 1]
     if ends and mode != "constant":
         ids = call.tied(ids, [dim for dim, _, _ in ends])
         ends = []
@@ -164,7 +196,7 @@ def pad(call: Call) -> Any:
     return call.with_ids(call.run(), ids)
 
 
-# ---- several tensors -------------------------------------------------------------------------------------------
+# ---- several tensors -----------------------------------------------------------------------------
 
 
 def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
@@ -177,9 +209,14 @@ def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def tie(call: Call) -> Any:
-    """x + y, maximum(x, y): both operands share a factor. Between two activations this is a residual ``add``."""
+    """x + y, maximum(x, y): both operands share a factor.
+
+    Between two activations this is a residual ``add``.
+    """
     operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)][:2]
-    numbers = [arg for arg in (*call.args[:2], call.kwargs.get("other", 0)) if not isinstance(arg, Tensor)]
+    numbers = [
+        arg for arg in (*call.args[:2], call.kwargs.get("other", 0)) if not isinstance(arg, Tensor)
+    ]
     if any(number != 0 for number in numbers):
         return pin(call)
     if len(operands) == 1:
@@ -198,8 +235,13 @@ def tie(call: Call) -> Any:
 
 
 def where(call: Call) -> Any:
-    """where(condition, x, y): x and y share a factor (0 fits any); pinned if the condition depends on numbers."""
-    condition, x, y = (call.argument(i, name) for i, name in enumerate(("condition", "input", "other")))
+    """where(condition, x, y): x and y share a factor (0 fits any).
+
+    The result is pinned if the condition depends on numbers.
+    """
+    condition, x, y = (
+        call.argument(i, name) for i, name in enumerate(("condition", "input", "other"))
+    )
     return _select(call, condition, x, y)
 
 
@@ -222,7 +264,10 @@ def _select(call: Call, condition: Tensor, *choices: Any) -> Any:
 
 
 def product(call: Call) -> Any:
-    """x · y is bilinear: exactly one operand carries its factor, and the other, usually a gate, is pinned."""
+    """x · y is bilinear: exactly one operand carries its factor.
+
+    The other, usually a gate, is pinned.
+    """
     operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor)]
     if call.argument(2, "rounding_mode") is not None:
         return pin(call)
@@ -231,7 +276,9 @@ def product(call: Call) -> Any:
             return pin(call)  # number / x
         return call.with_ids(call.run(), call.ids(operands[0]))
     carrier, gate = _carrier_and_gate(call, operands)
-    call.trace.pin(call.ids(gate).flatten().numpy(), f"multiplies a rescaled tensor in {call.where}")
+    call.trace.pin(
+        call.ids(gate).flatten().numpy(), f"multiplies a rescaled tensor in {call.where}"
+    )
     both = dict(zip((id(operands[0]), id(operands[1])), aligned(call, operands), strict=True))
     return call.with_ids(call.run(), compact(both[id(carrier)]))
 
@@ -239,7 +286,8 @@ def product(call: Call) -> Any:
 def _carrier_and_gate(call: Call, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The operand that carries its factor, and the other one.
 
-    Of a quotient the numerator carries; of a product, the operand that is not pinned already, else the larger one.
+    Of a quotient the numerator carries; of a product, the operand that is not pinned already, else
+    the larger one.
 
     Returns:
         Carrier and gate.
@@ -252,7 +300,7 @@ def _carrier_and_gate(call: Call, operands: list[Tensor]) -> tuple[Tensor, Tenso
     return (second, first) if (free[1], size[1]) > (free[0], size[0]) else (first, second)
 
 
-# ---- what is not homogeneous -----------------------------------------------------------------------------------
+# ---- what is not homogeneous ---------------------------------------------------------------------
 
 
 def clamp(call: Call) -> Any:
@@ -264,7 +312,11 @@ def clamp(call: Call) -> Any:
 
 def threshold(call: Call) -> Any:
     """threshold(x, 0, 0) is ReLU."""
-    return carry(call) if call.argument(1, "threshold") == call.argument(2, "value") == 0 else activation(call)
+    return (
+        carry(call)
+        if call.argument(1, "threshold") == call.argument(2, "value") == 0
+        else activation(call)
+    )
 
 
 _DIMS = (1, 2, 3)
@@ -272,28 +324,41 @@ _POOLS = ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
 
 RULES: dict[str, Rule] = {
     # one tensor in, the same ids out
-    **dict.fromkeys(("relu", "leaky_relu", "rrelu", "abs", "neg", "positive", "contiguous", "clone", "detach",
-                     "alias", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), carry),
-    **dict.fromkeys(("to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"), convert_kind),
+    **dict.fromkeys((
+        "relu", "leaky_relu", "rrelu", "abs", "neg", "positive", "contiguous", "clone",
+        "detach", "alias", "dropout", "dropout1d", "dropout2d", "dropout3d",
+        "feature_dropout",
+    ), carry),
+    **dict.fromkeys((
+        "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
+    ), convert_kind),
     "prelu": prelu,
-    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like",
-                     "full_like", "rand_like", "randn_like", "randint_like"), new),
+    **dict.fromkeys((
+        "new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like",
+        "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
+    ), new),
     "clamp": clamp,
     "clip": clamp,
     "clamp_min": clamp,
     "threshold": threshold,
     # windows
     **{f"{kind}_pool{n}d": window(n) for n in _DIMS for kind in _POOLS},
-    **{f"{kind}_pool{n}d_with_indices": window(n) for n in _DIMS for kind in ("max", "adaptive_max")},
-    **dict.fromkeys(("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), interpolate),
+    **{f"{kind}_pool{n}d_with_indices": window(n) for n in _DIMS
+        for kind in ("max", "adaptive_max")},
+    **dict.fromkeys((
+        "interpolate", "upsample", "upsample_nearest", "upsample_bilinear",
+    ), interpolate),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "max", "min", "nansum", "median"), reduce),
     # re-indexing
-    **dict.fromkeys(("reshape", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim",
-                     "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "split_with_sizes", "tensor_split", "unbind",
-                     "select", "narrow", "getitem", "expand", "expand_as", "broadcast_to", "repeat", "tile", "roll",
-                     "flip", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "index_select", "ravel",
-                     "stack", "hstack", "vstack", "cat", "concat", "concatenate", "T", "mT", "data",
-                     "repeat_interleave", "native_channel_shuffle", "reshape_as", "unfold"), reindex),
+    **dict.fromkeys((
+        "reshape", "flatten", "unflatten", "permute", "transpose", "t", "swapaxes",
+        "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split",
+        "split_with_sizes", "tensor_split", "unbind", "select", "narrow", "getitem",
+        "expand", "expand_as", "broadcast_to", "repeat", "tile", "roll", "flip",
+        "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "index_select",
+        "ravel", "stack", "hstack", "vstack", "cat", "concat", "concatenate", "T", "mT",
+        "data", "repeat_interleave", "native_channel_shuffle", "reshape_as", "unfold",
+    ), reindex),
     "iter": iterate,
     **dict.fromkeys(("view", "view_as"), view),
     "pad": pad,
@@ -312,36 +377,54 @@ RULES: dict[str, Rule] = {
     "instance_norm": normalization(3, channels_last=False),
     **dict.fromkeys(("sigmoid", "hardsigmoid", "softmax", "log_softmax"), gate),
     # activations that refuse the network
-    **dict.fromkeys(("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "celu", "selu", "softplus",
-                     "tanh", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "softsign", "glu"), activation),
+    **dict.fromkeys((
+        "relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "celu", "selu",
+        "softplus", "tanh", "logsigmoid", "tanhshrink", "softshrink", "hardshrink",
+        "softsign", "glu",
+    ), activation),
     # these do not use the numbers
-    **dict.fromkeys(("size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_contiguous",
-                     "shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
-                     "is_quantized", "is_complex", "is_nested", "names", "len", "get_device", "element_size", "is_leaf",
-                     "is_mps", "is_cpu", "is_xpu", "storage_offset", "has_names", "data_ptr", "is_inference", "grad_fn",
-                     "is_mkldnn", "is_vulkan", "is_ipu", "is_hpu", "is_xla", "is_mtia", "is_maia", "hash", "repr",
-                     "_backward_hooks", "is_same_size", "__hash__", "itemsize", "nbytes"), metadata),
+    **dict.fromkeys((
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point",
+        "is_contiguous", "shape", "dtype", "device", "ndim", "is_cuda", "is_meta",
+        "requires_grad", "layout", "is_sparse", "is_quantized", "is_complex",
+        "is_nested", "names", "len", "get_device", "element_size", "is_leaf", "is_mps",
+        "is_cpu", "is_xpu", "storage_offset", "has_names", "data_ptr", "is_inference",
+        "grad_fn", "is_mkldnn", "is_vulkan", "is_ipu", "is_hpu", "is_xla", "is_mtia",
+        "is_maia", "hash", "repr", "_backward_hooks", "is_same_size", "__hash__",
+        "itemsize", "nbytes",
+    ), metadata),
 }  # fmt: skip
 
 
 @functools.cache
 def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
-    """The plain name of a function and the rule that it follows; functions that are not torch's own are pinned.
+    """The plain name of a function and the rule that it follows.
+
+    Functions that are not torch's own are pinned.
 
     Returns:
-        The name, without dunders and the underscore of in-place variants where it is in :data:`RULES`, and the rule.
+        The name, without dunders and the underscore of in-place variants where it is in
+        :data:`RULES`, and the rule.
     """
-    if not _is_torchs_own(func) or func.__name__ == "__float__":  # float(x) is a number, x.float() a tensor
+    # float(x) is a number, x.float() a tensor
+    if not _is_torchs_own(func) or func.__name__ == "__float__":
         return str(getattr(func, "__name__", func)), pin
     name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
     plain = name if name in RULES else name.strip("_")
-    if name.startswith(("__i", "__r")) and plain not in RULES and name not in ("__rtruediv__", "__rdiv__"):
+    if (
+        name.startswith(("__i", "__r"))
+        and plain not in RULES
+        and name not in ("__rtruediv__", "__rdiv__")
+    ):
         plain = plain[1:]  # __iadd__, __radd__
     return (plain, RULES[plain]) if plain in RULES else (name, pin)
 
 
 def _is_torchs_own(func: Any) -> bool:
-    """Whether a function is in torch.*, torch.nn.functional, Tensor or aten; custom operators of libraries are not."""
+    """Whether a function is in torch.*, torch.nn.functional, Tensor or aten.
+
+    The custom operators of other libraries are not.
+    """
     module = getattr(func, "__module__", None) or "torch"
     if module.startswith("torch._ops"):
         return module == "torch._ops.aten"

@@ -1,37 +1,37 @@
 """Gauges: the factor of every unit, computed from its pivot.
 
-Going from the output to the input, unit i gets s_i = |a_i| · s_next(i), with a_i its pivot's effective weight and
-next(i) the unit that the pivot's row ends in (PBN Theorem 1, PBN-A D.1). Incoming weights are multiplied by s_i and
-outgoing ones divided, so that the pivot becomes a_i · s_next / s_i = ±1.
+Going from the output to the input, unit i gets s_i = |a_i| · s_next(i), with a_i its pivot's
+effective weight and next(i) the unit that the pivot's row ends in (PBN Theorem 1, PBN-A D.1).
+Incoming weights are multiplied by s_i and outgoing ones divided, so that the pivot becomes a_i ·
+s_next / s_i = ±1.
 
 =======  ===========================================================================================
 ``unit``  as above: pivots are ±1
 ``pow2``  s_i rounded to a power of two: pivots land in [2^-½, 2^½] and every product is exact
 =======  ===========================================================================================
 
-A unit is **held back**, which means that its factor stays 1, if its factor would move a weight out of the normal range
-of its dtype or would leave too few exponents for the unit's activations. Activations keep half of the exponents. With
-``unit`` a factor may go further, up to 2²⁴ from the ends of the range: an activation that then becomes subnormal is
-smaller than one rounding of the channel's usual activations, so only the rounding changes. With ``pow2`` such an
-activation would no longer be exact.
+A unit is **held back**, which means that its factor stays 1, if its factor would move a weight out
+of the normal range of its dtype or would leave too few exponents for the unit's activations.
+Activations keep half of the exponents. With ``unit`` a factor may go further, up to 2²⁴ from the
+ends of the range: an activation that then becomes subnormal is smaller than one rounding of the
+channel's usual activations, so only the rounding changes. With ``pow2`` such an activation would no
+longer be exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathconvert.choices import Gauge
 from pathconvert.conversion.groups import FIXED, Units
 from pathconvert.conversion.pivots import FloatVector, Pivots
 from pathconvert.conversion.rescale import BLOCK, factors
 from pathconvert.conversion.trace import Slot
-
-Gauge = Literal["unit", "pow2"]
 
 
 def choose_scales(
@@ -42,7 +42,8 @@ def choose_scales(
     The factor of a unit is 1 if it has no pivot, is held back, or lies on a circle of pivots.
 
     Returns:
-        The factors, [units]; which units are held back, [units]; and which lie on a circle of pivots, [units].
+        The factors, [units]; which units are held back, [units]; and which lie on a circle of
+        pivots, [units].
     """
     held = np.zeros(units.count, dtype=bool)
     ranges = _Ranges(units, tensors, gauge)
@@ -60,7 +61,8 @@ def _propagate(
     """s_i = |a_i| · s_next(i) / target, as soon as s_next(i) is known.
 
     Returns:
-        The factors, [units]; and the units whose factor never becomes known as they lie on a circle, [units].
+        The factors, [units]; and the units whose factor never becomes known as they lie on a
+        circle, [units].
     """
     count = len(pivots.layer)
     scales = np.ones(count + 1)  # the last entry stands for FIXED = -1
@@ -87,14 +89,20 @@ class _Ranges:
         largest = min((info.max for info in infos), default=np.inf)
         self.lowest, self.highest = tiny**0.5, largest**0.5
         if gauge == "unit":
-            self.lowest, self.highest = min(self.lowest, tiny * 2**24), max(self.highest, largest / 2**24)
+            self.lowest, self.highest = (
+                min(self.lowest, tiny * 2**24),
+                max(self.highest, largest / 2**24),
+            )
 
     def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
         """Which units have to be held back, [units]."""
         leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
         padded = np.append(scales, 1.0)
         for slot in self.slots:
-            rows, columns = padded[slot.rows], padded[slot.columns] if slot.columns is not None else np.ones(1)
+            rows, columns = (
+                padded[slot.rows],
+                padded[slot.columns] if slot.columns is not None else np.ones(1),
+            )
             info = torch.finfo(self.tensors[slot.parameter].dtype)
             smallest, largest = self._span(slot.parameter)
             low, high = rows.min() / columns.max(), rows.max() / columns.min()
@@ -106,11 +114,17 @@ class _Ranges:
         """The smallest nonzero and the largest magnitude of a parameter."""
         if name not in self._spans:
             blocks = self.tensors[name].detach().reshape(-1).split(BLOCK)
-            self._spans[name] = min(map(_smallest, blocks)), max(float(block.abs().max()) for block in blocks)
+            self._spans[name] = (
+                min(map(_smallest, blocks)),
+                max(float(block.abs().max()) for block in blocks),
+            )
         return self._spans[name]
 
     def _mark(self, slot: Slot, padded: FloatVector, leaving: NDArray[np.bool_]) -> None:
-        """Mark the units of all elements that leave the normal range; a subnormal element may still grow."""
+        """Mark the units of all elements that leave the normal range.
+
+        A subnormal element may still grow.
+        """
         weight = self.tensors[slot.parameter].detach()
         info = torch.finfo(weight.dtype)
         factor = next(factors(slot, torch.from_numpy(padded), weight.shape, max(1, len(weight))))

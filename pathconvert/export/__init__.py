@@ -1,6 +1,7 @@
 """Fold networks, and export them to ONNX.
 
-The names below are imported when they are first used: ``import pathconvert.export`` alone loads neither torch nor onnx.
+The names below are imported when they are first used: ``import pathconvert.export`` alone loads
+neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "pathconvert.export":  # imported by the link at the root, it would define a second copy of every class
+# imported by the link at the root, it would define a second copy of every class
+if __name__ != "pathconvert.export":
     raise ImportError(f"import it as pathconvert.export, not as {__name__}")
 
 if TYPE_CHECKING:

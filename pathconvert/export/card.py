@@ -12,8 +12,8 @@ The format is versioned. The object holds the fields of :class:`ModelCard`::
     labels                  class names in the order of the logits; null if unknown
     precision, softmax, preprocessing_in_graph
 
-If ``preprocessing_in_graph`` is true, the graph takes uint8 pixels and normalises them itself, so that only
-``resize`` and ``crop`` are left to do.
+If ``preprocessing_in_graph`` is true, the graph takes uint8 pixels and normalises them itself, so
+that only ``resize`` and ``crop`` are left to do.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class ModelCard:
         Raises:
             CheckpointError: the card has a newer format, or is damaged.
         """
-        require_format(stored, FORMAT_VERSION, "the file has pathconvert metadata of", CheckpointError)
+        require_format(
+            stored, FORMAT_VERSION, "the file has pathconvert metadata of", CheckpointError
+        )
         try:
             return _card(stored)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -74,7 +76,9 @@ class ModelCard:
 
 
 def _card(stored: Mapping[str, Any]) -> ModelCard:
-    architecture, preprocessing, labels = (stored.get(k) for k in ("architecture", "preprocessing", "labels"))
+    architecture, preprocessing, labels = (
+        stored.get(k) for k in ("architecture", "preprocessing", "labels")
+    )
     if architecture is not None:
         size = architecture["input_size"]
         architecture = Architecture(
@@ -110,12 +114,16 @@ def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
 
 
 def read_card(source: onnx.ModelProto | Mapping[str, str]) -> ModelCard | None:
-    """Read the card of an ONNX model, or of a session's ``get_modelmeta().custom_metadata_map``; None if it has none.
+    """Read the card of an ONNX model, or of a session's ``get_modelmeta().custom_metadata_map``.
+
+    None if it has none.
 
     Raises:
         CheckpointError: the card has a newer format, or is damaged.
     """
-    properties = source if isinstance(source, Mapping) else {e.key: e.value for e in source.metadata_props}
+    properties = (
+        source if isinstance(source, Mapping) else {e.key: e.value for e in source.metadata_props}
+    )
     text = properties.get(PROPERTY)
     if text is None:
         return None

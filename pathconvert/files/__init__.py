@@ -1,1 +1,4 @@
-"""Files of tensors: tell what a file is, read it without executing anything, write it whole or not at all."""
+"""Files of tensors.
+
+Tell what a file is, read it without executing anything, write it whole or not at all.
+"""

@@ -1,15 +1,17 @@
-"""Checkpoints: read ``.pt``, ``.pth`` and ``.safetensors`` files safely; write them atomically, with provenance.
+"""Read ``.pt``, ``.pth`` and ``.safetensors`` files safely.
 
 Terms:
     state dict: tensor name → tensor, as ``model.state_dict()`` gives it.
-    wrapper key: the entry of a training script's dictionary under which the state dict lies (``model_ema``).
-    prefix: the text that data-parallel and compiled modules put before every name (``module.``, ``_orig_mod.``).
-    metadata: this package's own JSON object. A safetensors file carries it in its header under ``pathconvert``. A
-        ``.pt`` file carries it in the state dict's ``_metadata``, where torch keeps its version numbers and where
-        ``load_state_dict(strict=True)`` ignores additional entries.
+    wrapper key: the entry of a training script's dictionary under which the state dict lies
+        (``model_ema``).
+    prefix: the text that data-parallel and compiled modules put before every name (``module.``,
+        ``_orig_mod.``).
+    metadata: this package's own JSON object. A safetensors file carries it in its header under
+        ``pathconvert``. A ``.pt`` file carries it in the state dict's ``_metadata``, where torch
+        keeps its version numbers and where ``load_state_dict(strict=True)`` ignores additional
+        entries.
 
-Reading executes nothing: ``torch.load(weights_only=True)`` unless the caller trusts the file. Writing goes to a hidden
-temporary file in the same folder, which is checked and then renamed: after a crash there is the old file, or none.
+Reading executes nothing: ``torch.load(weights_only=True)`` unless the caller trusts the file.
 """
 
 import argparse
@@ -32,16 +34,18 @@ from pathconvert.files.filetypes import Kind, recognise
 from pathconvert.files.pickles import describe_code, legacy_contents, zipped_contents
 from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
 from pathconvert.files.safetensors_header import safetensors_header
+from pathconvert.files.weights import (
+    FLOAT_TIP,
+    STATE_DICT_TIP,
+    check_weights,
+    integer_weights,
+    is_quantized,
+)
 
 WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema")
 """Wrapper keys in order of preference."""
 
 PREFIXES = ("module.", "_orig_mod.")
-
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-_STATE_DICT_TIP = "Give a file with the network's weights: torch.save(model.state_dict(), 'weights.pt')."
-_FLOAT_TIP = "Give the checkpoint in float32, float16, bfloat16 or float64, from before quantization or conversion."
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,8 @@ class Checkpoint:
     Attributes:
         path: the file.
         tensors: the weights, on the CPU, in file order; their names lack ``prefix``.
-        key: the wrapper key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the file is a state dict.
+        key: the wrapper key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the
+            file is a state dict.
         prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing was.
         metadata: this package's own metadata; None if the file carries none.
     """
@@ -69,16 +74,20 @@ class Checkpoint:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, key: str | None = None, trust_pickle: bool = False
+) -> Checkpoint:
     """Read the weights in a ``.pt``, ``.pth`` or ``.safetensors`` file, recognised by its content.
 
     Args:
         path: the file.
-        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that contains tensors.
+        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that contains
+            tensors.
         trust_pickle: also load pickled modules, which executes whatever code the file contains.
 
     Raises:
-        CheckpointError: the file is not a checkpoint, is damaged or is unsafe, or its tensors are not usable weights.
+        CheckpointError: the file is not a checkpoint, is damaged or is unsafe, or its tensors are
+            not usable weights.
     """
     path = Path(path)
     kind = recognise(path)
@@ -95,7 +104,7 @@ def read_checkpoint(path: str | Path, *, key: str | None = None, trust_pickle: b
     return Checkpoint(path, tensors, chosen, prefix, _parse_metadata(path, text))
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
@@ -109,7 +118,9 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}, metadata.get("pathconvert")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not an intact safetensors file: {_reason(error)}", AGAIN) from error
+        raise CheckpointError(
+            f"{path} is not an intact safetensors file: {_reason(error)}", AGAIN
+        ) from error
 
 
 def _load_torch(path: Path, kind: Kind, *, trust_pickle: bool) -> object:
@@ -119,13 +130,17 @@ def _load_torch(path: Path, kind: Kind, *, trust_pickle: bool) -> object:
         refusal = _refuse_pickle(path, kind, error)
         if not trust_pickle:
             raise refusal from error
-    except Exception as error:  # damaged bytes lead to any error: KeyError, struct.error, MemoryError, …
+    except (
+        Exception
+    ) as error:  # damaged bytes lead to any error: KeyError, struct.error, MemoryError, …
         raise _damaged(path, error) from error
     try:
         return _torch_load(path, weights_only=False)
     except (ImportError, AttributeError) as error:
         message = f"{path} is a pickled module whose code is missing here: {_reason(error)}"
-        raise CheckpointError(message, "Run where its class can be imported, or give a state dict.") from error
+        raise CheckpointError(
+            message, "Run where its class can be imported, or give a state dict."
+        ) from error
     except Exception as error:  # as above; the trusted code can raise anything too
         raise _damaged(path, error) from error
 
@@ -147,12 +162,19 @@ def _refuse_pickle(path: Path, kind: Kind, error: Exception) -> CheckpointError:
     tip = _resave_tip(path, "model", "model.state_dict()")
     if contents.holds_module:
         name = listing(contents.foreign[:1])
-        return CheckpointError(f"{path} is a pickled module ({name}), which runs code when loaded; {EXPECTED}.", tip)
+        return CheckpointError(
+            f"{path} is a pickled module ({name}), which runs code when loaded; {EXPECTED}.", tip
+        )
     if contents.foreign:
-        message = f"{path} contains Python objects besides tensors: {listing(contents.foreign)}; {EXPECTED}."
+        message = (
+            f"{path} contains Python objects besides tensors: {listing(contents.foreign)};"
+            f" {EXPECTED}."
+        )
         return CheckpointError(message, _resave_tip(path, "saved", "saved['state_dict']"))
     if contents.protocol > 2:
-        message = f"{path} is pickled with protocol {contents.protocol}; expected torch.save's own, 2."
+        message = (
+            f"{path} is pickled with protocol {contents.protocol}; expected torch.save's own, 2."
+        )
         return CheckpointError(message, _resave_tip(path, "saved", "saved"))
     return _damaged(path, error)
 
@@ -164,34 +186,47 @@ def _resave_tip(path: Path, name: str, weights: str) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is a damaged torch.save file; torch says: {_reason(error)}", AGAIN)
+    return CheckpointError(
+        f"{path} is a damaged torch.save file; torch says: {_reason(error)}", AGAIN
+    )
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of torch's, printable and of limited length: it may quote the file."""
-    line = "".join(c if c.isprintable() else "?" for c in first_line(error, after="WeightsUnpickler error: "))
+    """The first line of an error of torch's, printable and of limited length.
+
+    The error may quote the file.
+    """
+    line = "".join(
+        c if c.isprintable() else "?" for c in first_line(error, after="WeightsUnpickler error: ")
+    )
     return line if len(line) <= 160 else f"{line[:159]}…"
 
 
-# --- finding the state dict -----------------------------------------------------------------------------------------
+# ---- finding the state dict ----------------------------------------------------------------------
 
 
 def _unwrap_module(value: object) -> object:
     return value.state_dict() if isinstance(value, nn.Module) else value
 
 
-def _choose_state(path: Path, loaded: object, key: str | None) -> tuple[Mapping[Any, object], str | None]:
+def _choose_state(
+    path: Path, loaded: object, key: str | None
+) -> tuple[Mapping[Any, object], str | None]:
     """Find the state dict in what a file contains.
 
     Returns:
         The state dict and its wrapper key; None as the key if the file is itself the state dict.
     """
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} contains {_describe(loaded)}; expected a state dict.", _STATE_DICT_TIP)
+        raise CheckpointError(
+            f"{path} contains {_describe(loaded)}; expected a state dict.", STATE_DICT_TIP
+        )
     states = _wrapped_states(loaded)
     for wanted in WRAPPER_KEYS if key is None else (key,):
         for name, state in states.items():
-            if name == wanted or (name.startswith(f"{wanted}.") and name.removeprefix(f"{wanted}.") in WRAPPER_KEYS):
+            if name == wanted or (
+                name.startswith(f"{wanted}.") and name.removeprefix(f"{wanted}.") in WRAPPER_KEYS
+            ):
                 return state, name
     if key is not None:
         raise _no_such_key(path, key, states)
@@ -207,7 +242,9 @@ def _wrapped_states(loaded: Mapping[Any, object]) -> dict[str, Mapping[Any, obje
         inner = _unwrap_module(value)
         if not isinstance(name, str) or not isinstance(inner, Mapping) or _is_optimizer(inner):
             continue
-        nested = {deeper: _unwrap_module(inner[deeper]) for deeper in WRAPPER_KEYS if deeper in inner}
+        nested = {
+            deeper: _unwrap_module(inner[deeper]) for deeper in WRAPPER_KEYS if deeper in inner
+        }
         for deeper, state in nested.items():
             if isinstance(state, Mapping) and _has_tensors(state):
                 states[f"{name}.{deeper}"] = state
@@ -228,43 +265,64 @@ def _is_optimizer(value: object) -> bool:
 
 def _no_such_key(path: Path, key: str, states: Mapping[str, object]) -> CheckpointError:
     if not states:
-        return CheckpointError(f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave out the key.")
-    return CheckpointError(f"{path} has no weights under {quote(key)}.", f"The keys with weights: {listing(states)}.")
+        return CheckpointError(
+            f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave out the key."
+        )
+    return CheckpointError(
+        f"{path} has no weights under {quote(key)}.", f"The keys with weights: {listing(states)}."
+    )
 
 
-def _no_tensors(path: Path, loaded: Mapping[Any, object], states: Mapping[str, object]) -> CheckpointError:
+def _no_tensors(
+    path: Path, loaded: Mapping[Any, object], states: Mapping[str, object]
+) -> CheckpointError:
     keys = f"its keys: {listing(loaded)}"
     if states:
         tip = f"Choose one with --key: {listing(states)}."
-        return CheckpointError(f"{path} has no weights under any of {', '.join(WRAPPER_KEYS)} ({keys}).", tip)
+        return CheckpointError(
+            f"{path} has no weights under any of {', '.join(WRAPPER_KEYS)} ({keys}).", tip
+        )
     if _is_optimizer(loaded) or any(_is_optimizer(value) for value in loaded.values()):
-        message = f"{path} is a checkpoint of an optimizer only, without the network's weights ({keys})."
-        return CheckpointError(message, _STATE_DICT_TIP)
-    return CheckpointError(f"{path} contains a dictionary without tensors ({keys}).", _STATE_DICT_TIP)
+        message = (
+            f"{path} is a checkpoint of an optimizer only, without the network's weights ({keys})."
+        )
+        return CheckpointError(message, STATE_DICT_TIP)
+    return CheckpointError(
+        f"{path} contains a dictionary without tensors ({keys}).", STATE_DICT_TIP
+    )
 
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a single tensor of shape {list(value.shape)}"
     if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)} ({listing(dict.fromkeys(type(v).__name__ for v in value))})"
+        return (
+            f"a {type(value).__name__} of {len(value)}"
+            f" ({listing(dict.fromkeys(type(v).__name__ for v in value))})"
+        )
     return f"an object of type {type(value).__name__}"
 
 
 def _only_tensors(path: Path, state: Mapping[Any, object]) -> dict[str, Tensor]:
-    """The state dict as plain tensors; it is refused at the first entry that is not a plain tensor."""
+    """The state dict as plain tensors.
+
+    It is refused at the first entry that is not a plain tensor.
+    """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        if _is_quantized(name, value):
-            raise _integer_weights(path, name, "quantized")
+        if is_quantized(name, value):
+            raise integer_weights(path, name, "quantized")
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{quote(name)}, {_describe(value)}"
-            raise CheckpointError(f"{path} has an entry that is not a named tensor: {what}.", _STATE_DICT_TIP)
+            raise CheckpointError(
+                f"{path} has an entry that is not a named tensor: {what}.", STATE_DICT_TIP
+            )
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
         if not plain or value.layout is not torch.strided or value.device.type != "cpu":
             kind = f"{type(value).__name__}, {value.layout}, on {value.device.type}"
             raise CheckpointError(
-                f"{path} contains {quote(name)}, which is not a plain dense tensor ({kind}).", _FLOAT_TIP
+                f"{path} contains {quote(name)}, which is not a plain dense tensor ({kind}).",
+                FLOAT_TIP,
             )
         tensors[name] = value.detach()
     return tensors
@@ -273,7 +331,8 @@ def _only_tensors(path: Path, state: Mapping[Any, object]) -> dict[str, Tensor]:
 def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Strip the prefixes that all names carry.
 
-    ``AveragedModel`` keeps its counter ``n_averaged`` beside the prefixed names; the counter is dropped.
+    ``AveragedModel`` keeps its counter ``n_averaged`` beside the prefixed names; the counter is
+    dropped.
 
     Returns:
         The tensors under their shorter names, and what was stripped.
@@ -283,93 +342,16 @@ def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         counted = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
         if counted and all(name.startswith("module.") for name in counted):
             tensors = counted
-        prefix = next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
+        prefix = next(
+            (p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""
+        )
         if not prefix:
             return tensors, stripped
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         stripped += prefix
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not finite floating-point weights.
-
-    Counters are accepted: ``num_batches_tracked``, and scalars of type int64 or bool.
-
-    Raises:
-        CheckpointError: there are no tensors; a tensor is quantized, integer, complex or of 8 bits; it claims more
-            elements than the file stores; or it has NaN or infinite values.
-    """
-    if not tensors:
-        raise CheckpointError(f"{path} contains no tensors.", _STATE_DICT_TIP)
-    for name, tensor in tensors.items():
-        _check_dtype(path, name, tensor)
-        # A hostile file can repeat one number a trillion times through a stride of 0.
-        if tensor.numel() > max(2**24, tensor.untyped_storage().nbytes() // tensor.element_size()):
-            message = f"{path} contains {quote(name)} of shape {list(tensor.shape)}, far larger than its stored data."
-            raise CheckpointError(message, AGAIN)
-    bad = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
-    if bad:
-        count = int((~torch.isfinite(tensors[bad[0]])).sum())
-        message = (
-            f"{path} has NaN or infinite weights: {count} of {tensors[bad[0]].numel()} values in {quote(bad[0])}; "
-            f"{len(bad)} of {len(tensors)} tensors affected."
-        )
-        raise CheckpointError(
-            message, "The training diverged, or values overflowed float16: give an earlier checkpoint."
-        )
-
-
-def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
-    if tensor.dtype in WEIGHT_DTYPES:
-        return
-    is_flag = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.bool)
-    is_place = name.endswith((".pivot_row", ".pivot_column"))  # of a layer in Path-BN form
-    counter = name.endswith("num_batches_tracked") or is_flag or is_place
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise CheckpointError(f"{path} contains {quote(name)} in {dtype}, which is not supported.", _FLOAT_TIP)
-    if not counter:
-        raise _integer_weights(path, name, dtype)
-
-
-def _is_quantized(name: object, value: object) -> bool:
-    packed = isinstance(name, str) and "_packed_params" in name
-    return packed or (isinstance(value, Tensor) and value.is_quantized)
-
-
-def _integer_weights(path: Path, name: object, dtype: str) -> CheckpointError:
-    message = (
-        f"{path} is a quantized or integer checkpoint ({quote(name)} is {dtype}); expected floating-point weights."
-    )
-    return CheckpointError(message, _FLOAT_TIP)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass without a copy: NaN and infinities show in the extrema."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    return all(bool(extremum.isfinite()) for extremum in torch.aminmax(tensor))
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hexadecimal, of names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order; copied only if they do not lie so in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-# --- metadata -------------------------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 def _metadata_text(state: Mapping[Any, object]) -> object:
@@ -387,5 +369,7 @@ def _parse_metadata(path: Path, text: object) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} has damaged pathconvert metadata: it is not a JSON object.", AGAIN)
+        raise CheckpointError(
+            f"{path} has damaged pathconvert metadata: it is not a JSON object.", AGAIN
+        )
     return metadata

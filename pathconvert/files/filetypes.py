@@ -1,7 +1,9 @@
-"""What a file is, told from its content: a checkpoint, or one of the many things that are saved under its name.
+"""What a file is, told from its content.
 
-:func:`recognise` returns a :class:`Kind`, or refuses the file and says what it is. Nothing in a file is executed or
-unpickled here, and no length that a file claims is used before it has been compared with the file's size.
+It is a checkpoint, or one of the many things that are saved under its name. :func:`recognise`
+returns a :class:`Kind`, or refuses the file and says what it is. Nothing in a file is executed or
+unpickled here, and no length that a file claims is used before it has been compared with the file's
+size.
 """
 
 import codecs
@@ -18,14 +20,26 @@ from pathconvert.files.pickles import describe_code, scan_pickles
 from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
 
 _HEAD = 4096  # bytes at the beginning of a file that are looked at
-_TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that opens a file by torch.save before 1.6
+_TORCH_MAGIC = (  # the number that opens a file by torch.save before 1.6
+    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+)
 
 _EXPORT_AGAIN = "Give the PyTorch checkpoint that it was exported from."
-_STATE_DICT = "Save the network's weights with torch.save(model.state_dict(), 'weights.pt') and give that file."
+_STATE_DICT = (
+    "Save the network's weights with torch.save(model.state_dict(), 'weights.pt') and give that"
+    " file."
+)
 _UNPACK = "Unpack it and give the checkpoint inside."
-_SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, what the file is, what to do
+_SIGNATURES: tuple[
+    tuple[int, bytes, str, str], ...
+] = (  # offset, bytes, what the file is, what to do
     (0, b"GGUF", "a GGUF file (llama.cpp)", _EXPORT_AGAIN),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, TensorFlow)", "Give the network's PyTorch weights."),
+    (
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (Keras, TensorFlow)",
+        "Give the network's PyTorch weights.",
+    ),
     (4, b"TFL3", "a TensorFlow Lite file", _EXPORT_AGAIN),
     (0, b"\x93NUMPY", "a NumPy array (.npy)", _STATE_DICT),
     (0, b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
@@ -52,7 +66,8 @@ def recognise(path: Path) -> Kind:
     """Tell the kind of the checkpoint at ``path``.
 
     Raises:
-        CheckpointError: the file does not exist, cannot be read, is damaged, or is not a checkpoint.
+        CheckpointError: the file does not exist, cannot be read, is damaged, or is not a
+            checkpoint.
     """
     size = _file_size(path)
     with reading(path), path.open("rb") as file:
@@ -64,7 +79,12 @@ def recognise(path: Path) -> Kind:
         text = _as_text(head)
         if head[8:9] == b"{" and text is None:
             return Kind.SAFETENSORS
-        found = _signature(head) or _text_file(file, text) or _pickle_file(file) or _protobuf_file(file, size)
+        found = (
+            _signature(head)
+            or _text_file(file, text)
+            or _pickle_file(file)
+            or _protobuf_file(file, size)
+        )
     if found is None and path.suffix.lower() == ".safetensors":
         return Kind.SAFETENSORS  # the check of its header will say what is wrong
     what, tip = found or (f"unknown binary data (it begins with {head[:8].hex(' ')})", AGAIN)
@@ -76,21 +96,28 @@ def _file_size(path: Path) -> int:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} does not exist; {EXPECTED}.", "Check the path for misspellings.") from None
+        raise CheckpointError(
+            f"{path} does not exist; {EXPECTED}.", "Check the path for misspellings."
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "Check the file's permissions.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}.", "Check the file's permissions."
+        ) from error
     if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a directory; {EXPECTED}.", "Give one of the files inside.")
+        raise CheckpointError(
+            f"{path} is a directory; {EXPECTED}.", "Give one of the files inside."
+        )
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(
-            f"{path} is not a regular file; {EXPECTED}.", "Copy its content to a file and give that file."
+            f"{path} is not a regular file; {EXPECTED}.",
+            "Copy its content to a file and give that file.",
         )
     if status.st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes); {EXPECTED}.", AGAIN)
     return status.st_size
 
 
-# --- zip archives ---------------------------------------------------------------------------------------------------
+# ---- zip archives --------------------------------------------------------------------------------
 
 
 def _zip_kind(path: Path, size: int) -> Kind:
@@ -98,15 +125,23 @@ def _zip_kind(path: Path, size: int) -> Kind:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        message = f"{path} is a truncated or damaged torch.save file (a zip archive without an intact end record)."
+        message = (
+            f"{path} is a truncated or damaged torch.save file (a zip archive without an intact end"
+            " record)."
+        )
         raise CheckpointError(message, AGAIN) from error  # --debug shows zipfile's own error
     what, tip = _zip_contents([member.filename for member in members])
     if what:
         raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)
-    # torch.save does not compress, so the sizes that the members claim can be compared with the file's size.
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or _claimed_bytes(members) > size:
+    # torch.save does not compress, so the sizes that the members claim can be compared with the
+    # file's size.
+    if (
+        any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        or _claimed_bytes(members) > size
+    ):
         message = (
-            f"{path} is a torch.save file that was compressed again, or whose members claim more bytes than it has."
+            f"{path} is a torch.save file that was compressed again, or whose members claim more"
+            " bytes than it has."
         )
         raise CheckpointError(message, "Load and save it once with torch.load and torch.save.")
     return Kind.ZIP
@@ -125,10 +160,16 @@ def _zip_contents(names: list[str]) -> tuple[str, str]:
     inside = {name.partition("/")[2] for name in names} | set(names)
     if "constants.pkl" in inside:
         resave = "torch.save(torch.jit.load('file.pt').state_dict(), 'weights.pt')"
-        return "a TorchScript archive (torch.jit.save)", f"Take its weights out with {resave} and give that file."
+        return (
+            "a TorchScript archive (torch.jit.save)",
+            f"Take its weights out with {resave} and give that file.",
+        )
     if inside & {"archive_format", "serialized_exported_program.json", "models/model.json"}:
         resave = "torch.save(dict(torch.export.load('file.pt2').state_dict), 'weights.pt')"
-        return "a torch.export archive (.pt2)", f"Take its weights out with {resave} and give that file."
+        return (
+            "a torch.export archive (.pt2)",
+            f"Take its weights out with {resave} and give that file.",
+        )
     if ".data/extern_modules" in inside:
         return "a torch.package archive", _STATE_DICT
     if "data.pkl" in inside:
@@ -140,7 +181,7 @@ def _zip_contents(names: list[str]) -> tuple[str, str]:
     return f"a zip archive without a checkpoint in it (it contains {listing(names)})", _UNPACK
 
 
-# --- everything else ------------------------------------------------------------------------------------------------
+# ---- everything else -----------------------------------------------------------------------------
 
 
 def _signature(head: bytes) -> tuple[str, str] | None:
@@ -168,14 +209,26 @@ def _text_file(file: BinaryIO, text: str | None) -> tuple[str, str] | None:
     if start.startswith("version https://git-lfs"):
         return "a git-lfs pointer, not the file itself", "Run `git lfs pull` in its repository."
     if start.startswith(("<!doctype html", "<html")):
-        return "a web page (HTML), perhaps the error page of a download", "Download the file itself."
+        return (
+            "a web page (HTML), perhaps the error page of a download",
+            "Download the file itself.",
+        )
     if '"weight_map"' in text:
-        return "the index of a checkpoint in several files", "Join its parts into one file and give that file."
-    return f"a text file (it begins with {quote(text.strip()[:30])})", "Give the network's checkpoint."
+        return (
+            "the index of a checkpoint in several files",
+            "Join its parts into one file and give that file.",
+        )
+    return (
+        f"a text file (it begins with {quote(text.strip()[:30])})",
+        "Give the network's checkpoint.",
+    )
 
 
 def _pickle_file(file: BinaryIO) -> tuple[str, str] | None:
-    """What a pickle that torch.save did not write is, and what to do about it; None if the file is not a pickle."""
+    """What a pickle that torch.save did not write is, and what to do about it.
+
+    None if the file is not a pickle.
+    """
     file.seek(0)
     first = file.read(2)
     contents = scan_pickles(file, count=1)
@@ -188,17 +241,32 @@ def _pickle_file(file: BinaryIO) -> tuple[str, str] | None:
 
 
 def _protobuf_file(file: BinaryIO, size: int) -> tuple[str, str] | None:
-    """What a protobuf message is, told by the fields that it has, and what to do about it; None for any other file."""
+    """What a protobuf message is, told by the fields that it has, and what to do about it.
+
+    None for any other file.
+    """
     fields = _protobuf_fields(file, size)
-    if 7 in fields and fields <= {*range(1, 9), 14, 20, 25, 26}:  # ModelProto: 1 ir_version, 7 graph
-        return "an ONNX file", f"{_EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx."
+    if 7 in fields and fields <= {
+        *range(1, 9),
+        14,
+        20,
+        25,
+        26,
+    }:  # ModelProto: 1 ir_version, 7 graph
+        return (
+            "an ONNX file",
+            f"{_EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx.",
+        )
     if fields == {1, 2}:  # SavedModel: 1 schema version, 2 meta graphs
         return "a TensorFlow SavedModel", "Give the network's PyTorch weights."
     return None
 
 
 def _protobuf_fields(file: BinaryIO, size: int, limit: int = 10_000) -> set[int]:
-    """The numbers of the top-level fields, if the file is a protobuf message that begins with a number; else empty."""
+    """The numbers of a protobuf message's top-level fields.
+
+    Empty if the file is not a protobuf message that begins with a number.
+    """
     fields: set[int] = set()
     file.seek(0)
     while file.tell() < size and len(fields) < 32 and (limit := limit - 1):

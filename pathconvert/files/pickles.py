@@ -1,7 +1,7 @@
 """What a pickle would import, found by disassembling it: nothing in it is run.
 
-A file by ``torch.save`` is a zip archive with a ``data.pkl`` inside or, before torch 1.6, four pickles followed by raw
-bytes.
+A file by ``torch.save`` is a zip archive with a ``data.pkl`` inside or, before torch 1.6, four
+pickles followed by raw bytes.
 """
 
 import io
@@ -15,9 +15,34 @@ from typing import Any, BinaryIO
 
 from pathconvert.files.refusals import listing, reading
 
-_PLAIN_BUILTINS = {bool, bytearray, bytes, complex, dict, float, frozenset, int, list, object, range, set, slice, str}
+_PLAIN_BUILTINS = {
+    bool,
+    bytearray,
+    bytes,
+    complex,
+    dict,
+    float,
+    frozenset,
+    int,
+    list,
+    object,
+    range,
+    set,
+    slice,
+    str,
+}
 _PLAIN_BUILTIN_NAMES = {kind.__name__ for kind in (*_PLAIN_BUILTINS, tuple)}
-_PLAIN_MODULES = {"argparse", "collections", "datetime", "decimal", "enum", "fractions", "functools", "pathlib", "uuid"}
+_PLAIN_MODULES = {
+    "argparse",
+    "collections",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "pathlib",
+    "uuid",
+}
 _PLAIN_MODULES |= {"_codecs", "copyreg", "typing"}
 _STATE_DICT_GLOBALS = {
     "collections.OrderedDict",
@@ -48,7 +73,10 @@ class PickleContents:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """The foreign globals that name functions of the standard library: loading the pickle would run them."""
+        """The foreign globals that name functions of the standard library.
+
+        Loading the pickle would run them.
+        """
         return tuple(name for name in self.foreign if _acts(name))
 
 
@@ -62,18 +90,25 @@ def zipped_contents(path: Path) -> PickleContents:
 
 
 def legacy_contents(path: Path) -> PickleContents:
-    """What the four pickles in a file by ``torch.save`` before 1.6 would import, without running them."""
+    """What the four pickles in a file by ``torch.save`` before 1.6 would import.
+
+    They are not run.
+    """
     with reading(path), path.open("rb") as file:
         return scan_pickles(file, count=4) or NOTHING
 
 
 def _zipped_pickle(path: Path) -> bytes:
-    """``data.pkl`` as it is stored. Its checksum is ignored: torch writes one only on request and never checks it."""
+    """``data.pkl`` as it is stored.
+
+    Its checksum is ignored: torch writes one only on request and never checks it.
+    """
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
     with path.open("rb") as file:
         file.seek(members[0].header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)  # the lengths of name and extra field
+        # the lengths of name and extra field
+        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
         return file.read(members[0].file_size)
 
 
@@ -93,11 +128,16 @@ def scan_pickles(file: BinaryIO, count: int) -> PickleContents | None:
             if index == 0:
                 return None
             break
-    return PickleContents(scan.protocol, tuple(scan.found), scan.marks >= {"_parameters", "_modules"})
+    return PickleContents(
+        scan.protocol, tuple(scan.found), scan.marks >= {"_parameters", "_modules"}
+    )
 
 
 class _PickleScan:
-    """Follow the strings that a pickle pushes, because STACK_GLOBAL imports what the last two of them name."""
+    """Follow the strings that a pickle pushes.
+
+    STACK_GLOBAL imports what the last two of them name.
+    """
 
     def __init__(self) -> None:
         self.protocol = 0
@@ -129,7 +169,11 @@ def _belongs_in_state_dict(name: str) -> bool:
     """Whether the pickle of a state dict may import ``name``."""
     module, _, attribute = name.rpartition(".")
     if module == "torch":
-        return attribute.endswith("Storage") or attribute in ("Size", "device", "Tensor") or attribute[-1:].isdigit()
+        return (
+            attribute.endswith("Storage")
+            or attribute in ("Size", "device", "Tensor")
+            or attribute[-1:].isdigit()
+        )
     builtin = module in ("builtins", "__builtin__") and attribute in _PLAIN_BUILTIN_NAMES
     rebuild = module in ("torch._utils", "torch._tensor") and attribute.startswith("_rebuild")
     held = module in ("torch.storage", "torch.nn.parameter", "torch.serialization")
@@ -137,7 +181,7 @@ def _belongs_in_state_dict(name: str) -> bool:
 
 
 def _acts(name: str) -> bool:
-    """Whether ``name`` is a function of the standard library that may do something when it is called."""
+    """Whether ``name`` is a standard-library function that may do something when called."""
     module, _, attribute = name.rpartition(".")
     root = module.partition(".")[0]
     if root in ("builtins", "__builtin__"):
@@ -151,5 +195,13 @@ def describe_code(contents: PickleContents) -> tuple[str, str]:
     Returns:
         What the file is, and what to do about it.
     """
-    what = f"a pickle with code in it (it calls {listing(contents.code)}); nothing of it was executed"
-    return what, "Do not load it. Ask for the weights as .safetensors, or as a state dict from a source you trust."
+    what = (
+        f"a pickle with code in it (it calls {listing(contents.code)}); nothing of it was executed"
+    )
+    return (
+        what,
+        (
+            "Do not load it. Ask for the weights as .safetensors, or as a state dict from a source"
+            " you trust."
+        ),
+    )

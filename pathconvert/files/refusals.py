@@ -17,7 +17,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}.", "Check the file's permissions.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {reason}.", "Check the file's permissions."
+        ) from error
 
 
 def quote(text: object, limit: int = 80) -> str:

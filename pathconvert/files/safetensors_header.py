@@ -1,11 +1,13 @@
 """The header of a safetensors file, read without believing it.
 
-A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes::
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors'
+bytes::
 
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {...}}
 
-The tensors must tile the bytes after the header: they do not overlap, they leave no gap, and nothing follows them. No
-length that the header claims is used before it has been compared with the file's size.
+The tensors must tile the bytes after the header: they do not overlap, they leave no gap, and
+nothing follows them. No length that the header claims is used before it has been compared with the
+file's size.
 """
 
 import json
@@ -19,7 +21,9 @@ from pathconvert.files.refusals import AGAIN, quote, reading
 
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 _ITEM_BYTES = {  # bytes per element, by safetensors dtype
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(
+        ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1
+    ),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
@@ -34,7 +38,8 @@ def safetensors_header(path: Path) -> tuple[list[str], dict[str, Any]]:
         The names of the tensors in file order, and the header's ``__metadata__``.
 
     Raises:
-        CheckpointError: the file cannot be read, or its header is malformed or does not fit the file.
+        CheckpointError: the file cannot be read, or its header is malformed or does not fit the
+            file.
     """
     size = path.stat().st_size
     with reading(path), path.open("rb") as file:
@@ -44,7 +49,10 @@ def safetensors_header(path: Path) -> tuple[list[str], dict[str, Any]]:
         if length > size - 8:
             raise _broken(path, f"its header claims {length} bytes, but only {size - 8} follow")
         if length > _HEADER_LIMIT:
-            raise _broken(path, f"its header claims {length} bytes, more than the {_HEADER_LIMIT} that are allowed")
+            raise _broken(
+                path,
+                f"its header claims {length} bytes, more than the {_HEADER_LIMIT} that are allowed",
+            )
         header = _parse_header(path, file.read(length))
     metadata = header.pop("__metadata__", None) or {}
     spans = sorted((*_span(path, name, entry), name) for name, entry in header.items())
@@ -61,7 +69,9 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
 
     def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            repeated.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            repeated.extend(
+                name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+            )
         return dict(pairs)
 
     try:
@@ -79,14 +89,23 @@ def _span(path: Path, name: str, entry: object) -> tuple[int, int]:
     """The checked byte range [begin, end) of one tensor."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
+    if (
+        not _naturals(shape)
+        or not _naturals(offsets)
+        or len(offsets) != 2
+        or not isinstance(dtype, str)
+    ):
         raise _broken(path, f"the entry of tensor {quote(name)} is malformed")
     if dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"{path} contains tensor {quote(name)} of unsupported type {quote(dtype)}.", _FLOAT_TIP)
+        raise CheckpointError(
+            f"{path} contains tensor {quote(name)} of unsupported type {quote(dtype)}.", _FLOAT_TIP
+        )
     begin, end = offsets
     needed = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != needed:
-        raise _broken(path, f"tensor {quote(name)} needs {needed} bytes, but its offsets claim {end - begin}")
+        raise _broken(
+            path, f"tensor {quote(name)} needs {needed} bytes, but its offsets claim {end - begin}"
+        )
     return begin, end
 
 
@@ -98,13 +117,17 @@ def _check_tiling(path: Path, spans: list[tuple[int, int, str]], available: int)
     """Refuse sorted spans ``(begin, end, name)`` that do not tile ``available`` bytes."""
     last = max((end for _, end, _ in spans), default=0)
     if last > available:
-        raise _broken(path, f"it is truncated: its tensors need {last} bytes, but only {available} are there")
+        raise _broken(
+            path, f"it is truncated: its tensors need {last} bytes, but only {available} are there"
+        )
     previous, before = 0, ""
     for begin, end, name in spans:
         if begin < previous:
             raise _broken(path, f"tensors {quote(before)} and {quote(name)} overlap")
         if begin > previous:
-            raise _broken(path, f"{begin - previous} bytes before tensor {quote(name)} belong to no tensor")
+            raise _broken(
+                path, f"{begin - previous} bytes before tensor {quote(name)} belong to no tensor"
+            )
         previous, before = end, name
     if last < available:
         raise _broken(path, f"{available - last} bytes after the last tensor belong to no tensor")

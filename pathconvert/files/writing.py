@@ -24,12 +24,15 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 Checked = TypeVar("Checked")
 
 
-def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES) -> Path:
+def prepare_output(
+    path: str | Path, *, force: bool, source: Path | None, suffixes: Sequence[str] = SUFFIXES
+) -> Path:
     """Check, before any work, that ``path`` may be written.
 
     Raises:
-        OutputError: the suffix does not name a format; the path is the source itself or a directory; its folder is
-            missing or not writable; or the file exists and ``force`` is False.
+        OutputError: the suffix does not name a format; the path is the source itself or a
+            directory; its folder is missing or not writable; or the file exists and ``force`` is
+            False.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
@@ -37,14 +40,22 @@ def prepare_output(path: str | Path, *, force: bool, source: Path | None, suffix
         example = f"{path.stem.strip('.') or 'network'}{suffixes[0]}"
         raise OutputError(message, f"Give a name that ends in {suffixes[0]}, such as {example}.")
     if source is not None and _same_file(path, source):
-        raise OutputError(f"{path} is the source itself, which is never overwritten.", "Give another output with -o.")
+        raise OutputError(
+            f"{path} is the source itself, which is never overwritten.",
+            "Give another output with -o.",
+        )
     if path.is_dir():
-        raise OutputError(f"{path} is a directory; expected the name of a file.", "Give a file name inside it.")
+        raise OutputError(
+            f"{path} is a directory; expected the name of a file.", "Give a file name inside it."
+        )
     if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} of the output {path} does not exist.", "Create it first.")
+        raise OutputError(
+            f"The folder {path.parent} of the output {path} does not exist.", "Create it first."
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(
-            f"The folder {path.parent} of the output {path} is not writable.", "Give another output with -o."
+            f"The folder {path.parent} of the output {path} is not writable.",
+            "Give another output with -o.",
         )
     _check_existing(path, force=force)
     return path
@@ -55,9 +66,14 @@ def _check_existing(path: Path, *, force: bool) -> None:
     if not os.path.lexists(path):
         return
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is not a regular file and will not be replaced.", "Give another output with -o.")
+        raise OutputError(
+            f"{path} is not a regular file and will not be replaced.",
+            "Give another output with -o.",
+        )
     if not force:
-        raise OutputError(f"{path} exists already.", "Pass --force to replace it, or give another output with -o.")
+        raise OutputError(
+            f"{path} exists already.", "Pass --force to replace it, or give another output with -o."
+        )
 
 
 def _same_file(path: Path, source: Path) -> bool:
@@ -84,16 +100,23 @@ def write_checkpoint(
         metadata: a JSON object to store beside them, or None.
         force: replace a file that exists.
         source: the file that the tensors came from, which is not overwritten.
-        check: called with the temporary file before it is renamed; if it raises, that file is removed and the error
-            propagates.
+        check: called with the temporary file before it is renamed; if it raises, that file is
+            removed and the error propagates.
 
     Raises:
-        OutputError: the path may not be written, the disk is full, or the system refuses; no file is left behind.
+        OutputError: the path may not be written, the disk is full, or the system refuses; no file
+            is left behind.
     """
     path = prepare_output(path, force=force, source=source)
     write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
     text = None if metadata is None else json.dumps(metadata)
-    write_atomically(path, tensors, lambda file: write(file, tensors, text), check or (lambda _: None), force=force)
+    write_atomically(
+        path,
+        tensors,
+        lambda file: write(file, tensors, text),
+        check or (lambda _: None),
+        force=force,
+    )
     return path
 
 
@@ -111,8 +134,8 @@ def write_atomically(
         path: as :func:`prepare_output` returned it.
         tensors: what is written; the message about a full disk gives their size.
         write: writes the temporary file that it is given.
-        check: called with the temporary file before it is renamed; if it raises, that file is removed and the error
-            propagates.
+        check: called with the temporary file before it is renamed; if it raises, that file is
+            removed and the error propagates.
         force: replace a file that exists.
 
     Returns:
@@ -152,16 +175,24 @@ def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str
 
 
 def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
-    """Write a state dict that ``load_state_dict(torch.load(file, weights_only=True), strict=True)`` accepts."""
+    """Write a state dict that a strict ``load_state_dict`` accepts.
+
+    It is read by ``load_state_dict(torch.load(file, weights_only=True), strict=True)``.
+    """
     state = OrderedDict((name, _compact(tensor)) for name, tensor in tensors.items())
     if text is not None:
         vars(state)["_metadata"] = OrderedDict(pathconvert={"json": text})
-    with temporary.open("wb") as file:  # Python's own file raises the system's error, torch's does not
+    with temporary.open(
+        "wb"
+    ) as file:  # Python's own file raises the system's error, torch's does not
         torch.save(state, file)
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor on its own: of a view into a larger storage torch.save would write the whole storage."""
+    """The tensor in a storage of its own.
+
+    Of a view into a larger storage, torch.save would write the whole storage.
+    """
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
@@ -169,7 +200,10 @@ def _compact(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Turn an error of the operating system, bare or wrapped in one of torch's, into one that names the output."""
+    """Turn an error of the operating system into one that names the output.
+
+    The error may be bare, or wrapped in one of torch's.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -181,7 +215,8 @@ def _writing(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
-        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the number in its text only
+        # safetensors gives the number in its text only
+        number = re.search(r"\(os error (\d+)\)", str(error))
         if number:
             return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
@@ -193,13 +228,18 @@ def _output_error(path: Path, tensors: Mapping[str, Tensor], error: OSError) -> 
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
         reason = "the file would be too large" if error.errno == errno.EFBIG else "disk full"
         how_much = f": {needed:.1f} MB needed" if tensors else ""
-        return OutputError(f"{path} was not written: {reason}{how_much}.", "Free space, or write elsewhere.")
+        return OutputError(
+            f"{path} was not written: {reason}{how_much}.", "Free space, or write elsewhere."
+        )
     reason = error.strerror or type(error).__name__
     return OutputError(f"{path} was not written: {reason}.", "Give another output with -o.")
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the rename in a folder, to disk so that it survives a power cut, where the file system can."""
+    """Flush a file, or the rename in a folder, to disk.
+
+    It then survives a power cut, where the file system can do this.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

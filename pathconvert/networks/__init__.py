@@ -1,1 +1,4 @@
-"""Networks in files: architectures, preprocessing, images, loading and saving, and conversions that are checked."""
+"""Networks in files.
+
+Architectures, preprocessing, images, loading and saving, and conversions that are checked.
+"""

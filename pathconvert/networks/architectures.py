@@ -1,9 +1,10 @@
 """Which networks are supported, and which of them has the tensors of a checkpoint.
 
-``architectures.json`` is an index of torchvision's networks. For each network it has the CRC-32 of ``name:shape`` of
-every tensor (with auxiliary heads, without counters), where the number of classes shows, and which argument switches
-auxiliary heads on. ``make_index.py`` writes the index from the torchvision that is installed. The index only suggests
-candidates; each is then built, without initialising it, and compared with the checkpoint tensor by tensor.
+``architectures.json`` is an index of torchvision's networks. For each network it has the CRC-32 of
+``name:shape`` of every tensor (with auxiliary heads, without counters), where the number of classes
+shows, and which argument switches auxiliary heads on. ``make_index.py`` writes the index from the
+torchvision that is installed. The index only suggests candidates; each is then built, without
+initialising it, and compared with the checkpoint tensor by tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.errors import ArchitectureError
-from pathconvert.networks.builders import build_by_path, build_timm, build_torchvision, find_builder, timm_input_size
+from pathconvert.networks.builders import (
+    build_by_path,
+    build_timm,
+    build_torchvision,
+    find_builder,
+    timm_input_size,
+)
 
 INDEX_VERSION = 1
 COUNTER = "num_batches_tracked"
@@ -50,7 +57,10 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of ``pathconvert archs``; ``reason`` says why the network is not supported, and is empty if it is."""
+    """A line of ``pathconvert archs``.
+
+    ``reason`` says why the network is not supported, and is empty if it is.
+    """
 
     name: str
     task: str
@@ -58,12 +68,14 @@ class Entry:
     reason: str
 
 
-# ---- the index -------------------------------------------------------------------------------------------------
+# ---- the index -----------------------------------------------------------------------------------
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     """The shape of every tensor by name, without counters."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(COUNTER)}
+    return {
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(COUNTER)
+    }
 
 
 def codes_of(shapes: Shapes) -> set[str]:
@@ -86,24 +98,40 @@ def is_known(name: str) -> bool:
 
 def catalogue() -> list[Entry]:
     """Every torchvision network, with the reason where it is not supported."""
-    return [Entry(name, entry["task"], not entry["reason"], entry["reason"]) for name, entry in index().items()]
+    return [
+        Entry(name, entry["task"], not entry["reason"], entry["reason"])
+        for name, entry in index().items()
+    ]
 
 
-# ---- recognising -----------------------------------------------------------------------------------------------
+# ---- recognising ---------------------------------------------------------------------------------
 
 _OLD_NAMES: list[tuple[str, Any]] = [
-    (r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)", r"\1\2"),  # torchvision/models/densenet.py
-    (r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),  # ops/feature_pyramid_network.py
+    (
+        r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)",
+        r"\1\2",
+    ),  # torchvision/models/densenet.py
+    (
+        r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)",
+        r"\1.0.\2",
+    ),  # ops/feature_pyramid_network.py
     (r"(rpn\.head\.conv)\.(weight|bias)", r"\1.0.0.\2"),  # models/detection/rpn.py
-    (r"(.*mask_head)\.mask_fcn(\d)\.(weight|bias)", lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}"),  # mask_rcnn.py
+    (
+        r"(.*mask_head)\.mask_fcn(\d)\.(weight|bias)",
+        lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}",
+    ),  # mask_rcnn.py
 ]
-_OLD_RETINANET = (r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)", lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}")
+_OLD_RETINANET = (
+    r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)",
+    lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",
+)
 
 
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of old DenseNet and detection checkpoints to the names that torchvision uses now.
+    """Rename the tensors of old DenseNet and detection checkpoints.
 
-    torchvision's own files still have the old names, and it renames them while loading. The order is kept.
+    They get the names that torchvision uses now. torchvision's own files still have the old names,
+    and it renames them while loading. The order is kept.
     """
     fcos = (
         "head.classification_head.conv.1.weight" in tensors
@@ -130,11 +158,13 @@ def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) 
     codes = codes_of(shapes)
     scores = {name: _overlap(codes, entry["codes"]) for name, entry in index().items()}
     ranked = sorted(scores, key=lambda name: -scores[name])
-    near = [name for name in ranked if scores[name] >= 0.8 * scores[ranked[0]] and scores[name] > 0.2][:3]
+    near = [
+        name for name in ranked if scores[name] >= 0.8 * scores[ranked[0]] and scores[name] > 0.2
+    ][:3]
     if not near:
         raise ArchitectureError(
-            f"these {len(tensors)} tensors are not those of a torchvision network that pathconvert knows "
-            f"(the closest: {', '.join(ranked[:3])})",
+            f"these {len(tensors)} tensors are not those of a torchvision network that pathconvert"
+            f" knows (the closest: {', '.join(ranked[:3])})",
             "Name the network: --arch package.module:builder, a function or class that builds it.",
         )
     candidates = [_candidate(name, tensors, shapes, num_classes) for name in near]
@@ -144,14 +174,16 @@ def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) 
     if exact:
         names = ", ".join(candidate.name for candidate in exact)
         raise ArchitectureError(
-            f"these tensors fit several networks: {names}", f"Choose one, for example --arch {exact[0].name}"
+            f"these tensors fit several networks: {names}",
+            f"Choose one, for example --arch {exact[0].name}",
         )
     closest, differences = min(candidates, key=lambda pair: len(pair[1]))
     raise ArchitectureError(
-        f"no torchvision network has these tensors; the closest is {closest.name} ({_count(differences)}): "
-        + "; ".join(differences[:3]),
-        f"Other close networks: {', '.join(name for name in near if name != closest.name) or 'none'}. "
-        "For a network of your own: --arch package.module:builder",
+        f"no torchvision network has these tensors; the closest is {closest.name}"
+        f" ({_count(differences)}): " + "; ".join(differences[:3]),
+        "Other close networks:"
+        f" {', '.join(name for name in near if name != closest.name) or 'none'}. For a network of"
+        " your own: --arch package.module:builder",
     )
 
 
@@ -167,14 +199,18 @@ def _candidate(
     """Compare a candidate with the tensors.
 
     Returns:
-        The network with its arguments read from the tensors, and how its own tensors differ from them.
+        The network with its arguments read from the tensors, and how its own tensors differ from
+        them.
     """
     architecture = fit_arguments(name, tensors, shapes, num_classes)
     return architecture, differences_to(_shape_model(architecture), tensors)
 
 
 def _shape_model(architecture: Architecture) -> nn.Module:
-    """Build on the meta device where the constructor allows it: SSD's runs the network, RegNet's needs real tensors."""
+    """Build on the meta device where the constructor allows it.
+
+    SSD's constructor runs the network, and RegNet's needs real tensors.
+    """
     try:
         with torch.device("meta"):
             return build_torchvision(architecture.name, architecture.arguments)
@@ -182,14 +218,20 @@ def _shape_model(architecture: Architecture) -> nn.Module:
         return build(architecture)
 
 
-def fit_arguments(name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None) -> Architecture:
-    """A torchvision network with the number of classes, the auxiliary heads and the BatchNorm that the tensors show.
+def fit_arguments(
+    name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None
+) -> Architecture:
+    """A torchvision network of the kind that the tensors show.
+
+    They show the number of classes, the auxiliary heads and the BatchNorm.
 
     Raises:
         ArchitectureError: ``num_classes`` is less than 1.
     """
     if num_classes is not None and num_classes < 1:
-        raise ArchitectureError(f"{num_classes} is not a number of classes", "Give a positive number: --num-classes 10")
+        raise ArchitectureError(
+            f"{num_classes} is not a number of classes", "Give a positive number: --num-classes 10"
+        )
     entry = index()[name]
     arguments = dict(entry["arguments"])
     key, dim, slope, intercept = entry["head"]
@@ -202,7 +244,9 @@ def fit_arguments(name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_
         arguments[argument] = any(tensor.startswith(tuple(prefixes)) for tensor in shapes)
     if entry["task"] == "detection" and "backbone.body.bn1.running_var" in tensors:
         arguments["frozen_batch_norm"] = f"backbone.body.bn1.{COUNTER}" not in tensors
-        arguments = {k: v for k, v in arguments.items() if v is not False or k != "frozen_batch_norm"}
+        arguments = {
+            k: v for k, v in arguments.items() if v is not False or k != "frozen_batch_norm"
+        }
     return Architecture(name, arguments, tuple(entry["input_size"]), entry["task"])
 
 
@@ -211,7 +255,10 @@ def _count(differences: list[str]) -> str:
 
 
 def differences_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """How tensors differ from those of a network, one text per difference; a missing counter does not count."""
+    """How tensors differ from those of a network, one text per difference.
+
+    A missing counter does not count.
+    """
     expected, found = model.state_dict(), dict(tensors)
     texts = []
     for name, tensor in expected.items():
@@ -219,11 +266,13 @@ def differences_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]
             if not name.endswith(COUNTER):
                 texts.append(f"{name} is missing")
         elif found[name].shape != tensor.shape:
-            texts.append(f"{name} has shape {list(found[name].shape)}, expected {list(tensor.shape)}")
+            texts.append(
+                f"{name} has shape {list(found[name].shape)}, expected {list(tensor.shape)}"
+            )
     return texts + [f"{name} is extra" for name in found if name not in expected]
 
 
-# ---- naming and building ---------------------------------------------------------------------------------------
+# ---- naming and building -------------------------------------------------------------------------
 
 
 def resolve(
@@ -236,10 +285,11 @@ def resolve(
     """The network that ``--arch`` names.
 
     Args:
-        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``. A torchvision name may be followed by
-            arguments that the weights do not reveal: ``googlenet(transform_input=True)``.
-        tensors: the weights, from which the number of classes and the auxiliary heads of a torchvision network are
-            read; None for the defaults.
+        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``. A torchvision name
+            may be followed by arguments that the weights do not reveal:
+            ``googlenet(transform_input=True)``.
+        tensors: the weights, from which the number of classes and the auxiliary heads of a
+            torchvision network are read; None for the defaults.
         num_classes: passed to the builder unless it is None.
         input_size: the size of an input without the batch dimension; None for the usual one.
 
@@ -257,9 +307,14 @@ def resolve(
         close = difflib.get_close_matches(name, index(), 3)
         raise ArchitectureError(
             f"{name!r} is not a network that pathconvert knows",
-            f"Did you mean {', '.join(close)}?"
-            if close
-            else "pathconvert archs lists the known ones. For a network of your own: --arch package.module:builder",
+            (
+                f"Did you mean {', '.join(close)}?"
+                if close
+                else (
+                    "pathconvert archs lists the known ones. For a network of your own: --arch"
+                    " package.module:builder"
+                )
+            ),
         )
     architecture = fit_arguments(name, tensors or {}, shapes_of(tensors or {}), num_classes)
     arguments = architecture.arguments | arguments
@@ -286,12 +341,15 @@ def _called(name: str) -> tuple[str, dict[str, Any]]:
         return found[1], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError, AssertionError):
         raise ArchitectureError(
-            f"--arch {name}: the arguments cannot be read", "Write them as in --arch 'googlenet(transform_input=True)'"
+            f"--arch {name}: the arguments cannot be read",
+            "Write them as in --arch 'googlenet(transform_input=True)'",
         ) from None
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """Build the network in evaluation mode; the parameters of torchvision's networks are not initialised.
+    """Build the network in evaluation mode.
+
+    The parameters of torchvision's networks are not initialised.
 
     Raises:
         ArchitectureError: the network is not known, or cannot be built with these arguments.
@@ -319,7 +377,8 @@ def load_tensors(
     Args:
         architecture: the network.
         tensors: its state dict.
-        change: turns the stock network into the form whose state dict ``tensors`` is; by default it stays as it is.
+        change: turns the stock network into the form whose state dict ``tensors`` is; by default it
+            stays as it is.
 
     Raises:
         ArchitectureError: the tensors are not the network's.
@@ -328,7 +387,8 @@ def load_tensors(
     differences = differences_to(model, tensors)
     if differences:
         raise ArchitectureError(
-            f"the tensors are not those of {architecture.name} ({_count(differences)}): " + "; ".join(differences[:3]),
+            f"the tensors are not those of {architecture.name} ({_count(differences)}): "
+            + "; ".join(differences[:3]),
             "Check --arch and --num-classes.",
         )
     counters = {
@@ -337,7 +397,8 @@ def load_tensors(
         if name.endswith(COUNTER) and name not in tensors
     }
     complete = OrderedDict(counters | dict(tensors))
-    # Without the modules' versions MNASNet refuses a state dict, and other networks treat it as an old one.
+    # Without the modules' versions MNASNet refuses a state dict, and other networks treat it as an
+    # old one.
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     shared = _shared(model)
     model.load_state_dict(complete, strict=True, assign=True)
@@ -366,6 +427,7 @@ def parse_input_size(text: str) -> tuple[int, ...]:
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
         raise ArchitectureError(
-            f"{text!r} is not an input size", "Give the channels and the side lengths: --input-size 3x32x32"
+            f"{text!r} is not an input size",
+            "Give the channels and the side lengths: --input-size 3x32x32",
         )
     return tuple(int(number) for number in text.split("x"))

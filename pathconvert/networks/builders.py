@@ -18,7 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.errors import ArchitectureError, class_and_text, first_line
 
-# ---- torchvision's networks ------------------------------------------------------------------------------------
+# ---- torchvision's networks ----------------------------------------------------------------------
 
 
 def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -28,7 +28,10 @@ def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         ArchitectureError: torchvision does not accept the arguments.
     """
     options = dict(arguments)
-    frozen, eps = options.pop("frozen_batch_norm", False), options.pop("frozen_batch_norm_eps", 1e-5)
+    frozen, eps = (
+        options.pop("frozen_batch_norm", False),
+        options.pop("frozen_batch_norm_eps", 1e-5),
+    )
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     if "weights_backbone" in accepted:
         options["weights_backbone"] = None
@@ -46,7 +49,10 @@ def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _freeze_batch_norm(module: nn.Module, eps: float) -> None:
-    """Replace BatchNorm2d by FrozenBatchNorm2d, as torchvision does for a detector's pretrained backbone."""
+    """Replace BatchNorm2d by FrozenBatchNorm2d.
+
+    torchvision does so for a detector's pretrained backbone.
+    """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=eps))
@@ -58,8 +64,8 @@ def _freeze_batch_norm(module: nn.Module, eps: float) -> None:
 def _uninitialised() -> Iterator[None]:
     """Make every function of ``torch.nn.init`` that fills a tensor return it as it is.
 
-    Parameters keep the memory that they were given, which is not even touched, so building takes milliseconds. The
-    functions and the random state are put back at the end, also after an error.
+    Parameters keep the memory that they were given, which is not even touched, so building takes
+    milliseconds. The functions and the random state are put back at the end, also after an error.
     """
 
     def keep(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -80,7 +86,7 @@ def _uninitialised() -> Iterator[None]:
                 setattr(nn.init, name, function)
 
 
-# ---- package.module:builder ------------------------------------------------------------------------------------
+# ---- package.module:builder ----------------------------------------------------------------------
 
 
 def find_builder(name: str) -> Callable[..., Any]:
@@ -95,19 +101,29 @@ def find_builder(name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module can raise anything; a script may exit
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a user's module can raise anything; a script may exit
         raise ArchitectureError(
             f"--arch {name}: importing {module_name} failed: {class_and_text(error)}",
-            "Install the package, or change to its folder: modules in the current folder can be imported.",
+            "Install the package, or change to its folder: modules in the current folder can be"
+            " imported.",
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
-        there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        there = [
+            n
+            for n, v in vars(module).items()
+            if callable(v) and getattr(v, "__module__", "") == module_name
+        ]
         raise ArchitectureError(
             f"--arch {name}: {module_name} has no function or class {attribute!r}",
-            f"It has {', '.join((difflib.get_close_matches(attribute, there) or there)[:5])}."
-            if there
-            else f"Look at {getattr(module, '__file__', module_name)}.",
+            (
+                f"It has {', '.join((difflib.get_close_matches(attribute, there) or there)[:5])}."
+                if there
+                else f"Look at {getattr(module, '__file__', module_name)}."
+            ),
         )
     return cast(Callable[..., Any], builder)
 
@@ -125,7 +141,8 @@ def build_by_path(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     except (Exception, SystemExit) as error:  # a user's code can raise anything
         raise ArchitectureError(
             f"--arch {name}: building the network failed: {class_and_text(error)}",
-            "The builder is called without arguments, or with num_classes where --num-classes is given.",
+            "The builder is called without arguments, or with num_classes where --num-classes is"
+            " given.",
         ) from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(
@@ -135,7 +152,7 @@ def build_by_path(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
-# ---- timm/NAME -------------------------------------------------------------------------------------------------
+# ---- timm/NAME -----------------------------------------------------------------------------------
 
 
 def _timm() -> Any:
@@ -153,7 +170,9 @@ def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     timm = _timm()
     try:
-        model: nn.Module = timm.create_model(name.removeprefix("timm/"), pretrained=False, **arguments)
+        model: nn.Module = timm.create_model(
+            name.removeprefix("timm/"), pretrained=False, **arguments
+        )
     except RuntimeError as error:
         raise ArchitectureError(
             f"{name}: {first_line(error)}", "timm.list_models() names the networks that timm has."
@@ -162,7 +181,10 @@ def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def timm_input_size(name: str) -> tuple[int, ...] | None:
-    """The input size of ``timm/NAME`` without the batch dimension; None if timm does not know it."""
+    """The input size of ``timm/NAME`` without the batch dimension.
+
+    None if timm does not know it.
+    """
     config = getattr(build_timm(name, {}), "default_cfg", None) or {}
     size = config.get("input_size")
     return tuple(size) if size else None

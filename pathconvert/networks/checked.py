@@ -1,4 +1,7 @@
-"""Convert, restore and compare networks that were loaded from files; what is written is checked first."""
+"""Convert, restore and compare networks that were loaded from files.
+
+What is written is checked first.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathconvert.conversion.equivalence import PASSING_NOISE_RATIO, EquivalenceReport, verify, verify_conversion
-from pathconvert.conversion.pivots import PivotRule
-from pathconvert.conversion.reparameterize import Conversion, Scope, reparameterize, resume
-from pathconvert.conversion.scales import Gauge
+from pathconvert.choices import Gauge, PivotRule, Scope
+from pathconvert.conversion.equivalence import (
+    PASSING_NOISE_RATIO,
+    EquivalenceReport,
+    verify,
+    verify_conversion,
+)
+from pathconvert.conversion.reparameterize import Conversion, reparameterize, resume
 from pathconvert.errors import EquivalenceError, PathconvertError
-from pathconvert.files.checkpoint import tensors_digest
+from pathconvert.files.weights import tensors_digest
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.images import folder_images
 from pathconvert.networks.inputs import load_images, random_input
@@ -30,8 +37,13 @@ from pathconvert.path_bn.statistics import CHUNK
 def convert_network(
     network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, *, partial: bool
 ) -> Conversion:
-    """Call :func:`~pathconvert.conversion.reparameterize.reparameterize` with a random input of the network's size."""
-    return reparameterize(network.model, random_input(network.architecture), scope, pivot, gauge, partial=partial)
+    """Reparameterize a network with a random input of its size.
+
+    See :func:`~pathconvert.conversion.reparameterize.reparameterize`.
+    """
+    return reparameterize(
+        network.model, random_input(network.architecture), scope, pivot, gauge, partial=partial
+    )
 
 
 def enter_path_bn(
@@ -45,12 +57,14 @@ def enter_path_bn(
     Raises:
         CheckpointError: ``images`` is not a folder with images, or one of them cannot be read.
     """
-    calibration = None if images is None else _batches(folder_images(images), network)
+    calibration = None if images is None else _chunks(folder_images(images), network)
     conversion = with_skip_scale(conversion, skip_scale)
-    return conversion, to_path_bn(conversion, random_input(network.architecture), calibration, skip_scale)
+    return conversion, to_path_bn(
+        conversion, random_input(network.architecture), calibration, skip_scale
+    )
 
 
-def _batches(paths: list[Path], network: LoadedNetwork) -> Iterator[torch.Tensor]:
+def _chunks(paths: list[Path], network: LoadedNetwork) -> Iterator[torch.Tensor]:
     """Images as inputs of the network, ``CHUNK`` at a time."""
     for start in range(0, len(paths), CHUNK):
         yield load_images(paths[start : start + CHUNK], network.architecture, network.preprocessing)
@@ -67,8 +81,8 @@ def _equality(
 ) -> EquivalenceReport:
     """Compare two networks on two random inputs and, if that fails, on 16.
 
-    Two inputs give a network with few classes too few outputs to measure its noise: about 1 in 30 correct conversions
-    fails on them by chance. Networks that really differ fail on 16 inputs too.
+    Two inputs give a network with few classes too few outputs to measure its noise: about 1 in 30
+    correct conversions fails on them by chance. Networks that really differ fail on 16 inputs too.
     """
     equality = verify_conversion(original, other, parts, random_input(architecture))
     if equality.passed:
@@ -80,8 +94,9 @@ def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
     """The report, if the comparison passed; else refuse to write ``what``."""
     if not equality.passed:
         raise EquivalenceError(
-            f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the noise of the dtype "
-            f"({PASSING_NOISE_RATIO:g} passes), largest difference {equality.max_abs:.3g}; no file was written",
+            f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the"
+            f" noise of the dtype (limit: {PASSING_NOISE_RATIO:g}), largest difference"
+            f" {equality.max_abs:.3g}; no file was written",
             "Try --gauge pow2, and report it: a conversion should never change the function.",
         )
     return equality
@@ -90,7 +105,9 @@ def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
 def save_checked(
     converted: Conversion | nn.Module, network: LoadedNetwork, path: Path, *, force: bool
 ) -> EquivalenceReport:
-    """Write a conversion, or a network in Path-BN form, after checking that what was written equals the original.
+    """Write a network, after checking that what was written equals the original.
+
+    The network is a conversion, or in Path-BN form.
 
     Raises:
         EquivalenceError: it differs from the original; no file is left behind.
@@ -100,22 +117,27 @@ def save_checked(
 
     def check(written: LoadedNetwork) -> None:
         assert written.record is not None
-        equality = _equality(network.model, written.model, tuple(written.record["parts"]), network.architecture)
+        equality = _equality(
+            network.model, written.model, written.record.parts, network.architecture
+        )
         reports.append(_require(equality, "the converted network"))
 
     save_converted(converted, network, path, force=force, check=check)
     return reports[0]
 
 
-def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple[EquivalenceReport, bool]:
+def restore_checked(
+    network: LoadedNetwork, path: Path, *, force: bool
+) -> tuple[EquivalenceReport, bool]:
     """Undo a conversion and write the result, checked as in :func:`save_checked`.
 
     Returns:
-        The comparison of the converted with the restored network, and whether the restored tensors equal the original
-        ones bit by bit (they never do after fine-tuning).
+        The comparison of the converted with the restored network, and whether the restored tensors
+        equal the original ones bit by bit (they never do after fine-tuning).
 
     Raises:
-        EquivalenceError: the restored network differs from the converted one; no file is left behind.
+        EquivalenceError: the restored network differs from the converted one; no file is left
+            behind.
         OutputError: the file exists and ``force`` is False, or it cannot be written.
     """
     record = network.record
@@ -125,9 +147,9 @@ def restore_checked(network: LoadedNetwork, path: Path, *, force: bool) -> tuple
     reports: list[EquivalenceReport] = []
 
     def check(written: LoadedNetwork) -> None:
-        parts = tuple(record["parts"])
-        # The restored network is the original again, so its noise is the measure, as it was for the conversion.
-        equality = _equality(written.model, network.model, parts, network.architecture)
+        # The restored network is the original again, so its noise is the measure, as it was for the
+        # conversion.
+        equality = _equality(written.model, network.model, record.parts, network.architecture)
         reports.append(_require(equality, "the restored network"))
 
     save_plain(restored, network, path, force=force, check=check)
@@ -156,7 +178,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as a JSON object."""
-        return {"equality": self.equality.to_json(), "images": self.images, "same_top1": self.same_top1}
+        return {
+            "equality": self.equality.to_json(),
+            "images": self.images,
+            "same_top1": self.same_top1,
+        }
 
 
 def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparison:
@@ -166,19 +192,25 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
         PathconvertError: they have different architectures.
         CheckpointError: ``images`` is not a folder with images, or one of them cannot be read.
     """
-    if (a.architecture.name, a.architecture.arguments) != (b.architecture.name, b.architecture.arguments):
+    if (a.architecture.name, a.architecture.arguments) != (
+        b.architecture.name,
+        b.architecture.arguments,
+    ):
         raise PathconvertError(
-            f"the networks have different architectures: {a.architecture.name} {a.architecture.arguments} and "
-            f"{b.architecture.name} {b.architecture.arguments}",
+            f"the networks have different architectures: {a.architecture.name}"
+            f" {a.architecture.arguments} and {b.architecture.name} {b.architecture.arguments}",
             "verify compares two forms of one network.",
         )
     if a.record and not b.record:
         a, b = b, a  # the noise of the original is the measure
-    parts = tuple((a.record or b.record or {}).get("parts", ("",)))
+    record = a.record or b.record
+    parts = record.parts if record else ("",)
     reports = [_equality(a.model, b.model, parts, a.architecture)]
     same = count = 0
     if images is not None:
-        batch = load_images(folder_images(images), a.architecture, (b if b.was_trained_here else a).preprocessing)
+        batch = load_images(
+            folder_images(images), a.architecture, (b if b.was_trained_here else a).preprocessing
+        )
         for chunk in batch.split(8):
             reports.append(verify(a.model, b.model, chunk))
             first, second = (_top1(network, chunk) for network in (a, b))

@@ -25,13 +25,17 @@ def size_of(architecture: Architecture) -> tuple[int, ...]:
     """
     if architecture.input_size is None:
         raise PathconvertError(
-            f"the input size of {architecture.name} is not known", "Give it, for example --input-size 3x224x224"
+            f"the input size of {architecture.name} is not known",
+            "Give it, for example --input-size 3x224x224",
         )
     return architecture.input_size
 
 
 def random_input(architecture: Architecture, batch: int = 2, seed: int = 0) -> Any:
-    """Standard normal noise [batch, *size]; for a detector a list with one image of uniform noise [C, H, W]."""
+    """Standard normal noise [batch, *size].
+
+    For a detector a list with one image of uniform noise [C, H, W].
+    """
     generator = torch.Generator().manual_seed(seed)
     size = size_of(architecture)
     if architecture.task == "detection":
@@ -39,14 +43,17 @@ def random_input(architecture: Architecture, batch: int = 2, seed: int = 0) -> A
     return torch.randn(batch, *size, generator=generator)
 
 
-def load_images(paths: list[Path], architecture: Architecture, preprocessing: Preprocessing | None) -> Tensor:
+def load_images(
+    paths: list[Path], architecture: Architecture, preprocessing: Preprocessing | None
+) -> Tensor:
     """Images as a batch [N, C, H, W], prepared as the network expects.
 
     Args:
         paths: the files.
         architecture: of the network; gives the input's size.
-        preprocessing: the one recorded for the network. None stands for values in [0, 1], normalised with ImageNet's
-            mean and standard deviation if the network is torchvision's or timm's.
+        preprocessing: the one recorded for the network. None stands for values in [0, 1],
+            normalised with ImageNet's mean and standard deviation if the network is torchvision's
+            or timm's.
 
     Raises:
         CheckpointError: a file is not an intact image.
@@ -55,10 +62,13 @@ def load_images(paths: list[Path], architecture: Architecture, preprocessing: Pr
     size = size_of(architecture)
     if len(size) != 3 or size[0] not in (1, 3):
         shown = "x".join(map(str, size))
-        raise PathconvertError(f"{architecture.name} takes inputs of size {shown}, not images", "Leave out the images.")
+        raise PathconvertError(
+            f"{architecture.name} takes inputs of size {shown}, not images", "Leave out the images."
+        )
     recipe = preprocessing or Preprocessing.plain(size)
     if preprocessing is None and size[0] == 3 and architecture.task not in ("other", "detection"):
-        recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # detectors normalise by themselves
+        # detectors normalise by themselves
+        recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if recipe.crop is None:  # segmentation: all images of a batch need one size
         recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
     placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]

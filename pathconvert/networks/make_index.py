@@ -43,7 +43,11 @@ def _task(builder: Callable[..., nn.Module]) -> str:
 
 def _input_size(name: str, task: str) -> tuple[int, ...]:
     if task == "video":
-        side = 224 if name in ("s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t", "swin3d_s", "swin3d_b") else 112
+        side = (
+            224
+            if name in ("s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t", "swin3d_s", "swin3d_b")
+            else 112
+        )
         return (3, 16, side, side)
     side = _IMAGE_SIDES.get(name, 320 if task == "detection" else 224)
     return (3, side, side)
@@ -51,7 +55,11 @@ def _input_size(name: str, task: str) -> tuple[int, ...]:
 
 def _names() -> list[str]:
     """torchvision's networks without quantized versions and optical flow."""
-    return [name for name in torchvision.models.list_models() if not name.startswith(("quantized_", "raft_"))]
+    return [
+        name
+        for name in torchvision.models.list_models()
+        if not name.startswith(("quantized_", "raft_"))
+    ]
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -62,13 +70,23 @@ def describe(name: str) -> dict[str, Any]:
     if _takes(builder, "init_weights"):
         arguments["init_weights"] = False
     task = _task(builder)
-    few, many = (shapes_of(build_torchvision(name, arguments | {"num_classes": n}).state_dict()) for n in (7, 11))
+    few, many = (
+        shapes_of(build_torchvision(name, arguments | {"num_classes": n}).state_dict())
+        for n in (7, 11)
+    )
     prefixes: list[str] = []
     if auxiliary:
-        without = shapes_of(build_torchvision(name, arguments | {auxiliary: False, "num_classes": 7}).state_dict())
+        without = shapes_of(
+            build_torchvision(name, arguments | {auxiliary: False, "num_classes": 7}).state_dict()
+        )
         prefixes = sorted({key.split(".")[0] + "." for key in few.keys() - without.keys()})
     main = [key for key in few if not key.startswith(tuple(prefixes))]
-    head = next((key, dim) for key in main for dim in range(len(few[key])) if few[key][dim] != many[key][dim])
+    head = next(
+        (key, dim)
+        for key in main
+        for dim in range(len(few[key]))
+        if few[key][dim] != many[key][dim]
+    )
     slope, rest = divmod(many[head[0]][head[1]] - few[head[0]][head[1]], 4)
     assert rest == 0, name
     entry = {
@@ -89,13 +107,20 @@ def _takes(builder: Callable[..., nn.Module], argument: str) -> bool:
     parameters = inspect.signature(builder).parameters
     if argument in parameters:
         return True
-    return argument in ("aux_logits", "init_weights") and builder.__name__ in ("googlenet", "inception_v3")
+    return argument in ("aux_logits", "init_weights") and builder.__name__ in (
+        "googlenet",
+        "inception_v3",
+    )
 
 
 def write_index(path: Path) -> None:
     """Write the index of the torchvision that is installed to ``path``."""
     networks = {name: describe(name) for name in _names()}
-    content = {"version": INDEX_VERSION, "torchvision": torchvision.__version__, "networks": networks}
+    content = {
+        "version": INDEX_VERSION,
+        "torchvision": torchvision.__version__,
+        "networks": networks,
+    }
     path.write_text(json.dumps(content, indent=0) + "\n")
 
 

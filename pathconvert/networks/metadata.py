@@ -4,10 +4,10 @@ It is a JSON object with a format version of its own::
 
     format_version, tool, torch, torchvision
     architecture     name, arguments, input_size, task; null if the network cannot be built by name
-    source           file name and SHA-256 of the checkpoint that was converted, and the digest of its tensors
-    record           the conversion record (conversion/record.py): scope, pivot, gauge, scales, pivots; for a network in
-                     Path-BN form also ``path_bn``: its layers, λ, and where their statistics come from
-                     (path_bn/entering.py); null for a network that was trained without a conversion
+    source           file name and SHA-256 of the checkpoint that was converted, and the digest of
+                     its tensors
+    record           the conversion record (conversion/record.py); null for a network that was
+                     trained without a conversion
 
 A network that was fine-tuned also has::
 
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torchvision
 
+from pathconvert.conversion.record import Record
 from pathconvert.errors import CheckpointError, class_and_text
 from pathconvert.files.checkpoint import Checkpoint
 from pathconvert.files.refusals import AGAIN
@@ -37,7 +38,7 @@ FORMAT_VERSION = 1
 
 
 def make_metadata(
-    record: dict[str, Any] | None,
+    record: Record | None,
     architecture: Architecture | None,
     source: Mapping[str, str],
     *,
@@ -45,7 +46,9 @@ def make_metadata(
     labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a file that is to be written, as the module's docstring describes it."""
-    own: dict[str, Any] = {} if preprocessing is None else {"preprocessing": dataclasses.asdict(preprocessing)}
+    own: dict[str, Any] = (
+        {} if preprocessing is None else {"preprocessing": dataclasses.asdict(preprocessing)}
+    )
     own |= {} if labels is None else {"labels": list(labels)}
     return {
         "format_version": FORMAT_VERSION,
@@ -54,7 +57,7 @@ def make_metadata(
         "torchvision": torchvision.__version__,
         "architecture": dataclasses.asdict(architecture) if architecture else None,
         "source": dict(source),
-        "record": record,
+        "record": None if record is None else record.to_json(),
     } | own
 
 

@@ -1,7 +1,8 @@
 """How an image becomes a network's input, and what the network's classes are called.
 
-The file of a fine-tuned network records both (``metadata.py``). For torchvision's networks its default weights give
-them. For any other network they are not known, and normalisation is never guessed: see :meth:`Preprocessing.plain`.
+The file of a fine-tuned network records both (``metadata.py``). For torchvision's networks its
+default weights give them. For any other network they are not known, and normalisation is never
+guessed: see :meth:`Preprocessing.plain`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Preprocessing:
         resize: the length of the shorter side, or (height, width).
         crop: (height, width) of the centre crop; None for no crop (segmentation).
         mean, std: one value per channel, for pixel values in [0, 1].
-        interpolation: the interpolation of the resizing, one of ``INTERPOLATIONS`` (Pillow's names).
+        interpolation: the interpolation of the resizing, one of ``INTERPOLATIONS`` (Pillow's
+            names).
     """
 
     resize: int | tuple[int, int]
@@ -45,7 +47,8 @@ class Preprocessing:
     def for_architecture(architecture: Architecture | None) -> Preprocessing | None:
         """What torchvision's default weights expect, at the architecture's input size.
 
-        None for any other network, for video and detection, and for inputs that do not have three channels.
+        None for any other network, for video and detection, and for inputs that do not have three
+        channels.
         """
         transforms = _default_transforms(architecture)
         if architecture is None or transforms is None:
@@ -57,14 +60,21 @@ class Preprocessing:
         if crop:
             sides = (int(crop[0]), int(crop[0])) if size is None else (size[1], size[2])
             resize = round(resize * max(sides) / int(crop[0]))
-        mean, std = (tuple(float(value) for value in values) for values in (transforms.mean, transforms.std))
+        mean, std = (
+            tuple(float(value) for value in values) for values in (transforms.mean, transforms.std)
+        )
         return Preprocessing(resize, sides, mean, std, transforms.interpolation.value)
 
     @staticmethod
     def plain(size: tuple[int, ...]) -> Preprocessing:
-        """Values in [0, 1] at ``size`` (channels, height, width), not normalised: for networks that record nothing."""
+        """Values in [0, 1] at ``size`` (channels, height, width), not normalised.
+
+        For networks that record nothing.
+        """
         channels, height, width = size
-        return Preprocessing(max(height, width), (height, width), (0.0,) * channels, (1.0,) * channels)
+        return Preprocessing(
+            max(height, width), (height, width), (0.0,) * channels, (1.0,) * channels
+        )
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> Preprocessing:
@@ -75,12 +85,20 @@ class Preprocessing:
         """
         resize, crop = stored["resize"], stored["crop"]
         mean, std = tuple(map(float, stored["mean"])), tuple(map(float, stored["std"]))
-        if len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std, default=1.0) <= 0:
+        if (
+            len(mean) != len(std)
+            or not all(map(math.isfinite, (*mean, *std)))
+            or min(std, default=1.0) <= 0
+        ):
             raise ValueError("mean and std must be finite and of equal length, and std positive")
         if stored.get("interpolation", "bilinear") not in INTERPOLATIONS:
             raise ValueError(f"interpolation {stored['interpolation']!r} is not known")
         return Preprocessing(
-            (_side(resize[0]), _side(resize[1])) if isinstance(resize, list | tuple) else _side(resize),
+            (
+                (_side(resize[0]), _side(resize[1]))
+                if isinstance(resize, list | tuple)
+                else _side(resize)
+            ),
             (_side(crop[0]), _side(crop[1])) if crop else None,
             mean,
             std,
@@ -88,25 +106,34 @@ class Preprocessing:
         )
 
     def at(self, size: tuple[int, int]) -> Preprocessing:
-        """The preprocessing for inputs of another (height, width): ``resize`` changes in proportion to ``crop``."""
+        """The preprocessing for inputs of another (height, width).
+
+        ``resize`` changes in proportion to ``crop``.
+        """
         if self.crop in (None, size):
             return self
         share = max(size) / max(self.crop or size)
         resize = (
             round(self.resize * share)
             if isinstance(self.resize, int)
-            else (max(size[0], round(self.resize[0] * share)), max(size[1], round(self.resize[1] * share)))
+            else (
+                max(size[0], round(self.resize[0] * share)),
+                max(size[1], round(self.resize[1] * share)),
+            )
         )
         return dataclasses.replace(self, resize=resize, crop=size)
 
     def place(self, pixels: Tensor) -> Tensor:
         """Resize and crop: uint8 [C, H, W] → uint8 [C, height, width].
 
-        The resizing works on 8-bit pixels, because torchvision measured the accuracy of its weights that way.
+        The resizing works on 8-bit pixels, because torchvision measured the accuracy of its weights
+        that way.
         """
         resize = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         resized = v2.functional.resize(pixels, resize, InterpolationMode(self.interpolation))
-        placed: Tensor = v2.functional.center_crop(resized, list(self.crop)) if self.crop else resized
+        placed: Tensor = (
+            v2.functional.center_crop(resized, list(self.crop)) if self.crop else resized
+        )
         return placed
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -133,7 +160,9 @@ def parse_sides(text: str | None) -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise PathconvertError(f"{text!r} is not a size", "Give height and width, or one number for both: --size 224")
+        raise PathconvertError(
+            f"{text!r} is not a size", "Give height and width, or one number for both: --size 224"
+        )
     return int(parts[0]), int(parts[-1])
 
 
@@ -147,7 +176,8 @@ def parse_values(text: str | None, option: str) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise PathconvertError(
-            f"{text!r} is not a list of numbers", f"Give one number, or one per channel: {option} 0.5"
+            f"{text!r} is not a list of numbers",
+            f"Give one number, or one per channel: {option} 0.5",
         ) from None
 
 
@@ -157,7 +187,10 @@ def whole_levels(pixels: Tensor) -> Tensor:
 
 
 def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
-    """The class names of torchvision's default weights; None without any, or if the network has another number."""
+    """The class names of torchvision's default weights.
+
+    None without any, or if the network has another number.
+    """
     weights = _default_weights(architecture)
     categories = weights.meta.get("categories") if weights is not None else None
     if architecture is None or not categories:
@@ -167,14 +200,28 @@ def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
 
 
 def _default_transforms(architecture: Architecture | None) -> Any:
-    """torchvision's transforms for its default weights of a three-channel image network, or None."""
+    """torchvision's transforms for its default weights of an image network.
+
+    None if there are none, or if the network does not take three channels.
+    """
     weights = _default_weights(architecture)
-    if weights is None or architecture is None or architecture.task not in ("classification", "segmentation"):
+    if (
+        weights is None
+        or architecture is None
+        or architecture.task not in ("classification", "segmentation")
+    ):
         return None
-    if architecture.input_size is not None and (len(architecture.input_size), architecture.input_size[0]) != (3, 3):
+    if architecture.input_size is not None and (
+        len(architecture.input_size),
+        architecture.input_size[0],
+    ) != (3, 3):
         return None
     transforms = weights.transforms()
-    return transforms if hasattr(transforms, "mean") and getattr(transforms, "resize_size", None) else None
+    return (
+        transforms
+        if hasattr(transforms, "mean") and getattr(transforms, "resize_size", None)
+        else None
+    )
 
 
 def _default_weights(architecture: Architecture | None) -> Any:

@@ -1,4 +1,7 @@
-"""torchvision's networks with its default weights, and what those weights imply that their tensors do not show."""
+"""torchvision's networks with its default weights.
+
+Also what those weights imply that their tensors do not show.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from pathconvert.errors import ArchitectureError, first_line
 from pathconvert.networks.architectures import Architecture, fit_arguments, shapes_of
 
-#: Networks that transform their input when they have pretrained weights, which the tensors do not reveal.
+#: Networks that transform their input when they have pretrained weights, which the tensors do not
+#: reveal.
 TRANSFORMING = ("googlenet", "inception_v3")
 
 
@@ -21,7 +25,8 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
     """Load a torchvision network with its default weights.
 
     Returns:
-        The architecture, from which the network can be built again, and the network in evaluation mode.
+        The architecture, from which the network can be built again, and the network in evaluation
+        mode.
 
     Raises:
         ArchitectureError: the weights cannot be downloaded.
@@ -47,12 +52,18 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
 
 
 def _check_reachable(url: str) -> None:
-    """Fail early: torch.hub would print first, and would wait forever for a host that does not answer."""
+    """Fail early if the host does not answer.
+
+    torch.hub would print first, and would wait forever.
+    """
     if not Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists():
         urllib.request.urlopen(url, timeout=10).close()
 
 
 def is_pretrained_file(name: str, sha256: str) -> bool:
-    """Whether a file has torchvision's own weights for a network: their names end in the beginning of the hash."""
+    """Whether a file has torchvision's own weights for a network.
+
+    The names of those weights end in the beginning of the file's SHA-256.
+    """
     urls = (weights.url for weights in torchvision.models.get_model_weights(name))
     return any(Path(url).stem.rpartition("-")[2] == sha256[:8] for url in urls)

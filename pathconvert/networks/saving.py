@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from pathconvert.conversion.record import form_of, record_of, unwrapped
-from pathconvert.conversion.reparameterize import Conversion
+from pathconvert.conversion.modules import unwrapped
+from pathconvert.conversion.record import form_of, record_of
+from pathconvert.conversion.reparameterize import Conversion, make_record
 from pathconvert.errors import ArchitectureError
-from pathconvert.files.checkpoint import read_checkpoint, tensors_digest
+from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.weights import tensors_digest
 from pathconvert.files.writing import write_checkpoint
 from pathconvert.networks import architectures
 from pathconvert.networks.architectures import Architecture
@@ -25,8 +27,8 @@ from pathconvert.path_bn.form import has_path_bn, leave_path_bn
 def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = False) -> Path:
     """Save a conversion, or a network in Path-BN form, that was made through the Python API.
 
-    The file stores the architecture if the network is one of torchvision's with all its settings; any other network
-    is loaded again with ``load(path, arch="package.module:builder")``.
+    The file stores the architecture if the network is one of torchvision's with all its settings;
+    any other network is loaded again with ``load(path, arch="package.module:builder")``.
 
     Returns:
         The path that was written.
@@ -35,12 +37,14 @@ def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = F
         OutputError: the file exists and ``force`` is False, or it cannot be written.
     """
     if isinstance(converted, Conversion):
-        model, record = converted.model, converted.record
+        model, record = converted.model, make_record(converted)
     else:
         model = unwrapped(converted)
         record = record_of(model)
     stock = leave_path_bn(model) if has_path_bn(model) else model
-    return write_checkpoint(path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force)
+    return write_checkpoint(
+        path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force
+    )
 
 
 def _own_architecture(model: nn.Module) -> Architecture | None:
@@ -74,9 +78,10 @@ def save_converted(
         network: the network that was converted.
         path: of the file.
         force: replace a file that exists.
-        check: called with the network as it was written, before the file takes its name; if it raises, no file is
-            left behind and the error propagates.
-        preprocessing, labels: those that the network was fine-tuned with; None keeps those in ``network``'s file.
+        check: called with the network as it was written, before the file takes its name; if it
+            raises, no file is left behind and the error propagates.
+        preprocessing, labels: those that the network was fine-tuned with; None keeps those in
+            ``network``'s file.
 
     Returns:
         The path that was written.
@@ -91,7 +96,7 @@ def save_converted(
         source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
         source |= {"name": file.path.name, "sha256": file.sha256} if file else {}
     if isinstance(converted, Conversion):
-        tensors, record = network.tensors_of(converted.model), converted.record
+        tensors, record = network.tensors_of(converted.model), make_record(converted)
     else:
         tensors, record = converted.state_dict(), record_of(converted)
     return write_checkpoint(
@@ -139,13 +144,22 @@ def save_trained(
     if file and not network.metadata:
         source = {"name": file.path.name, "sha256": file.sha256}
     record = None if form_of(model) == "plain" else record_of(model)
-    metadata = make_metadata(record, network.architecture, source, preprocessing=preprocessing, labels=labels)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = make_metadata(
+        record, network.architecture, source, preprocessing=preprocessing, labels=labels
+    )
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     return write_checkpoint(path, tensors, metadata | {"training": dict(training)}, force=True)
 
 
 def save_plain(
-    model: nn.Module, network: LoadedNetwork, path: Path, *, force: bool, check: Callable[[LoadedNetwork], None]
+    model: nn.Module,
+    network: LoadedNetwork,
+    path: Path,
+    *,
+    force: bool,
+    check: Callable[[LoadedNetwork], None],
 ) -> Path:
     """Write a restored network without metadata; ``check`` as in :func:`save_converted`."""
     return write_checkpoint(

@@ -1,1 +1,4 @@
-"""The Path-BN form of a network: the layer, entering and leaving the form, and restoring the original network."""
+"""The Path-BN form of a network.
+
+This is the layer, entering and leaving the form, and restoring the original network.
+"""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pathconvert.conversion.calls import Arguments, Stack, observe, watched
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
 from pathconvert.conversion.groups import Layer
 from pathconvert.conversion.modules import as_arguments
-from pathconvert.conversion.parts import observe
-from pathconvert.conversion.record import encode_runs
+from pathconvert.conversion.path_bn_record import RecordedLayer, RecordedReader
 from pathconvert.conversion.reparameterize import Conversion
 from pathconvert.conversion.trace import IdVector
 from pathconvert.path_bn.form import index_tensor
@@ -44,16 +44,17 @@ class Candidate:
     rows: IdVector
     columns: IdVector
 
-    def entry(self) -> dict[str, Any]:
+    def recorded(self) -> RecordedLayer:
         """The layer's entry in the record."""
-        readers = [
-            {"bn": bn, "rows": encode_runs(rows), "channels": encode_runs(channels)}
-            for bn, rows, channels in (self.layer.readers if self.bn is None else ())
-        ]
-        return {"name": self.name, "bn": self.bn, "pivots": len(self.units), "readers": readers}
+        readers = self.layer.readers if self.bn is None else ()
+        return RecordedLayer(
+            self.name, self.bn, len(self.units), tuple(RecordedReader(*one) for one in readers)
+        )
 
 
-def choose_candidates(conversion: Conversion, example_input: Any) -> tuple[list[Candidate], dict[str, str]]:
+def choose_candidates(
+    conversion: Conversion, example_input: Any
+) -> tuple[list[Candidate], dict[str, str]]:
     """Choose the layers that take Path-BN form.
 
     Returns:
@@ -62,7 +63,8 @@ def choose_candidates(conversion: Conversion, example_input: Any) -> tuple[list[
     model, units, pivots = conversion.model, conversion.units, conversion.pivots
     usable = (pivots.layer >= 0) & ~conversion.held_back() & ~conversion.circular()
     chosen, left = [], {}
-    calls, uses = observe(model, as_arguments(example_input), run_dtype(model))
+    observed = observe(model, as_arguments(example_input), run_dtype(model))
+    calls, uses = observed.calls, observed.uses
     last = _last_layers(conversion, calls)
     for index, layer in enumerate(units.layers):
         mine = np.flatnonzero(usable & (pivots.layer == index))
@@ -76,7 +78,9 @@ def choose_candidates(conversion: Conversion, example_input: Any) -> tuple[list[
         if why:
             left[name or layer.parameter] = why
         else:
-            chosen.append(Candidate(layer, name, layer.follower, mine, pivots.row[mine], pivots.column[mine]))
+            chosen.append(
+                Candidate(layer, name, layer.follower, mine, pivots.row[mine], pivots.column[mine])
+            )
     without_bias = [c for c in chosen if c.bn is None and model.get_submodule(c.name).bias is None]
     lost = _no_way_for_a_bias(model, without_bias, example_input)
     return [c for c in chosen if c.name not in lost], left | lost
@@ -87,11 +91,16 @@ def _without_pivot(conversion: Conversion, index: int) -> str:
     pivots, units = conversion.pivots, conversion.units
     mine = pivots.layer == index
     if (mine & conversion.held_back()).any():
-        return f"its pivots are held back: their factors leave the range of {_dtype_name(conversion.model)}"
+        return (
+            "its pivots are held back: their factors leave the range of"
+            f" {_dtype_name(conversion.model)}"
+        )
     if (mine & conversion.circular()).any():
         return "its pivots would run in a circle"
     columns = units.layers[index].columns
-    pinned = np.repeat([group.pinned_by or "" for group in conversion.groups], [g.size for g in conversion.groups])
+    pinned = np.repeat(
+        [group.pinned_by or "" for group in conversion.groups], [g.size for g in conversion.groups]
+    )
     reasons = set(np.append(pinned, "")[columns].tolist())
     if len(reasons) == 1 and "" not in reasons:
         return f"holds no pivot, as what it reads {reasons.pop()}"
@@ -106,16 +115,23 @@ def _dtype_name(model: nn.Module) -> str:
 def _last_layers(conversion: Conversion, calls: Mapping[str, Any]) -> set[int]:
     """The indices of the layers that make the network's outputs.
 
-    These are the layers whose rows are outputs, and the layer that runs last if no other layer reads it: an activation
-    such as softmax may come after it.
+    These are the layers whose rows are outputs, and the layer that runs last if no other layer
+    reads it: an activation such as softmax may come after it.
     """
     units = conversion.units
     reasons = np.append(
-        np.repeat([g.pinned_by or "" for g in conversion.groups], [g.size for g in conversion.groups]), ""
+        np.repeat(
+            [g.pinned_by or "" for g in conversion.groups], [g.size for g in conversion.groups]
+        ),
+        "",
     )
-    is_output = np.array([why.startswith(("is a network output", "is an output of")) for why in reasons], dtype=bool)
+    is_output = np.array(
+        [why.startswith(("is a network output", "is an output of")) for why in reasons], dtype=bool
+    )
     found = {index for index, layer in enumerate(units.layers) if is_output[layer.rows].any()}
-    running = [i for i, layer in enumerate(units.layers) if layer.parameter.rpartition(".")[0] in calls]
+    running = [
+        i for i, layer in enumerate(units.layers) if layer.parameter.rpartition(".")[0] in calls
+    ]
     if running:
         rows = units.layers[running[-1]].next_units
         read = np.concatenate([layer.columns for layer in units.layers])
@@ -125,18 +141,35 @@ def _last_layers(conversion: Conversion, calls: Mapping[str, Any]) -> set[int]:
 
 
 def _obstacle(
-    model: nn.Module, layer: Layer, name: str, leaf: str, calls: list[Any], uses: Mapping[str, set[tuple[str, ...]]]
+    model: nn.Module,
+    layer: Layer,
+    name: str,
+    leaf: str,
+    calls: list[Arguments],
+    uses: Mapping[str, set[Stack]],
 ) -> str | None:
-    """Why a layer cannot take Path-BN form; None if it can. ``calls`` and ``uses`` are results of ``observe``."""
+    """Why a layer cannot take Path-BN form; None if it can.
+
+    ``calls`` and ``uses`` are results of ``observe``.
+    """
     module = model.get_submodule(name)
     kind = kind_of(module)
     if layer.transposed:
         return "is a transposed convolution, whose skip would be spread over the output"
     if kind is None or leaf != "weight":
-        return f"is computed by {type(module).__name__}, not by a convolution or linear layer of torch"
+        return (
+            f"is computed by {type(module).__name__}, not by a convolution or linear layer of torch"
+        )
     if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
         return "has hooks or parametrizations"
-    if sum(parameter is module.weight for owner in model.modules() for parameter in owner._parameters.values()) > 1:
+    if (
+        sum(
+            parameter is module.weight
+            for owner in model.modules()
+            for parameter in owner._parameters.values()
+        )
+        > 1
+    ):
         return "shares its weight with another layer"
     stacks = uses.get(layer.parameter, set())
     if any(not stack or stack[-1] != name for stack in stacks):
@@ -151,27 +184,42 @@ def _obstacle(
 
 
 def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) -> str | None:
-    """Why the BatchNorm that follows a layer cannot be used; None if it can, or if there is none."""
+    """Why the BatchNorm that follows a layer cannot be used.
+
+    None if it can, or if there is none.
+    """
     if layer.follower is None:
         return None
     bn: Any = model.get_submodule(layer.follower)
     if type(bn).forward not in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return f"is followed by {layer.follower} ({type(bn).__name__}), which is not torch's own BatchNorm"
+        return (
+            f"is followed by {layer.follower} ({type(bn).__name__}), which is not torch's own"
+            " BatchNorm"
+        )
     if not isinstance(bn, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
-        return f"is followed by {layer.follower} ({type(bn).__name__}), which is made for other dimensions"
+        return (
+            f"is followed by {layer.follower} ({type(bn).__name__}), which is made for other"
+            " dimensions"
+        )
     if bn.weight is None or bn.running_mean is None or bn._forward_hooks or bn._forward_pre_hooks:
         return f"is followed by {layer.follower}, which has no γ, no running statistics, or hooks"
     return None
 
 
-def _no_way_for_a_bias(model: nn.Module, candidates: list[Candidate], example_input: Any) -> dict[str, str]:
-    """The candidates without BatchNorm and bias that could not leave Path-BN form again, with the reason.
+def _no_way_for_a_bias(
+    model: nn.Module, candidates: list[Candidate], example_input: Any
+) -> dict[str, str]:
+    """The candidates that could not leave Path-BN form again, with the reason.
 
-    Leaving Path-BN form produces a bias, and without a bias parameter it has to move into the means of the BatchNorms
-    that read the layer. Whether it can is tried in float64: each candidate gets a large bias, of either sign, which its
+    All candidates have neither BatchNorm nor bias. Leaving Path-BN form produces a bias, and
+    without a bias parameter it has to move into the means of the BatchNorms that read the layer.
+    Whether it can is tried in float64: each candidate gets a large bias, of either sign, which its
     readers' means take up, and the results of all these BatchNorms have to stay the same.
     """
-    none = "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves"
+    none = (
+        "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN"
+        " leaves"
+    )
     lost = {c.name: none for c in candidates if _rows_read(c) < len(c.layer.rows)}
     remaining = [c for c in candidates if c.name not in lost]
     if not remaining:
@@ -183,14 +231,25 @@ def _no_way_for_a_bias(model: nn.Module, candidates: list[Candidate], example_in
         nn.init.ones_(bn.weight)
     before = _results(plain, [*readers, *(c.name for c in remaining)], example_input)
     if not _biases_move(plain, remaining, before, readers, example_input):
-        lost |= {c.name: none for c in remaining if not _biases_move(plain, [c], before, readers, example_input)}
+        lost |= {
+            c.name: none
+            for c in remaining
+            if not _biases_move(plain, [c], before, readers, example_input)
+        }
     return lost
 
 
 def _biases_move(
-    plain: nn.Module, candidates: list[Candidate], before: dict[str, list[Tensor]], readers: list[str], example: Any
+    plain: nn.Module,
+    candidates: list[Candidate],
+    before: dict[str, list[Tensor]],
+    readers: list[str],
+    example: Any,
 ) -> bool:
-    """Whether the readers' results stay the same if the candidates get a bias and the readers' means take it up."""
+    """Whether the readers' results stay the same if the candidates get a bias.
+
+    The readers' means take the bias up.
+    """
     biased = copy.deepcopy(plain)
     generator = torch.Generator().manual_seed(0)
     for c in candidates:
@@ -200,31 +259,36 @@ def _biases_move(
         layer.bias = nn.Parameter((size * signs).to(layer.weight))
         for bn, rows, channels in c.layer.readers:
             mean = cast(Tensor, biased.get_submodule(bn).running_mean)
-            mean[index_tensor(channels).to(mean.device)] += (size * signs[index_tensor(rows)]).to(mean)
+            mean[index_tensor(channels).to(mean.device)] += (size * signs[index_tensor(rows)]).to(
+                mean
+            )
     after = _results(biased, readers, example)
-    pairs = [pair for name in readers for pair in zip(before.get(name, []), after.get(name, []), strict=True)]
+    pairs = [
+        pair
+        for name in readers
+        for pair in zip(before.get(name, []), after.get(name, []), strict=True)
+    ]
     return all(float((a - b).abs().max()) <= 1e-9 * float(a.abs().max()) for a, b in pairs)
 
 
 def _results(model: nn.Module, names: list[str], example_input: Any) -> dict[str, list[Tensor]]:
     """The results of the named modules on the example, for every call."""
     found: dict[str, list[Tensor]] = {}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, __, result, name=name: found.setdefault(name, []).append(result.clone())
-        )
-        for name in names
-    ]
-    try:
+
+    def note(name: str, result: Tensor) -> None:
+        found.setdefault(name, []).append(result.clone())
+
+    with watched({name: model.get_submodule(name) for name in names}, after=note):
         forward_outputs(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
 def _rows_read(candidate: Candidate) -> int:
     """The number of the layer's rows that BatchNorms read."""
     return len(
-        np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows, _ in candidate.layer.readers)]))
+        np.unique(
+            np.concatenate(
+                [np.zeros(0, dtype=np.int64), *(rows for _, rows, _ in candidate.layer.readers)]
+            )
+        )
     )

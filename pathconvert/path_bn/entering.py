@@ -1,12 +1,13 @@
 """Entering Path-BN form from a network in path form: its layers, their statistics, and the record.
 
-Every layer that holds pivots takes the form, except for the last of the network (``candidates.py``). The statistics of
-a layer's off-pivot sum come from ``statistics.py``.
+Every layer that holds pivots takes the form, except for the last of the network
+(``candidates.py``). The statistics of a layer's off-pivot sum come from ``statistics.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from pathconvert.conversion.arithmetic import affine_map, centre_tap
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
-from pathconvert.conversion.modules import named_tensors
-from pathconvert.conversion.record import attach_record, form_of, unwrapped
-from pathconvert.conversion.reparameterize import Conversion, reparameterize
+from pathconvert.conversion.modules import named_tensors, unwrapped
+from pathconvert.conversion.path_bn_record import PathBnRecord
+from pathconvert.conversion.record import attach_record, form_of
+from pathconvert.conversion.reparameterize import Conversion, make_record, reparameterize
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.path_bn.candidates import Candidate, choose_candidates
-from pathconvert.path_bn.form import FORMAT_VERSION, index_tensor, replace_layer
+from pathconvert.path_bn.form import index_tensor, replace_layer
 from pathconvert.path_bn.layer import PathBN
 from pathconvert.path_bn.skip_scale import pivot_rounding, with_skip_scale
 from pathconvert.path_bn.statistics import (
@@ -46,7 +48,8 @@ class _Entered:
     Attributes:
         candidate: the layer in path form.
         module: its replacement in the network.
-        gain, shift: a and b of the layer with its BatchNorm in path form, y = a · (w z) + b, float64 [out].
+        gain, shift: a and b of the layer with its BatchNorm in path form, y = a · (w z) + b,
+            float64 [out].
     """
 
     candidate: Candidate
@@ -66,26 +69,34 @@ def to_path_bn(
     """A copy in Path-BN form (PBN eq. 8-10), the same function in evaluation mode.
 
     Args:
-        conversion_or_model: a conversion; or a network, which is converted first (scope block, pivot matching).
-        example_input: a tensor, or a tuple of the forward's positional arguments; the network runs on it once.
-        calibration: images [N, …], or an iterable of batches; None estimates the statistics from BatchNorms.
-        skip_scale: λ. If it is not 1, units are first rescaled so that pivots become ±λ; λ never changes the function.
-        begin: what training mode computes on the calibration images at first, if the running statistics come from
-            other images. ``training``: what the network computed in training mode. ``evaluation``: what it computes in
-            evaluation mode, which is the better beginning on a new data set (``benchmarks/``).
+        conversion_or_model: a conversion; or a network, which is converted first (scope block,
+            pivot matching).
+        example_input: a tensor, or a tuple of the forward's positional arguments; the network runs
+            on it once.
+        calibration: images [N, …], or an iterable of batches; None estimates the statistics from
+            BatchNorms.
+        skip_scale: λ. If it is not 1, units are first rescaled so that pivots become ±λ; λ never
+            changes the function.
+        begin: what training mode computes on the calibration images at first, if the running
+            statistics come from other images. ``training``: what the network computed in training
+            mode. ``evaluation``: what it computes in evaluation mode, which is the better beginning
+            on a new data set (``benchmarks/``).
 
     Returns:
-        The network, with layers replaced by :class:`~pathconvert.path_bn.layer.PathBN`. ``path_record["path_bn"]`` says
-        which layers these are, why others were left, and where the statistics come from.
+        The network, with layers replaced by :class:`~pathconvert.path_bn.layer.PathBN`.
+        ``path_record["path_bn"]`` says which layers these are, why others were left, and where the
+        statistics come from.
 
     Raises:
-        PathconvertError: no layer can take Path-BN form; the network is in this form already; λ or ``begin`` is not
-            valid; the network has no BatchNorm to estimate statistics from; or it cannot be measured on the
-            calibration images.
+        PathconvertError: no layer can take Path-BN form; the network is in this form already; λ or
+            ``begin`` is not valid; the network has no BatchNorm to estimate statistics from; or it
+            cannot be measured on the calibration images.
         EquivalenceError: the result is not the same function. This is a safeguard.
     """
     if begin not in get_args(Beginning):
-        raise PathconvertError(f"begin is {begin!r}", f"Choose one of {', '.join(get_args(Beginning))}.")
+        raise PathconvertError(
+            f"begin is {begin!r}", f"Choose one of {', '.join(get_args(Beginning))}."
+        )
     conversion = with_skip_scale(_conversion_of(conversion_or_model, example_input), skip_scale)
     chosen, left = choose_candidates(conversion, example_input)
     statistics: dict[str, Statistics] = {}
@@ -93,10 +104,14 @@ def to_path_bn(
         statistics = _estimates(conversion, chosen)
         if chosen and not statistics:
             raise PathconvertError(
-                f"{type(conversion.model).__name__} has no BatchNorm to estimate Path-BN's statistics from",
+                f"{type(conversion.model).__name__} has no BatchNorm to estimate Path-BN's"
+                " statistics from",
                 "Give calibration images: --calibrate DIR, or calibration=images.",
             )
-        unknown = "its statistics cannot be estimated from the BatchNorms before it; calibrate with images"
+        unknown = (
+            "its statistics cannot be estimated from the BatchNorms before it; calibrate with"
+            " images"
+        )
         left |= {c.name: unknown for c in chosen if c.name not in statistics}
         chosen = [c for c in chosen if c.name in statistics]
     if not chosen:
@@ -110,14 +125,10 @@ def to_path_bn(
         source = {"source": "images", "images": count}
     for one in entered:
         _set_statistics(one, *statistics[one.candidate.name], normalise=one.candidate.bn is None)
-    path_bn = {
-        "format_version": FORMAT_VERSION,
-        "skip_scale": skip_scale,
-        "layers": [c.entry() for c in chosen],
-        "left": left,
-        "calibration": source,
-    }
-    attach_record(model, conversion.record | {"form": "path-bn", "path_bn": path_bn})
+    layers = tuple(candidate.recorded() for candidate in chosen)
+    path_bn = PathBnRecord(skip_scale, layers, left, source)
+    record = dataclasses.replace(make_record(conversion), form="path-bn", path_bn=path_bn)
+    attach_record(model, record)
     _require_same(conversion.model, model, example_input)
     return model
 
@@ -128,15 +139,28 @@ def _conversion_of(conversion_or_model: Conversion | nn.Module, example_input: A
         return conversion_or_model
     model = unwrapped(conversion_or_model)
     if form_of(model) == "path-bn":
-        raise PathconvertError("the network is in Path-BN form already", "Call leave_path_bn(model) first.")
+        raise PathconvertError(
+            "the network is in Path-BN form already", "Call leave_path_bn(model) first."
+        )
     return reparameterize(model, example_input)
 
 
 def _no_layer(conversion: Conversion, left: Mapping[str, str]) -> PathconvertError:
-    """The error for a network without any layer that can take Path-BN form; ``left`` says why, for every layer."""
-    reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) or "none holds a pivot"
-    tip = "Convert the checkpoint to float32 first." if any("held back" in why for why in left.values()) else ""
-    return PathconvertError(f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}", tip)
+    """The error for a network without any layer that can take Path-BN form.
+
+    ``left`` says why, for every layer.
+    """
+    reasons = (
+        "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) or "none holds a pivot"
+    )
+    tip = (
+        "Convert the checkpoint to float32 first."
+        if any("held back" in why for why in left.values())
+        else ""
+    )
+    return PathconvertError(
+        f"no layer of {type(conversion.model).__name__} can take Path-BN: {reasons}", tip
+    )
 
 
 def _measured(
@@ -152,17 +176,28 @@ def _measured(
     Returns:
         μ' and var' of every layer, by name; and the number of images.
     """
-    for one in entered:  # any statistics give the outputs of evaluation mode; these are numerically harmless
-        _set_statistics(one, torch.zeros_like(one.shift), torch.ones_like(one.shift), normalise=False)
-    measured, count = measure(model, {one.candidate.name: one.module for one in entered}, calibration)
+    # any statistics give the outputs of evaluation mode; these are numerically harmless
+    for one in entered:
+        _set_statistics(
+            one, torch.zeros_like(one.shift), torch.ones_like(one.shift), normalise=False
+        )
+    measured, count = measure(
+        model, {one.candidate.name: one.module for one in entered}, calibration
+    )
     candidates = [one.candidate for one in entered]
     return {c.name: _of_images(before, c, measured[c.name], begin) for c in candidates}, count
 
 
 def _require_same(before: nn.Module, after: nn.Module, example_input: Any) -> None:
-    """A safeguard: compare both networks on the example in float64, allowing for rounded weights and statistics."""
+    """Compare both networks on the example in float64, as a safeguard.
+
+    The limit allows for rounded weights and statistics.
+    """
     tolerance = min(2.0**16 * torch.finfo(run_dtype(before)).eps, 0.25)
-    pairs = zip(*(forward_outputs(model, example_input, dtype=torch.float64) for model in (before, after)), strict=True)
+    pairs = zip(
+        *(forward_outputs(model, example_input, dtype=torch.float64) for model in (before, after)),
+        strict=True,
+    )
     for a, b in pairs:
         difference = float((a - b).abs().max()) if a.numel() else 0.0
         if not difference <= tolerance * float(a.abs().max()):
@@ -172,7 +207,9 @@ def _require_same(before: nn.Module, after: nn.Module, example_input: Any) -> No
             )
 
 
-def _enter(model: nn.Module, candidate: Candidate, conversion: Conversion, skip_scale: float) -> _Entered:
+def _enter(
+    model: nn.Module, candidate: Candidate, conversion: Conversion, skip_scale: float
+) -> _Entered:
     """Put a layer into Path-BN form; its BatchNorm still has the old parameters and statistics."""
     layer: Any = model.get_submodule(candidate.name)
     gain, shift = _affine(model, candidate)
@@ -180,9 +217,12 @@ def _enter(model: nn.Module, candidate: Candidate, conversion: Conversion, skip_
     weight = centre_tap(layer.weight.detach().double().cpu())
     values = gain[rows] * weight[rows, columns % weight.shape[1]] / skip_scale
     if conversion.gauge == "unit":  # exactly ±1, without the rounding of the weights
-        values = torch.where((values.abs() - 1).abs() <= pivot_rounding(model), values.sign(), values)
+        values = torch.where(
+            (values.abs() - 1).abs() <= pivot_rounding(model), values.sign(), values
+        )
     device = layer.weight.device
-    module = replace_layer(model, candidate.entry(), rows.to(device), columns.to(device), values.to(device), skip_scale)
+    places = rows.to(device), columns.to(device), values.to(device)
+    module = replace_layer(model, candidate.recorded(), *places, skip_scale)
     return _Entered(candidate, module, gain, shift)
 
 
@@ -202,7 +242,9 @@ def _affine(model: nn.Module, candidate: Candidate) -> tuple[Tensor, Tensor]:
     return affine.gain.cpu(), affine.shift.cpu()
 
 
-def _of_images(before: nn.Module, candidate: Candidate, measured: Measured, begin: Beginning) -> Statistics:
+def _of_images(
+    before: nn.Module, candidate: Candidate, measured: Measured, begin: Beginning
+) -> Statistics:
     """μ' and var' of a layer from what was measured on calibration images."""
     if candidate.bn is None or begin == "evaluation":
         return measured.off_pivot
@@ -218,14 +260,17 @@ def _set_statistics(entered: _Entered, mean: Tensor, var: Tensor, *, normalise: 
     Args:
         entered: its module is changed.
         mean, var: of its off-pivot sum, float64 [out].
-        normalise: whether to scale all rows of u by powers of two so that var' is near 1 (in path space, the rows of a
-            network without BatchNorm have any size, and eps should be small compared to var'). Otherwise only those
-            rows are scaled whose var' does not fit the dtype.
+        normalise: whether to scale all rows of u by powers of two so that var' is near 1 (in path
+            space, the rows of a network without BatchNorm have any size, and eps should be small
+            compared to var'). Otherwise only those rows are scaled whose var' does not fit the
+            dtype.
     """
     module, gain, bn = entered.module, entered.gain, cast(Any, entered.module.bn)
     info = torch.finfo(bn.running_var.dtype)
     rows_to_scale = (
-        (var > info.max / 4) | (var < info.tiny) if not normalise else torch.ones_like(var, dtype=torch.bool)
+        (var > info.max / 4) | (var < info.tiny)
+        if not normalise
+        else torch.ones_like(var, dtype=torch.bool)
     )
     rows_to_scale &= var > 0
     if bool(rows_to_scale.any()):
@@ -242,8 +287,13 @@ def _set_statistics(entered: _Entered, mean: Tensor, var: Tensor, *, normalise: 
     bn.bias.copy_(entered.shift + gain * mean)
 
 
-def _estimates(conversion: Conversion, candidates: list[Candidate]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The Gaussian estimates by layer, for the layers whose units are made by BatchNorms (``statistics.py``)."""
+def _estimates(
+    conversion: Conversion, candidates: list[Candidate]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The Gaussian estimates (``statistics.py``) by layer.
+
+    They are for the layers whose units are made by BatchNorms.
+    """
     tensors = named_tensors(conversion.model)
     moments = unit_moments(conversion.units, tensors)
     found = {}

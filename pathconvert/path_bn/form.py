@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathconvert.conversion.record import attach_record, decode_runs, record_of, unwrapped
+from pathconvert.conversion.modules import unwrapped
+from pathconvert.conversion.path_bn_record import RecordedLayer, path_bn_misfit
+from pathconvert.conversion.record import Record, attach_record, record_of
 from pathconvert.errors import RecordError
-from pathconvert.formats import require_format
 from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
-
-#: Version of the record's entry ``path_bn``.
-FORMAT_VERSION = 1
 
 
 def has_path_bn(model: nn.Module) -> bool:
@@ -27,40 +25,42 @@ def has_path_bn(model: nn.Module) -> bool:
 def leave_path_bn(model: nn.Module) -> nn.Module:
     """Return to the stock architecture and its tensor names; the same function in evaluation mode.
 
-    A layer that had a BatchNorm keeps it. For a layer that had none, the BatchNorm of Path-BN is folded into weight and
-    bias, or, if the layer has no bias, into the means of the BatchNorms that read it. The result is in path form.
+    A layer that had a BatchNorm keeps it. For a layer that had none, the BatchNorm of Path-BN is
+    folded into weight and bias, or, if the layer has no bias, into the means of the BatchNorms that
+    read it. The result is in path form.
 
     Args:
-        model: a network that :func:`~pathconvert.path_bn.entering.to_path_bn` returned, trained or not; not changed.
+        model: a network that :func:`~pathconvert.path_bn.entering.to_path_bn` returned, trained or
+            not; not changed.
 
     Raises:
         RecordError: ``model`` is not in Path-BN form.
     """
     model = unwrapped(model)
     record = record_of(model)
-    if "path_bn" not in record:
+    if record.path_bn is None:
         raise RecordError(f"this {type(model).__name__} is in path form, not in Path-BN form")
     model = copy.deepcopy(model)
-    attach_record(model, {key: value for key, value in record.items() if key != "path_bn"} | {"form": "path"})
+    attach_record(model, dataclasses.replace(record, form="path", path_bn=None))
     left_over = []
-    for entry in record["path_bn"]["layers"]:
-        module = model.get_submodule(entry["name"])
+    for recorded in record.path_bn.layers:
+        module = model.get_submodule(recorded.name)
         assert isinstance(module, PathBN)
-        layer, bn, bias = module.to_layer(keep_batch_norm=entry["bn"] is not None)
+        layer, bn, bias = module.to_layer(keep_batch_norm=recorded.bn is not None)
         replace(model, module, layer)
-        if bn is not None:
-            replace(model, model.get_submodule(entry["bn"]), bn)
-        left_over.append((entry, bias))
-    for entry, bias in left_over:
-        for reader in entry["readers"]:
-            mean = model.get_submodule(reader["bn"]).running_mean
+        if recorded.bn is not None and bn is not None:
+            replace(model, model.get_submodule(recorded.bn), bn)
+        left_over.append((recorded, bias))
+    for recorded, bias in left_over:
+        for reader in recorded.readers:
+            mean = model.get_submodule(reader.bn).running_mean
             assert isinstance(mean, Tensor)
-            rows, channels = (torch.from_numpy(decode_runs(reader[key])) for key in ("rows", "channels"))
+            rows, channels = (torch.from_numpy(places) for places in (reader.rows, reader.channels))
             mean[channels.to(mean.device)] -= bias[rows.to(bias.device)].to(mean)
     return model
 
 
-def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+def insert_path_bn(model: nn.Module, record: Record) -> nn.Module:
     """Put the layers named in ``record`` into Path-BN form, with tensors that are yet to be loaded.
 
     Args:
@@ -71,35 +71,39 @@ def insert_path_bn(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         ``model``.
 
     Raises:
-        RecordError: the record has another format version, or belongs to another network.
+        RecordError: the record belongs to another network.
     """
-    stored = {"tool": record.get("tool", "unknown")} | record["path_bn"]
-    require_format(stored, FORMAT_VERSION, "the Path-BN record has", RecordError)
+    assert record.path_bn is not None
     try:
-        for entry in record["path_bn"]["layers"]:
-            none = torch.zeros(entry["pivots"], dtype=torch.int64)
-            replace_layer(model, entry, none, none, none, record["path_bn"]["skip_scale"])
-    except (AttributeError, AssertionError, KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise RecordError(f"the Path-BN record belongs to another network: {error}") from error
-    attach_record(model, dict(record))
+        for recorded in record.path_bn.layers:
+            none = torch.zeros(recorded.pivots, dtype=torch.int64)
+            replace_layer(model, recorded, none, none, none, record.path_bn.skip_scale)
+    except (AttributeError, AssertionError, TypeError, IndexError, RuntimeError) as error:
+        raise path_bn_misfit(error) from error
+    attach_record(model, record)
     return model
 
 
 def replace_layer(
-    model: nn.Module, entry: Mapping[str, Any], rows: Tensor, columns: Tensor, values: Tensor, skip_scale: float
+    model: nn.Module,
+    recorded: RecordedLayer,
+    rows: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    skip_scale: float,
 ) -> PathBN:
     """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one.
 
     Args:
         model: changed in place.
-        entry: the layer's entry in the record.
+        recorded: the layer's entry in the record.
         rows, columns, values, skip_scale: as for :class:`~pathconvert.path_bn.layer.PathBN`.
     """
-    layer = model.get_submodule(entry["name"])
-    if entry["bn"] is not None:
-        bn = model.get_submodule(entry["bn"])
+    layer = model.get_submodule(recorded.name)
+    if recorded.bn is not None:
+        bn = model.get_submodule(recorded.bn)
         if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            raise TypeError(f"{entry['bn']} is not a BatchNorm")
+            raise TypeError(f"{recorded.bn} is not a BatchNorm")
         replace(model, bn, nn.Identity().train(bn.training))
     else:
         kind = kind_of(layer)

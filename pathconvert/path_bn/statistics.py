@@ -1,22 +1,25 @@
-"""Mean μ' and variance var' of a layer's off-pivot sum: measured on images, or estimated from BatchNorms.
+"""Mean μ' and variance var' of a layer's off-pivot sum: measured, or estimated from BatchNorms.
 
-**With images**: all images go through the network once, in evaluation mode. Entering Path-BN form does not change what
-a layer computes in evaluation mode, so all layers are measured together, in float64, with batches weighted by their
-size. With the statistics of these images, training mode computes on them what evaluation mode computes. In training
-mode the original network normalised the full sum s by its mean m and variance v over the images. In evaluation mode it
-used running statistics μ and σ², which may come from many more images or from another data set. To let training mode
-begin as in the original network, the measured statistics are *referred* to the running ones (this changes nothing if
-m = μ and v = σ²)::
+**With images**: all images go through the network once, in evaluation mode. Entering Path-BN form
+does not change what a layer computes in evaluation mode, so all layers are measured together, in
+float64, with batches weighted by their size. With the statistics of these images, training mode
+computes on them what evaluation mode computes. In training mode the original network normalised the
+full sum s by its mean m and variance v over the images. In evaluation mode it used running
+statistics μ and σ², which may come from many more images or from another data set. To let training
+mode begin as in the original network, the measured statistics are *referred* to the running ones
+(this changes nothing if m = μ and v = σ²)::
 
     var' + eps ← (var' + eps) (σ² + eps) / (v + eps)      μ' ← μ' + μ − m
 
-**Without images**: units are modelled as independent Gaussians after a ReLU, z_k = max(0, β_k + |γ_k| n) with
-n ~ N(0, 1), where γ and β are those of the BatchNorms that make the unit::
+**Without images**: units are modelled as independent Gaussians after a ReLU, z_k = max(0, β_k +
+|γ_k| n) with n ~ N(0, 1), where γ and β are those of the BatchNorms that make the unit::
 
-    μ'   = E[full sum] − Σ w_jk E[z_k]          the sums go over the pivots of row j; the full sum's mean and variance
-    var' = Var[full sum] − Σ w_jk² Var[z_k]     are the running statistics of the layer's own BatchNorm
+    μ'   = E[full sum] − Σ w_jk E[z_k]
+    var' = Var[full sum] − Σ w_jk² Var[z_k]
 
-For a layer without its own BatchNorm, they are Σ u E[z] and Σ u² Var[z] over all units that it reads.
+The sums go over the pivots of row j; the full sum's mean and variance are the running statistics of
+the layer's own BatchNorm. For a layer without its own BatchNorm, they are Σ u E[z] and Σ u² Var[z]
+over all units that it reads.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.conversion.arithmetic import centre_tap, gain_of
+from pathconvert.conversion.calls import Arguments, watched
 from pathconvert.conversion.groups import Layer, Units
 from pathconvert.conversion.modules import as_arguments, mode_of
 from pathconvert.conversion.pivots import FloatVector
@@ -41,10 +45,11 @@ from pathconvert.path_bn.layer import PathBN
 #: Number of images of a calibration tensor that go through the network together.
 CHUNK = 32
 EXPECTED = (
-    "Give images [N, …] or an iterable of batches; for a loader of (image, label) pairs, (x for x, _ in loader). "
-    "On the command line, give a folder: --calibrate DIR."
+    "Give images [N, …] or an iterable of batches; for a loader of (image, label) pairs, (x for x,"
+    " _ in loader). On the command line, give a folder: --calibrate DIR."
 )
-#: The estimate of var' is at least this share of the full sum's variance, as units are not quite independent.
+#: The estimate of var' is at least this share of the full sum's variance, as units are not quite
+#: independent.
 LEAST_VARIANCE = 0.25
 
 Statistics = tuple[Tensor, Tensor]
@@ -92,55 +97,65 @@ class Measured(NamedTuple):
     output: Statistics
 
 
-def measure(model: nn.Module, modules: Mapping[str, PathBN], calibration: Any) -> tuple[dict[str, Measured], int]:
+def measure(
+    model: nn.Module, modules: Mapping[str, PathBN], calibration: Any
+) -> tuple[dict[str, Measured], int]:
     """Measure the statistics of every layer over the calibration images.
 
     Args:
         model: a network in Path-BN form, with the evaluation outputs of the original.
         modules: its Path-BN layers, by name.
-        calibration: images [N, …], or an iterable of batches, each a tensor or a tuple of the forward's arguments.
+        calibration: images [N, …], or an iterable of batches, each a tensor or a tuple of the
+            forward's arguments.
 
     Returns:
         The statistics of every layer, by name; and the number of images.
 
     Raises:
-        PathconvertError: there are no images; they are not tensors that the network can run on; a layer does not run
-            on them; or a sum is not finite.
+        PathconvertError: there are no images; they are not tensors that the network can run on; a
+            layer does not run on them; or a sum is not finite.
     """
     moments = {name: (_Moments(), _Moments()) for name in modules}
-    handles = [
-        handle
-        for name, module in modules.items()
-        for handle in (
-            module.bn.register_forward_pre_hook(lambda _, args, name=name: moments[name][0].add(args[0])),
-            module.register_forward_hook(lambda _, __, result, name=name: moments[name][1].add(result)),
-        )
-    ]
+
+    def note_sum(name: str, call: Arguments) -> None:
+        moments[name][0].add(call[0][0])
+
+    def note_output(name: str, result: Tensor) -> None:
+        moments[name][1].add(result)
+
     count = 0
     tensor = next(model.parameters())
-    try:
-        with mode_of(model, training=False), torch.no_grad():
-            for batch in _batches(calibration):
-                arguments = _arguments(batch, tensor)
-                _run(model, arguments)
-                count += len(arguments[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        mode_of(model, training=False),
+        torch.no_grad(),
+        watched({name: module.bn for name, module in modules.items()}, before=note_sum),
+        watched(modules, after=note_output),
+    ):
+        for batch in _chunks(calibration):
+            arguments = _arguments(batch, tensor)
+            _run(model, arguments)
+            count += len(arguments[0])
     if not count:
         raise PathconvertError("the calibration contains no images", "Give at least one batch.")
     for name, (off_pivot, _) in moments.items():
         if not off_pivot.count:
             raise PathconvertError(
-                f"{name} does not run on the calibration images", "Give images on which it runs, or none."
+                f"{name} does not run on the calibration images",
+                "Give images on which it runs, or none.",
             )
         if not bool(torch.isfinite(off_pivot.var).all()):
-            raise PathconvertError(f"the off-pivot sum of {name} is not finite on the calibration images")
-    return {name: Measured(*((one.mean, one.var) for one in both)) for name, both in moments.items()}, count
+            raise PathconvertError(
+                f"the off-pivot sum of {name} is not finite on the calibration images"
+            )
+    return {
+        name: Measured(*((one.mean, one.var) for one in both)) for name, both in moments.items()
+    }, count
 
 
 def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) -> Statistics:
-    """The off-pivot sum's statistics, referred to the running statistics (see the module's docstring).
+    """The off-pivot sum's statistics, referred to the running statistics.
+
+    The module's docstring gives the formula.
 
     Args:
         measured: statistics of a layer; with the full sum s, y = γ (s − μ) / √(σ² + eps) + β.
@@ -154,24 +169,31 @@ def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) ->
     gain = gain.masked_fill(kept, 1.0)
     ratio = (running_var + bn.eps) / (output_var / gain**2 + bn.eps)
     referred = ((var + bn.eps) * ratio - bn.eps).clamp(min=0.0)
-    return (torch.where(kept, mean, mean - (output_mean - beta) / gain), torch.where(kept, var, referred))
+    return (
+        torch.where(kept, mean, mean - (output_mean - beta) / gain),
+        torch.where(kept, var, referred),
+    )
 
 
-def _batches(calibration: Any) -> Iterator[Any]:
+def _chunks(calibration: Any) -> Iterator[Any]:
     """The batches of a calibration tensor or iterable."""
     if isinstance(calibration, Tensor):
         yield from calibration.split(CHUNK)
     elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes | Mapping):
         yield from calibration
     else:
-        raise PathconvertError(f"the calibration is a {type(calibration).__name__}, not images", EXPECTED)
+        raise PathconvertError(
+            f"the calibration is a {type(calibration).__name__}, not images", EXPECTED
+        )
 
 
 def _arguments(batch: Any, tensor: Tensor) -> tuple[Any, ...]:
     """A batch as the forward's arguments, on the device of ``tensor`` and in its dtype."""
     arguments = tuple(_like(argument, tensor) for argument in as_arguments(batch))
     if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].dim():
-        raise PathconvertError(f"a calibration batch is a {type(batch).__name__}, not images", EXPECTED)
+        raise PathconvertError(
+            f"a calibration batch is a {type(batch).__name__}, not images", EXPECTED
+        )
     return arguments
 
 
@@ -182,12 +204,16 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> None:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         size = "×".join(map(str, arguments[0].shape))
         raise PathconvertError(
-            f"the network cannot run on a calibration batch of {size}: {first_line(error)}", EXPECTED
+            f"the network cannot run on a calibration batch of {size}: {first_line(error)}",
+            EXPECTED,
         ) from error
 
 
 def _like(value: Any, tensor: Tensor) -> Any:
-    """A tensor on the device of ``tensor``, and in its dtype if it is floating-point; other values as they are."""
+    """A tensor on the device of ``tensor``, and in its dtype if it is floating-point.
+
+    Other values as they are.
+    """
     if not isinstance(value, Tensor):
         return value
     return value.to(tensor) if value.is_floating_point() else value.to(tensor.device)
@@ -200,7 +226,9 @@ def estimate_sum(
     tensors: Mapping[str, Tensor],
     moments: tuple[FloatVector, FloatVector],
 ) -> Statistics:
-    """The Gaussian estimate for one layer (see the module's docstring); NaN where a unit's moments are not known.
+    """The Gaussian estimate for one layer (see the module's docstring).
+
+    NaN where a unit's moments are not known.
 
     Args:
         layer: a layer in path form.
@@ -245,7 +273,9 @@ def unit_moments(units: Units, tensors: Mapping[str, Tensor]) -> tuple[FloatVect
     density = torch.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
     below = torch.special.ndtr(t)
     first = (torch.from_numpy(mean) * below + torch.from_numpy(deviation) * density).numpy()
-    second = ((torch.from_numpy(mean**2 + var)) * below + torch.from_numpy(mean * deviation) * density).numpy()
+    second = (
+        (torch.from_numpy(mean**2 + var)) * below + torch.from_numpy(mean * deviation) * density
+    ).numpy()
     return first, np.maximum(second - first**2, 0.0)
 
 
@@ -260,8 +290,13 @@ def _full_sum_less_pivots(
     return mean, torch.maximum(var, LEAST_VARIANCE * full[1])
 
 
-def _sum_of_inputs(layer: Layer, pivots: Places, weight: Tensor, mean_z: FloatVector, var_z: FloatVector) -> Statistics:
-    """Σ u E[z] and Σ u² Var[z] over all inputs of a layer; u is ``weight`` with zeros at the pivots."""
+def _sum_of_inputs(
+    layer: Layer, pivots: Places, weight: Tensor, mean_z: FloatVector, var_z: FloatVector
+) -> Statistics:
+    """Σ u E[z] and Σ u² Var[z] over all inputs of a layer.
+
+    Here u is ``weight`` with zeros at the pivots.
+    """
     centre = tuple(size // 2 for size in weight.shape[2:])
     rows, columns = index_tensor(pivots.rows), index_tensor(pivots.columns) % weight.shape[1]
     weight = weight.index_put((rows, columns, *map(torch.tensor, centre)), torch.zeros(()).double())

@@ -1,6 +1,7 @@
 """Fine-tuning in path space: G-SGD, its baselines, and the run that trains, evaluates and resumes.
 
-The names below are imported when they are first used, so that ``import pathconvert.training`` does not load torch.
+The names below are imported when they are first used, so that ``import pathconvert.training`` does
+not load torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "pathconvert.training":  # imported through the link at the root, which would make second classes
+# imported through the link at the root, which would make second classes
+if __name__ != "pathconvert.training":
     raise ImportError(f"import it as pathconvert.training, not as {__name__}")
 
 if TYPE_CHECKING:

@@ -13,7 +13,18 @@ from command_line import SMALL
 
 from pathconvert.cli import run
 
-COMMANDS = ("reparam", "restore", "export", "verify", "inspect", "bench", "predict", "evaluate", "archs", "demo")
+COMMANDS = (
+    "reparam",
+    "restore",
+    "export",
+    "verify",
+    "inspect",
+    "bench",
+    "predict",
+    "evaluate",
+    "archs",
+    "demo",
+)
 KILLED = """
 import os, sys
 from pathconvert.networks import checked
@@ -25,7 +36,11 @@ run(sys.argv[1:])
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, timeout=120, env=os.environ | environment, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
     )
 
 
@@ -57,7 +72,10 @@ def test_a_terminal_without_arrows(here):
 
 
 def test_help_loads_no_torch():
-    code = "import sys; from pathconvert.cli import run; run(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pathconvert.cli import run; run(sys.argv[1:]); assert 'torch' not in"
+        " sys.modules"
+    )
     for arguments in (["--help"], ["reparam", "--help"], ["--version"]):
         assert process("-c", code, *arguments).returncode == 0
 
@@ -69,7 +87,11 @@ def test_help_has_an_example(command, capsys):
 
 
 def test_completion_of_commands():
-    environment = {"_PATHCONVERT_COMPLETE": "complete_bash", "COMP_WORDS": "pathconvert re", "COMP_CWORD": "1"}
+    environment = {
+        "_PATHCONVERT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "pathconvert re",
+        "COMP_CWORD": "1",
+    }
     code = "from pathconvert.cli import main; main()"
     assert process("-c", code, **environment).stdout.split() == [b"reparam", b"restore"]
 
@@ -102,7 +124,10 @@ def test_traceback_only_with_debug(here, capsys):
         (
             ValueError("one\ntwo"),
             2,
-            "error: unexpected ValueError: one\ntip: run again with --debug and report what it prints\n",
+            (
+                "error: unexpected ValueError: one\ntip: run again with --debug and report what it"
+                " prints\n"
+            ),
         ),
     ],
 )

@@ -17,7 +17,8 @@ from sample_networks import network
 
 from pathconvert.cli import run
 from pathconvert.conversion.equivalence import EquivalenceReport
-from pathconvert.files.checkpoint import read_checkpoint, tensors_digest
+from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.weights import tensors_digest
 from pathconvert.networks import checked
 
 
@@ -26,7 +27,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.view(torch.int32).long() - b.view(torch.int32).long()).abs().max())
 
 
-# --- reparam and restore --------------------------------------------------------------------------------------------
+# ---- reparam and restore -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -35,7 +36,9 @@ def test_round_trip_of_a_stock_network(stock, here, name, capsys):
     assert run(["reparam", str(source), "-o", "x.path.safetensors", *SMALL]) == 0
     assert run(["restore", "x.path.safetensors", "-o", "back.pt"]) == 0
     assert "original file   restored up to rounding" in capsys.readouterr().out
-    original, converted, back = (tensors(path) for path in (source, "x.path.safetensors", "back.pt"))
+    original, converted, back = (
+        tensors(path) for path in (source, "x.path.safetensors", "back.pt")
+    )
     assert set(original) == set(converted) == set(back)
     assert any(not torch.equal(original[key], converted[key]) for key in original)
     for key, tensor in original.items():
@@ -49,7 +52,10 @@ def test_round_trip_of_a_stock_network(stock, here, name, capsys):
 
 def test_pow2_is_bit_identical_both_ways(stock, here, capsys):
     source = stock / "resnet18.pt"
-    assert run(["reparam", str(source), "-o", "x.pt", "--gauge", "pow2", "--scope", "network", *SMALL]) == 0
+    assert (
+        run(["reparam", str(source), "-o", "x.pt", "--gauge", "pow2", "--scope", "network", *SMALL])
+        == 0
+    )
     assert "passed: outputs bit-identical" in capsys.readouterr().out
     assert run(["restore", "x.pt", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -68,7 +74,9 @@ def test_counters_that_the_source_lacks_are_not_added(stock, here):
 @pytest.mark.parametrize("options", [("block", "max", "pow2"), ("network", "diagonal", "unit")])
 def test_header(here, options):
     scope, pivot, gauge = options
-    assert run(["reparam", "sq.pt", "--scope", scope, "--pivot", pivot, "--gauge", gauge, *SMALL]) == 0
+    assert (
+        run(["reparam", "sq.pt", "--scope", scope, "--pivot", pivot, "--gauge", gauge, *SMALL]) == 0
+    )
     metadata = header("sq.path.safetensors")
     record = metadata.pop("record")
     assert [record[key] for key in ("scope", "pivot", "gauge")] == list(options)
@@ -85,7 +93,11 @@ def test_header(here, options):
             "input_size": [3, 64, 64],
             "task": "classification",
         },
-        "source": {"name": "sq.pt", "sha256": source.sha256, "tensors_sha256": tensors_digest(source.tensors)},
+        "source": {
+            "name": "sq.pt",
+            "sha256": source.sha256,
+            "tensors_sha256": tensors_digest(source.tensors),
+        },
     }
 
 
@@ -141,11 +153,17 @@ def test_report_is_checked_before_any_work(refused, here):
     ("wrap", "options", "notes"),
     [
         (lambda s: {"state_dict": s}, [], ["taking the weights under 'state_dict'"]),
-        (lambda s: {f"module.{k}": v for k, v in s.items()}, [], ["prefix 'module.' removed from every name"]),
+        (
+            lambda s: {f"module.{k}": v for k, v in s.items()},
+            [],
+            ["prefix 'module.' removed from every name"],
+        ),
         (
             lambda s: {
                 "model": s,
-                "model_ema": {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(3)},
+                "model_ema": (
+                    {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(3)}
+                ),
             },
             ["--key", "model_ema"],
             ["taking the weights under 'model_ema'", "prefix 'module.' removed from every name"],
@@ -166,7 +184,9 @@ def test_torchvisions_training_checkpoint(here, capsys):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)
     saved = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
     saved = {key: value.state_dict() for key, value in saved.items()}
-    torch.save(saved | {"epoch": 3, "args": argparse.Namespace(lr=0.1, data_path="x")}, "checkpoint.pth")
+    torch.save(
+        saved | {"epoch": 3, "args": argparse.Namespace(lr=0.1, data_path="x")}, "checkpoint.pth"
+    )
     assert run(["reparam", "checkpoint.pth", *SMALL]) == 0
     assert capsys.readouterr().err == "checkpoint.pth: taking the weights under 'model'\n"
 
@@ -219,8 +239,14 @@ def edit(path: str, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=9), "has metadata of format version 9; this is pathconvert"),
-        (lambda m: m["record"].update(format_version=9), "the conversion record has format version 9"),
+        (
+            lambda m: m.update(format_version=9),
+            "has metadata of format version 9; this is pathconvert",
+        ),
+        (
+            lambda m: m["record"].update(format_version=9),
+            "the conversion record has format version 9",
+        ),
         (lambda m: m["record"].pop("scales"), "the conversion record is damaged: KeyError"),
         (lambda m: m["record"].update(scales=[1.0]), "names a channel that does not exist"),
         (
@@ -241,14 +267,16 @@ def test_restore_of_a_record_that_does_not_fit(refused, here, change, message):
     assert message in refused("restore", "sq.path.safetensors")[0]
 
 
-# --- verify, inspect, archs, demo -----------------------------------------------------------------------------------
+# ---- verify, inspect, archs, demo ----------------------------------------------------------------
 
 
 def test_verify_tells_changed_networks(here, capsys):
     assert run(["reparam", "sq.pt", *SMALL]) == 0
     Path("photos").mkdir()
     for seed in range(3):
-        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        pixels = torch.randint(
+            256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
         Image.fromarray(pixels.numpy()).save(f"photos/{seed}.png")
     capsys.readouterr()
     assert run(["verify", "sq.path.safetensors", "sq.pt", *SMALL]) == 0
@@ -265,8 +293,9 @@ def test_verify_tells_changed_networks(here, capsys):
 
 def test_verify_refuses_other_architectures_and_folders(refused, stock, here):
     lines = refused("verify", "sq.pt", stock / "resnet18.pt")
-    assert lines[0] == (
-        "error: the networks have different architectures: squeezenet1_1 {'num_classes': 5} and "
+    assert (
+        lines[0]
+        == "error: the networks have different architectures: squeezenet1_1 {'num_classes': 5} and "
         "resnet18 {'num_classes': 3}"
     )
     for folder in ("empty", "broken"):
@@ -277,7 +306,9 @@ def test_verify_refuses_other_architectures_and_folders(refused, stock, here):
         ("empty", "empty contains no images"),
         ("broken", "broken/a.png is not an intact image"),
     ):
-        assert refused("verify", "sq.pt", "sq.pt", "--images", folder, *SMALL)[0].startswith(f"error: {message}")
+        assert refused("verify", "sq.pt", "sq.pt", "--images", folder, *SMALL)[0].startswith(
+            f"error: {message}"
+        )
 
 
 def test_inspect_tells_plain_from_converted(here, capsys):
@@ -289,13 +320,20 @@ def test_inspect_tells_plain_from_converted(here, capsys):
     capsys.readouterr()
     assert run(["inspect", "sq.path.safetensors", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["form"], result["scope"], result["pivot"], result["gauge"]) == ("path", "block", "matching", "unit")
+    assert (result["form"], result["scope"], result["pivot"], result["gauge"]) == (
+        "path",
+        "block",
+        "matching",
+        "unit",
+    )
     assert result["source"]["name"] == "sq.pt"
 
 
 def test_archs(capsys):
     assert run(["archs", "--json"]) == 0
-    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["architectures"]}
+    entries = {
+        entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["architectures"]
+    }
     assert entries["resnet50"]["supported"]
     assert entries["mobilenet_v2"]["reason"] == "ReLU6 is not positively homogeneous"
     assert all(entry["supported"] == (not entry["reason"]) for entry in entries.values())
@@ -320,4 +358,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_into_a_file(refused):
-    assert refused("demo", "--output-dir", "sq.pt")[0] == "error: The folder sq.pt cannot be made: File exists."
+    assert (
+        refused("demo", "--output-dir", "sq.pt")[0]
+        == "error: The folder sq.pt cannot be made: File exists."
+    )

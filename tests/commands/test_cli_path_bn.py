@@ -19,7 +19,9 @@ from pathconvert.cli import run
 
 @pytest.fixture
 def here(stock, tmp_path, monkeypatch) -> Path:
-    """A folder with a SqueezeNet (``sq.pt``), a ResNet (``res.pt``) and eight images in ``photos/``."""
+    """A folder with a SqueezeNet (``sq.pt``), a ResNet (``res.pt``) and eight images in
+    ``photos/``.
+    """
     shutil.copy(stock / "squeezenet1_1.pt", tmp_path / "sq.pt")
     shutil.copy(stock / "resnet18.pt", tmp_path / "res.pt")
     (tmp_path / "photos").mkdir()
@@ -37,33 +39,45 @@ def result(capsys, *arguments: str) -> dict:
 
 
 def test_there_and_back(here, capsys):
-    summary = result(capsys, "reparam", "sq.pt", "--form", "path-bn", "--calibrate", "photos", *SMALL)
+    summary = result(
+        capsys, "reparam", "sq.pt", "--form", "path-bn", "--calibrate", "photos", *SMALL
+    )
     assert summary["output"] == "sq.path-bn.safetensors"
     assert (summary["form"], len(summary["path_bn"]["layers"])) == ("path-bn", 16)
     assert summary["path_bn"]["calibration"] == {"source": "images", "images": 8}
     assert summary["equality"]["passed"]
     assert header(Path("sq.path-bn.safetensors"))["record"]["form"] == "path-bn"
-    compared = result(capsys, "verify", "sq.pt", "sq.path-bn.safetensors", "--images", "photos", *SMALL)
+    compared = result(
+        capsys, "verify", "sq.pt", "sq.path-bn.safetensors", "--images", "photos", *SMALL
+    )
     assert compared["same_top1"] == compared["images"] == 8
     seen = result(capsys, "inspect", "sq.path-bn.safetensors")
     assert (seen["form"], seen["path_bn"]["skip_scale"]) == ("path-bn", 1.0)
     restored = result(capsys, "restore", "sq.path-bn.safetensors")
     assert restored["output"] == "sq.restored.safetensors"
     assert restored["equality"]["passed"]
-    assert sorted(pathconvert.load("sq.restored.safetensors")[0].state_dict()) == sorted(torch.load("sq.pt"))
+    assert sorted(pathconvert.load("sq.restored.safetensors")[0].state_dict()) == sorted(
+        torch.load("sq.pt")
+    )
 
 
 def test_from_a_file_in_path_form(here, capsys):
     """The pivots are those of the conversion, the source is its source."""
     assert run(["reparam", "res.pt", "--pivot", "max", "--scope", "network", *SMALL]) == 0
-    summary = result(capsys, "reparam", "res.path.safetensors", "--form", "path-bn", "--skip-scale", "0.1")
+    summary = result(
+        capsys, "reparam", "res.path.safetensors", "--form", "path-bn", "--skip-scale", "0.1"
+    )
     assert (summary["output"], summary["pivot"]) == ("res.path-bn.safetensors", "max")
     assert summary["path_bn"]["calibration"] == {"source": "gaussian"}
     path, path_bn = header(Path("res.path.safetensors")), header(Path("res.path-bn.safetensors"))
     assert path_bn["source"] == path["source"]
     assert path_bn["record"]["pivots"] == path["record"]["pivots"]
-    assert result(capsys, "verify", "res.pt", "res.path-bn.safetensors", *SMALL)["equality"]["passed"]
-    assert result(capsys, "restore", "res.path-bn.safetensors", "-o", "back.pt")["equality"]["passed"]
+    assert result(capsys, "verify", "res.pt", "res.path-bn.safetensors", *SMALL)["equality"][
+        "passed"
+    ]
+    assert result(capsys, "restore", "res.path-bn.safetensors", "-o", "back.pt")["equality"][
+        "passed"
+    ]
     assert result(capsys, "verify", "res.pt", "back.pt", *SMALL)["equality"]["passed"]
 
 
@@ -74,10 +88,20 @@ def test_the_table_says_where_statistics_come_from(here, capsys):
     assert f"8 layers, 13 left as they are; λ 1; {statistics}" in printed
     assert run(["reparam", "sq.pt", "--form", "path-bn", "--calibrate", "photos", *SMALL]) == 0
     printed = capsys.readouterr()
-    assert "16 layers, 10 left as they are; λ 1; calibrated on 8 images" in " ".join(printed.out.split())
-    assert "no Path-BN: classifier.1 (is the last layer: no normalization comes before an output)" in printed.err
-    assert "note: no Path-BN: features.0, features.3.expand3x3, features.4.expand3x3, " in printed.err
-    assert " and 4 more (holds no pivot: it begins a chain, or what it reads has its pivots elsewhere)" in printed.err
+    assert "16 layers, 10 left as they are; λ 1; calibrated on 8 images" in " ".join(
+        printed.out.split()
+    )
+    assert (
+        "no Path-BN: classifier.1 (is the last layer: no normalization comes before an output)"
+        in printed.err
+    )
+    assert (
+        "note: no Path-BN: features.0, features.3.expand3x3, features.4.expand3x3, " in printed.err
+    )
+    assert (
+        " and 4 more (holds no pivot: it begins a chain, or what it reads has its pivots elsewhere)"
+        in printed.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +109,10 @@ def test_the_table_says_where_statistics_come_from(here, capsys):
     [
         (["--calibrate", "photos"], "--calibrate and --skip-scale apply only to the Path-BN form"),
         (["--skip-scale", "0.1"], "--calibrate and --skip-scale apply only to the Path-BN form"),
-        (["--form", "path-bn"], "SqueezeNet has no BatchNorm to estimate Path-BN's statistics from"),
+        (
+            ["--form", "path-bn"],
+            "SqueezeNet has no BatchNorm to estimate Path-BN's statistics from",
+        ),
         (["--form", "path-bn", "--calibrate", "nowhere"], "nowhere is not a folder"),
         (["--form", "path-bn", "--calibrate", "empty"], "empty contains no images"),
         (["--form", "path-bn", "--calibrate", "broken"], "broken/x.png is not an intact image"),
@@ -146,8 +173,11 @@ def test_resume_is_the_conversion_again():
     again = resume(conversion.model, x, conversion.record)
     assert np.array_equal(again.scales, conversion.scales)
     assert np.array_equal(again.pivots.layer, conversion.pivots.layer)
-    assert np.allclose(again.pivots.value, conversion.pivots.value, rtol=1e-5, atol=0)  # float32 weights
-    places = [[pivot and pivot[:4] for pivot in one.groups[0].pivots] for one in (again, conversion)]
+    # float32 weights
+    assert np.allclose(again.pivots.value, conversion.pivots.value, rtol=1e-5, atol=0)
+    places = [
+        [pivot and pivot[:4] for pivot in one.groups[0].pivots] for one in (again, conversion)
+    ]
     assert places[0] == places[1]
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pathconvert.conversion.groups import FIXED, find_units
 from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.pivots import _match, choose_pivots
-from pathconvert.conversion.record import decode_runs, encode_runs, read_record
+from pathconvert.conversion.record import Record
 from pathconvert.conversion.rescale import factors, rescale
+from pathconvert.conversion.runs import decode_runs, encode_runs
 from pathconvert.conversion.scales import choose_scales
 from pathconvert.conversion.trace import PINNED, ZERO, Slot, Trace
 from pathconvert.errors import RecordError
@@ -49,9 +50,11 @@ def test_runs(units: list[int], runs: list[list[int]]) -> None:
 def test_a_damaged_run_is_a_record_error() -> None:
     record = {"format_version": 1, "scales": [1.0], "tensors": {"w": {"rows": [[0, 1]]}}}
     with pytest.raises(RecordError) as error:
-        read_record(record, {"w": (1,)})
-    assert str(error.value) == (
-        "the conversion record is damaged: ValueError: not enough values to unpack (expected 3, got 2)"
+        Record.from_json(record)
+    assert (
+        str(error.value)
+        == "the conversion record is damaged: ValueError: not enough values to unpack (expected 3,"
+        " got 2)"
     )
 
 
@@ -101,7 +104,11 @@ def test_factors_multiply_from_the_output_to_the_input() -> None:
     rescaled = rescale(model, units.slots, scales)
     assert [float(p.detach()) for p in rescaled.parameters()] == [105.0, -1.0, 1.0]
     powers = choose_scales(units, pivots, tensors, "pow2")[0]
-    assert powers.tolist() == [16.0, 4.0, 1.0], "|a| · s_next is rounded: 5 → 4, then 3 · 4 = 12 → 16"
+    assert powers.tolist() == [
+        16.0,
+        4.0,
+        1.0,
+    ], "|a| · s_next is rounded: 5 → 4, then 3 · 4 = 12 → 16"
 
 
 def test_a_circle_of_pivots_keeps_its_factors() -> None:
@@ -110,7 +117,9 @@ def test_a_circle_of_pivots_keeps_its_factors() -> None:
     unit = trace.fresh(1)
     trace.slots += [Slot("0.weight", unit, ids(PINNED)), Slot("1.weight", unit, unit)]
     units = find_units(trace)
-    tensors = {name: torch.full((1, 1), 2.0, dtype=torch.float64) for name in ("0.weight", "1.weight")}
+    tensors = {
+        name: torch.full((1, 1), 2.0, dtype=torch.float64) for name in ("0.weight", "1.weight")
+    }
     pivots = choose_pivots(units, tensors, np.array([True]), "max")
     scales, _, circular = choose_scales(units, pivots, tensors, "unit")
     assert (scales.tolist(), circular.tolist()) == ([1.0], [True])
@@ -125,7 +134,9 @@ def test_ties_and_pins() -> None:
     a_units, b_units = (slot.rows.tolist() for slot in units.slots)
     assert a_units[0] == b_units[0]
     assert len({*a_units, *b_units}) == 5
-    reasons = dict(zip(range(units.count), [units.groups[g].pinned_by for g in units.group_of()], strict=True))
+    reasons = dict(
+        zip(range(units.count), [units.groups[g].pinned_by for g in units.group_of()], strict=True)
+    )
     assert reasons[a_units[1]] == "meets a tensor that is not rescaled in the add"
     assert [reasons[u] for u in (a_units[0], a_units[2], *b_units)] == [None] * 5
     assert units.slots[1].columns is not None
@@ -150,7 +161,8 @@ def test_followers_are_neighbours_that_nothing_else_reads() -> None:
         def forward(self, x: Tensor) -> Tensor:
             alone = self.bn_a(self.a(x))
             b = self.b(alone)
-            shared = self.bn_c(self.c(x)) + self.bn_c(self.d(x))  # one BatchNorm after two convolutions
+            # one BatchNorm after two convolutions
+            shared = self.bn_c(self.c(x)) + self.bn_c(self.d(x))
             return self.bn_b(b) + b.mul(2) + shared  # b has a second reader
 
     followers = trace_network(Net(), torch.randn(2, 3, 4, 4)).trace.followers()

@@ -1,53 +1,51 @@
-"""All torchvision networks, whether converted whole, in parts or refused, with random weights on small inputs."""
+"""All networks of torchvision that are converted whole, and two of timm's, with random weights on
+small inputs.
+"""
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from conversions import COMBINATIONS, assert_close, assert_restored, draw
 from sample_networks import CLASSES, narrow_classifier, network
-from torch import Tensor, nn
+from torch import nn
 
-from pathconvert.conversion.equivalence import forward_outputs, verify, verify_conversion
+from pathconvert.conversion.equivalence import forward_outputs, verify
 from pathconvert.conversion.groups import find_units
 from pathconvert.conversion.parts import Traced, trace_network
 from pathconvert.conversion.reparameterize import Conversion, convert_traced, reparameterize
-from pathconvert.errors import RefusedNetwork
 from pathconvert.networks.architectures import Architecture, build, resolve
-from pathconvert.path_bn.restoring import restore
 
-#: Largest difference over largest output: float64 rounds by 1e-16; a hundred layers and the division by
-#: small batch deviations make at most 1e4 times that of it here. In float32 the same times 2²⁹.
-RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-2}
-#: Matching takes seconds on the 2048 channels of random numbers that the larger networks have: they take ``max``.
+pytestmark = pytest.mark.usefixtures("free_memory")
+
+#: Matching takes seconds on the 2048 channels of random numbers that the larger networks have: they
+#: take ``max``.
 MATCHED_PARAMETERS = 15_000_000
-COMBINATIONS = [
-    (scope, pivot, gauge)
-    for scope in ("block", "network")
-    for pivot in ("matching", "max", "diagonal")
-    for gauge in ("unit", "pow2")
-]
-
-
-#: Every pivot rule in both scopes and both gauges: for two networks with wide layers, on which matching takes seconds.
+#: Every pivot rule in both scopes and both gauges: for two networks with wide layers, on which
+#: matching takes seconds.
 HALF_OF_THEM = [
-    (scope, pivot, gauge) for scope, pivot, gauge in COMBINATIONS if (scope == "block") == (gauge == "unit")
+    (scope, pivot, gauge)
+    for scope, pivot, gauge in COMBINATIONS
+    if (scope == "block") == (gauge == "unit")
 ]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a conversion should find. ``movable`` channels are those that are rescaled, or held back by float32."""
+    """What a conversion should find.
+
+    ``movable`` channels are those that are rescaled, or held back by float32.
+    """
 
     groups: int
     pinned: tuple[int, int]  # groups, scope block and network
     movable: tuple[int, int]  # channels, scope block and network
-    dead: int = 0  # channels that no weight other than 0 reads: before depthwise ones whose BatchNorm has γ = 0
+    # channels that no weight other than 0 reads: before depthwise ones whose BatchNorm has γ = 0
+    dead: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,27 +60,37 @@ class Case:
     large: bool = False  # over 80 million parameters: float32, to stay under 4 GiB
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.arguments.items() if k.startswith("aux"))])
+        return "-".join(
+            [self.name, *(f"{k}={v}" for k, v in self.arguments.items() if k.startswith("aux"))]
+        )
 
     def build(self) -> nn.Module:
         model = network(self.name, torch.float32 if self.large else torch.float64, **self.arguments)
         if self.name == "s3d":
-            model.avgpool = nn.AvgPool3d(1)  # its window of 2x7x7 needs 13 frames of 209x209: seconds per forward
+            model.avgpool = nn.AvgPool3d(
+                1
+            )  # its window of 2x7x7 needs 13 frames of 209x209: seconds per forward
         return model
 
 
 def residual(name: str, groups: int, inner: int, streams: int, **options: Any) -> Case:
-    """A network with four residual streams of ``streams`` channels in total, which scope block does not scale."""
+    """A network with four residual streams of ``streams`` channels in total, which scope block does
+    not scale.
+    """
     return Case(name, Counts(groups, (5, 1), (inner, inner + streams)), **options)
 
 
-def plain(name: str, groups: int, movable: int, *, pinned: int = 1, dead: int = 0, **options: Any) -> Case:
+def plain(
+    name: str, groups: int, movable: int, *, pinned: int = 1, dead: int = 0, **options: Any
+) -> Case:
     """A network without residual adds: both scopes find the same."""
     return Case(name, Counts(groups, (pinned, pinned), (movable, movable), dead), **options)
 
 
 def mnasnet(name: str, inner: int, streams: int) -> Case:
-    """Five residual streams, and 17 depthwise convolutions: no weight other than 0 reads a channel whose γ is 0."""
+    """Five residual streams, and 17 depthwise convolutions: no weight other than 0 reads a channel
+    whose γ is 0.
+    """
     return Case(name, Counts(43, (6, 1), (inner, inner + streams), 17))
 
 
@@ -99,7 +107,10 @@ def headed(name: str, auxiliary: dict[str, Any], counts: Counts, **options: Any)
     return Case(name, counts, auxiliary, **options)
 
 
-INCEPTION = {"shape": (2, 3, 75, 75), "training_shape": (2, 3, 299, 299)}  # the auxiliary head needs 299
+INCEPTION = {
+    "shape": (2, 3, 75, 75),
+    "training_shape": (2, 3, 299, 299),
+}  # the auxiliary head needs 299
 HEADS, NO_HEADS = ({"aux_logits": on, "init_weights": False} for on in (True, False))
 
 CASES = [
@@ -112,17 +123,24 @@ CASES = [
     plain("vgg13_bn", 13, 11136, large=True),
     plain("vgg16_bn", 16, 12416, large=True),
     plain("vgg19_bn", 19, 13696, large=True),
-    # inner: the stem and both convolutions of a bottleneck, or the first of a basic block; streams: 64 … 512, times 4
+    # inner: the stem and both convolutions of a bottleneck, or the first of a basic block; streams:
+    # 64 … 512, times 4
     residual("resnet18", 13, 2 * (64 + 128 + 256 + 512), 960),
     residual("resnet34", 21, 3 * 64 + 4 * 128 + 6 * 256 + 3 * 512, 960),
     residual("resnet50", 38, 64 + 2 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512), 3840),
     residual("resnet101", 72, 64 + 2 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840),
     residual("resnet152", 106, 64 + 2 * (3 * 64 + 8 * 128 + 36 * 256 + 3 * 512), 3840),
     residual("resnext50_32x4d", 38, 64 + 4 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512), 3840),
-    residual("resnext101_32x8d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
-    residual("resnext101_64x4d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
+    residual(
+        "resnext101_32x8d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True
+    ),
+    residual(
+        "resnext101_64x4d", 72, 64 + 8 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True
+    ),
     residual("wide_resnet50_2", 38, 64 + 4 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512), 3840),
-    residual("wide_resnet101_2", 72, 64 + 4 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True),
+    residual(
+        "wide_resnet101_2", 72, 64 + 4 * (3 * 64 + 4 * 128 + 23 * 256 + 3 * 512), 3840, large=True
+    ),
     plain("squeezenet1_0", 26, 2976),
     plain("squeezenet1_1", 26, 2944),
     # DenseNet: only BatchNorms read the stem's pooled features, and they normalise any factor away
@@ -174,35 +192,23 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _memory() -> Iterator[None]:
-    """Networks are large, so free the memory of a test before the next one."""
-    yield
-    gc.collect()
-
-
-def draw(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def assert_counts(conversion: Conversion, expected: Counts, *, float32: bool) -> None:
     scope = ("block", "network").index(conversion.scope)
     counts = conversion.counts()
     held = counts["channels_held_back"]
     assert (counts["groups"], counts["groups_pinned"]) == (expected.groups, expected.pinned[scope])
-    assert (counts["channels_rescaled"] + held, counts["channels_dead"]) == (expected.movable[scope], expected.dead)
+    assert (counts["channels_rescaled"] + held, counts["channels_dead"]) == (
+        expected.movable[scope],
+        expected.dead,
+    )
     assert counts["channels_circular"] == 0
     assert float32 or not held
 
 
-def assert_close(outputs: list[Tensor], expected: list[Tensor]) -> None:
-    for output, reference in zip(outputs, expected, strict=True):
-        difference = float((output - reference).abs().max() / reference.abs().max())
-        assert difference <= RELATIVE[reference.dtype], difference
-
-
 def assert_stock(conversion: Conversion, original: nn.Module, case: Case) -> None:
-    """Class, names, shapes and dtypes are those of the original, and a stock network can load the tensors."""
+    """Class, names, shapes and dtypes are those of the original, and a stock network can load the
+    tensors.
+    """
     assert type(conversion.model) is type(original)
     kinds = [
         [(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()]
@@ -211,18 +217,6 @@ def assert_stock(conversion: Conversion, original: nn.Module, case: Case) -> Non
     assert kinds[0] == kinds[1]
     stock = build(Architecture(case.name, {"num_classes": CLASSES, **case.arguments}))
     stock.load_state_dict(conversion.model.state_dict(), strict=True, assign=True)
-
-
-def assert_restored(conversion: Conversion, original: nn.Module) -> None:
-    """Exactly if factors are powers of two, else up to 2 units in the last place: one rounding in each direction."""
-    restored = restore(conversion.model, conversion.record).state_dict()
-    for name, tensor in original.state_dict().items():
-        if conversion.gauge == "pow2":
-            assert torch.equal(restored[name], tensor), name
-        elif tensor.is_floating_point():
-            whole = torch.int64 if tensor.dtype == torch.float64 else torch.int32
-            steps = (restored[name].view(whole) - tensor.view(whole)).abs()
-            assert int(steps.max()) <= 2, f"{name}: {int(steps.max())} units in the last place"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -247,14 +241,21 @@ def test_converted(case: Case) -> None:
     conversion = convert_traced(original, traced, "block", "matching" if small else "max", "unit")
     assert_counts(conversion, case.counts, float32=case.large)
     assert_close(forward_outputs(conversion.model, inputs), expected)
-    in_training = [forward_outputs(model, training_inputs, training=True) for model in (conversion.model, original)]
+    in_training = [
+        forward_outputs(model, training_inputs, training=True)
+        for model in (conversion.model, original)
+    ]
     assert_close(*in_training)
     assert_restored(conversion, original)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1", "mc3_18"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1", "mc3_18"]
+)
 def test_noise(name: str) -> None:
-    """In float32, :func:`verify` finds no more noise than the original has, in evaluation and in training mode."""
+    """In float32, :func:`verify` finds no more noise than the original has, in evaluation and in
+    training mode.
+    """
     case = next(case for case in CASES if str(case) == name)
     original, inputs = network(name), draw(case.shape)
     conversion = reparameterize(original, inputs)
@@ -265,27 +266,37 @@ def test_noise(name: str) -> None:
 
 
 def test_the_largest_is_traced() -> None:
-    """regnet_y_128gf is only traced, as it has 645 million parameters; its numbers are in benchmarks/convert.py."""
+    """regnet_y_128gf is only traced, as it has 645 million parameters.
+
+    Its numbers are in benchmarks/convert.py.
+    """
     model = build(Architecture("regnet_y_128gf", {"num_classes": CLASSES}))
     groups = find_units(trace_network(model, draw((2, 3, 64, 64))).trace).groups
     pinned = [group for group in groups if group.pinned_by]
     residual_streams = [group.size for group in groups if group.residual]
-    assert (len(groups), len(pinned)) == (114, 28)  # 27 blocks: two units, one excitation and one gate each; the stem …
+    assert (len(groups), len(pinned)) == (
+        114,
+        28,
+    )  # 27 blocks: two units, one excitation and one gate each; the stem …
     assert residual_streams == [528, 1056, 2904, 7392]
 
 
 def test_s3d_at_its_own_size() -> None:
     model = build(Architecture("s3d", {"num_classes": CLASSES}))
     groups = find_units(trace_network(model, draw((1, 3, 16, 224, 224))).trace).groups
-    assert (len(groups), [group.name for group in groups if group.pinned_by]) == (78, ["classifier.1"])
+    assert (len(groups), [group.name for group in groups if group.pinned_by]) == (
+        78,
+        ["classifier.1"],
+    )
 
 
-# ---- every combination ------------------------------------------------------------------------------------------
+# ---- every combination ---------------------------------------------------------------------------
 
 
 SMALLEST = [
     "alexnet", "vgg11", "vgg11_bn", "resnet18", "resnext50_32x4d", "squeezenet1_1", "densenet121",
-    "googlenet-aux_logits=True", "inception_v3-aux_logits=True", "shufflenet_v2_x0_5", "mnasnet0_5", "regnet_x_400mf",
+    "googlenet-aux_logits=True", "inception_v3-aux_logits=True", "shufflenet_v2_x0_5",
+    "mnasnet0_5", "regnet_x_400mf",
     "regnet_y_400mf", "mc3_18", "r2plus1d_18", "s3d", "fcn_resnet50-aux_loss=True",
 ]  # fmt: skip
 
@@ -300,7 +311,9 @@ def test_every_combination(name: str) -> None:
     inputs = draw((1, *case.shape[1:]))
     traced = trace_network(original, draw(case.training_shape or case.shape))
     expected = forward_outputs(original, inputs)
-    for scope, pivot, gauge in HALF_OF_THEM if name.startswith(("resnext", "fcn")) else COMBINATIONS:
+    for scope, pivot, gauge in (
+        HALF_OF_THEM if name.startswith(("resnext", "fcn")) else COMBINATIONS
+    ):
         conversion = convert_traced(original, traced, scope, pivot, gauge)
         outputs = forward_outputs(conversion.model, inputs)
         if gauge == "pow2":
@@ -312,10 +325,17 @@ def test_every_combination(name: str) -> None:
 
 
 def assert_pivots_are_one(conversion: Conversion) -> None:
-    """PBN Theorem 1, read off the converted network: every chosen effective weight is ±1 and has kept its sign."""
+    """PBN Theorem 1, read off the converted network: every chosen effective weight is ±1 and has
+    kept its sign.
+    """
     tensors = dict(conversion.model.named_buffers()) | dict(conversion.model.named_parameters())
     for layer in conversion.units.layers:
-        hosted = [p for g in conversion.groups for p in g.pivots if p is not None and p.parameter == layer.parameter]
+        hosted = [
+            p
+            for g in conversion.groups
+            for p in g.pivots
+            if p is not None and p.parameter == layer.parameter
+        ]
         if not hosted:
             continue
         weight = tensors[layer.parameter].detach()
@@ -330,19 +350,25 @@ def assert_pivots_are_one(conversion: Conversion) -> None:
         rows = torch.tensor([pivot.row for pivot in hosted])
         columns = torch.tensor([pivot.column for pivot in hosted]) % weight.shape[1]
         signs = torch.tensor([pivot.sign for pivot in hosted], dtype=torch.float64)
-        # 1e-12: a factor and its neighbour's are products of up to a hundred pivots, each rounded once
+        # 1e-12: a factor and its neighbour's are products of up to a hundred pivots, each rounded
+        # once
         torch.testing.assert_close(weight[rows, columns] * gains[rows], signs, rtol=1e-12, atol=0)
 
 
-# ---- reasons ----------------------------------------------------------------------------------------------------
+# ---- reasons -------------------------------------------------------------------------------------
+
 
 OUTPUT = "is a network output"
-DENSENET = "enters the BatchNorm features.denseblock1.denselayer1.norm1, which normalises any factor away"
+DENSENET = (
+    "enters the BatchNorm features.denseblock1.denselayer1.norm1, which normalises any factor away"
+)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_no_channel_is_left_without_a_reason(name: str) -> None:
-    """Scope network: only outputs and gates are pinned (and DenseNet's stem, whose factor has no effect)."""
+    """Scope network: only outputs and gates are pinned (and DenseNet's stem, whose factor has no
+    effect).
+    """
     case = next(case for case in CASES if str(case) == name)
     model = case.build()
     traced = trace_network(model, draw(case.training_shape or case.shape))
@@ -355,127 +381,7 @@ def test_no_channel_is_left_without_a_reason(name: str) -> None:
     assert reasons == (gates | ({DENSENET} if case.name.startswith("densenet") else set()))
 
 
-# ---- detection --------------------------------------------------------------------------------------------------
-
-ROI = ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor")
-DETECTORS = {
-    "fasterrcnn_resnet50_fpn": (ROI, 49, 14, 8896),
-    "fasterrcnn_resnet50_fpn_v2": (ROI, 53, 14, 9152),
-    "maskrcnn_resnet50_fpn": ((*ROI, "roi_heads.mask_head", "roi_heads.mask_predictor"), 55, 16, 9920),
-    "maskrcnn_resnet50_fpn_v2": ((*ROI, "roi_heads.mask_head", "roi_heads.mask_predictor"), 59, 16, 10176),
-    "keypointrcnn_resnet50_fpn": ((*ROI, "roi_heads.keypoint_head", "roi_heads.keypoint_predictor"), 58, 16, 12480),
-    "retinanet_resnet50_fpn": (("backbone", "head"), 53, 12, 9664),
-    "retinanet_resnet50_fpn_v2": (("backbone", "head"), 61, 20, 9664),
-    "fcos_resnet50_fpn": (("backbone", "head"), 62, 21, 9664),
-    "ssd300_vgg16": (("backbone", "head"), 36, 19, 5376),
-}
-
-
-def detector(name: str, side: int = 64, **arguments: Any) -> nn.Module:
-    """A detector for small images, with box offsets so small that random weights give some valid boxes."""
-    model = network(name, **arguments)
-    if not name.startswith("ssd"):
-        model.transform.min_size, model.transform.max_size = (side,), side
-    if hasattr(model, "roi_heads"):
-        model.roi_heads.score_thresh, model.roi_heads.detections_per_img = 0.0, 4
-        model.rpn._post_nms_top_n["testing"] = 8
-        with torch.no_grad():
-            model.rpn.head.bbox_pred.weight *= 1e-3
-            model.roi_heads.box_predictor.bbox_pred.weight *= 1e-3
-    return model
-
-
-def image(side: int = 64) -> list[Tensor]:
-    return [torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))]
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["batchnorm", "frozen"])
-@pytest.mark.parametrize("name", DETECTORS)
-def test_detectors_are_converted_part_by_part(name: str, frozen: bool) -> None:
-    if frozen and name not in ("maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"):
-        pytest.skip("frozen backbones: one with two stages and one with one will do")
-    model = detector(name, **({"frozen_batch_norm": True} if frozen else {}))
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    traced = trace_network(model, image())
-    conversion = convert_traced(model, traced, "block", "max", "unit")
-    counts = conversion.counts()
-    parts, groups, pinned, rescaled = DETECTORS[name]
-    assert conversion.parts == parts
-    assert conversion.left_alone == {}
-    assert (counts["groups"], counts["groups_pinned"], counts["channels_rescaled"]) == (groups, pinned, rescaled)
-    report = verify_conversion(model, conversion.model, parts, image())
-    assert report.passed, report
-    assert report.max_abs > 0
-    assert_restored(conversion, model)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(not t.is_meta for t in forward_outputs(model, (image(),)))  # the trace leaves no meta tensors in it
-
-
-def test_detectors_in_powers_of_two_detect_the_same() -> None:
-    model = detector("keypointrcnn_resnet50_fpn")
-    conversion = reparameterize(model, image(), scope="network", pivot="matching", gauge="pow2")
-    outputs = [forward_outputs(network, (image(),)) for network in (model, conversion.model)]
-    assert outputs[0][0].numel() > 0
-    assert all(map(torch.equal, *outputs))
-    assert_restored(conversion, model)
-
-
-def test_detectors_without_a_box() -> None:
-    """Heads that receive an empty batch are converted as parts too."""
-    model = detector("maskrcnn_resnet50_fpn")
-    model.roi_heads.score_thresh = 1.0
-    conversion = reparameterize(model, image(), pivot="max")
-    assert conversion.parts == DETECTORS["maskrcnn_resnet50_fpn"][0]
-    assert conversion.counts()["channels_rescaled"] == DETECTORS["maskrcnn_resnet50_fpn"][3]
-
-
-# ---- refused ----------------------------------------------------------------------------------------------------
-
-REFUSED = {
-    "mobilenet_v2": ("features.0.2 is ReLU6", "MobileNetV2"),
-    "mobilenet_v3_small": ("features.0.2 is Hardswish", "MobileNetV3"),
-    "mobilenet_v3_large": ("features.0.2 is Hardswish", "MobileNetV3"),
-    "efficientnet_b0": ("features.0.2 is SiLU", "EfficientNet"),
-    "efficientnet_v2_s": ("features.0.2 is SiLU", "EfficientNet"),
-    "convnext_tiny": ("features.1.0.block.4 is GELU", "ConvNeXt"),
-    "swin_t": ("features.1.0.mlp.1 is GELU", "SwinTransformer"),
-    "swin_v2_t": ("features.1.0.attn is clamp", "SwinTransformer"),
-    "vit_b_16": ("encoder.layers.encoder_layer_0.mlp.1 is GELU", "VisionTransformer"),
-    "maxvit_t": ("stem.0.2 is GELU", "MaxVit"),
-    "mvit_v1_b": ("blocks.0.mlp.1 is GELU", "MViT"),
-    "mvit_v2_s": ("blocks.0.mlp.1 is GELU", "MViT"),
-    "lraspp_mobilenet_v3_large": ("backbone.0.2 is Hardswish", "LRASPP"),
-    "deeplabv3_mobilenet_v3_large": ("backbone.0.2 is Hardswish", "DeepLabV3"),
-    "ssdlite320_mobilenet_v3_large": ("backbone.features.0.0.2 is Hardswish", "SSD"),
-}
-QUICK = ("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "lraspp_mobilenet_v3_large")
-INPUTS = {"mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224), "vit_b_16": (1, 3, 224, 224),
-          "maxvit_t": (1, 3, 224, 224)}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_and_converted_in_part(name: str) -> None:
-    quick = name in QUICK
-    model = network(name, torch.float64 if quick else torch.float32)
-    inputs = image() if name.startswith("ssd") else draw(INPUTS.get(name, (1, 3, 64, 64)))
-    traced = trace_network(model, inputs)
-    with pytest.raises(RefusedNetwork) as caught:
-        convert_traced(model, traced, "block", "matching", "unit")
-    offender, kind = REFUSED[name]
-    assert str(caught.value) == (
-        f"{offender}, which is not positively homogeneous: {kind} cannot be moved to path space as a whole"
-    )
-    assert caught.value.tip == "--partial (partial=True) pins what enters such an activation and converts the rest"
-
-    conversion = convert_traced(model, traced, "block", "max", "unit", partial=True)
-    # EfficientNetV2-S has SiLU or a residual add after every layer, so no unit is free
-    assert (conversion.counts()["channels_rescaled"] > 0) == (name != "efficientnet_v2_s")
-    if quick:
-        assert_close(forward_outputs(conversion.model, inputs), forward_outputs(model, inputs))
-        assert_restored(conversion, model)
-
-
-# ---- timm -------------------------------------------------------------------------------------------------------
+# ---- timm ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vovnet39a"])
@@ -489,5 +395,10 @@ def test_timm(name: str) -> None:
     for scope, pivot, gauge in COMBINATIONS:
         conversion = convert_traced(model, traced, scope, pivot, gauge)
         assert conversion.counts()["channels_rescaled"] > 0
-        assert_close(*(forward_outputs(network, draw((2, 3, 64, 64))) for network in (conversion.model, model)))
+        assert_close(
+            *(
+                forward_outputs(network, draw((2, 3, 64, 64)))
+                for network in (conversion.model, model)
+            )
+        )
         assert_restored(conversion, model)

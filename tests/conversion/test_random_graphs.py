@@ -1,4 +1,6 @@
-"""Random networks of supported operations, compared with a literal oracle, and the properties of a conversion."""
+"""Random networks of supported operations, compared with a literal oracle, and the properties of a
+conversion.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 COMBINATIONS = [
-    (s, p, g) for s in ("block", "network") for p in ("matching", "max", "diagonal") for g in ("unit", "pow2")
+    (s, p, g)
+    for s in ("block", "network")
+    for p in ("matching", "max", "diagonal")
+    for g in ("unit", "pow2")
 ]
 
 
@@ -45,7 +50,8 @@ class Builder:
         self.draw = draw
         self.dims = draw(st.sampled_from([2, 2, 2, 1, 3]))
         shape = (2, draw(st.integers(1, 4)), *(4,) * self.dims)
-        self.example = torch.zeros(shape, dtype=torch.float64, device="meta")  # drawing only needs shapes
+        # drawing only needs shapes
+        self.example = torch.zeros(shape, dtype=torch.float64, device="meta")
         self.nodes, self.values, self.layers = [Node("input", shape=shape)], [self.example], {}
 
     def pick(self, values: Any) -> Any:
@@ -71,7 +77,11 @@ class Builder:
 
     def maps(self) -> list[int]:
         """The latest feature maps."""
-        return [i for i, v in enumerate(self.values) if v.dim() == self.dims + 2 and max(v.shape[2:]) <= 12][-5:]
+        return [
+            i
+            for i, v in enumerate(self.values)
+            if v.dim() == self.dims + 2 and max(v.shape[2:]) <= 12
+        ][-5:]
 
     def conv(self, x: int, out: int | None = None, plain: bool = False) -> int:
         into = self.channels(x)
@@ -81,12 +91,21 @@ class Builder:
         arguments: dict[str, Any] = {"bias": self.pick([True, False]), "groups": groups}
         if not plain:
             small = min(self.values[x].shape[2:]) < 2
-            mode = "zeros" if small else self.pick(["zeros", "zeros", "reflect", "replicate", "circular"])
+            mode = (
+                "zeros"
+                if small
+                else self.pick(["zeros", "zeros", "reflect", "replicate", "circular"])
+            )
             stride, dilation = self.pick([(1, 1), (1, 1), (2, 1), (1, 2)])
             padding = dilation * (size // 2)
             if padding >= min(self.values[x].shape[2:]):
                 mode = "zeros"
-            arguments |= {"padding_mode": mode, "stride": stride, "dilation": dilation, "padding": padding}
+            arguments |= {
+                "padding_mode": mode,
+                "stride": stride,
+                "dilation": dilation,
+                "padding": padding,
+            }
         else:
             arguments |= {"padding": size // 2}
         return self.layer("conv", x, CONVOLUTIONS[self.dims - 1](into, out, size, **arguments))
@@ -108,8 +127,10 @@ def _step(b: Builder) -> None:
     x = b.pick(b.maps())
     width = b.channels(x)
     kind = b.pick([
-        "chain", "chain", "chain", "chain", "residual", "residual", "add", "cat", "cat_self", "carry", "pool", "split",
-        "shuffle", "gate", "pad", "deconv", "norm", "again", "on_itself", "mul", "unknown", "shared_norm", "option_a",
+        "chain", "chain", "chain", "chain", "residual", "residual", "add", "cat", "cat_self",
+        "carry", "pool", "split",
+        "shuffle", "gate", "pad", "deconv", "norm", "again", "on_itself", "mul", "unknown",
+        "shared_norm", "option_a",
     ])  # fmt: skip
     if kind == "chain":
         b.chain(x)
@@ -182,7 +203,11 @@ def _call_again(b: Builder, nodes: list[Node]) -> None:
     for node in nodes:
         old = b.values[node.reads[0]]
         for i in reversed(b.maps()):
-            if b.values[i].shape[1] == old.shape[1] and i != node.reads[0] and min(b.values[i].shape[2:]) >= 3:
+            if (
+                b.values[i].shape[1] == old.shape[1]
+                and i != node.reads[0]
+                and min(b.values[i].shape[2:]) >= 3
+            ):
                 b.append(Node(node.kind, (i,), node.layer))
                 return
 
@@ -211,7 +236,8 @@ def networks(draw: Any) -> tuple[NodeNetwork, Tensor]:
 
 def describe(model: NodeNetwork) -> str:
     lines = [
-        f"{i}: {n.kind} {n.reads} {n.layer and model.layers[n.layer]} {n.arguments}" for i, n in enumerate(model.nodes)
+        f"{i}: {n.kind} {n.reads} {n.layer and model.layers[n.layer]} {n.arguments}"
+        for i, n in enumerate(model.nodes)
     ]
     return "\n".join([*lines, f"outputs {model.outputs}"])
 
@@ -225,7 +251,10 @@ def outputs(model: nn.Module, x: Tensor, training: bool = False) -> list[Tensor]
 
 def deviation(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest difference relative to the largest value of an output."""
-    return max(float((p - q).abs().max() / p.abs().max().clamp(min=1e-200)) for p, q in zip(a, b, strict=True))
+    return max(
+        float((p - q).abs().max() / p.abs().max().clamp(min=1e-200))
+        for p, q in zip(a, b, strict=True)
+    )
 
 
 def match_units(oracle: Oracle, units: Units) -> dict[int, Any]:
@@ -243,10 +272,16 @@ def match_units(oracle: Oracle, units: Units) -> dict[int, Any]:
             assert len(found) == len(expected), f"{name} {side}s"
             for i, (unit, channel) in enumerate(zip(found.tolist(), expected, strict=True)):
                 root = oracle.root(channel)
-                assert (unit == FIXED) == (root is None), f"{name} {side} {i}: unit {unit}, oracle {root}"
+                assert (unit == FIXED) == (root is None), (
+                    f"{name} {side} {i}: unit {unit}, oracle {root}"
+                )
                 if root is not None:
-                    assert unit_to_root.setdefault(unit, root) == root, f"{name} {side} {i}: joined with {root}"
-                    assert root_to_unit.setdefault(root, unit) == unit, f"{name} {side} {i}: torn from {root}"
+                    assert unit_to_root.setdefault(unit, root) == root, (
+                        f"{name} {side} {i}: joined with {root}"
+                    )
+                    assert root_to_unit.setdefault(root, unit) == unit, (
+                        f"{name} {side} {i}: torn from {root}"
+                    )
     return unit_to_root
 
 
@@ -261,12 +296,17 @@ def test_groups_are_the_oracles(drawn: tuple[NodeNetwork, Tensor]) -> None:
     assert len(roots) == units.count
     for group in units.groups:
         for unit in range(group.start, group.start + group.size):
-            assert (group.pinned_by is not None) == (roots[unit] in oracle.pinned_roots), (group, unit)
+            assert (group.pinned_by is not None) == (roots[unit] in oracle.pinned_roots), (
+                group,
+                unit,
+            )
             assert group.residual == (roots[unit] in oracle.residual_roots), (group, unit)
 
 
 @examples(60)
-@hypothesis.given(networks(), st.sampled_from(["diagonal", "max"]), st.sampled_from(["block", "network"]))
+@hypothesis.given(
+    networks(), st.sampled_from(["diagonal", "max"]), st.sampled_from(["block", "network"])
+)
 def test_scales_are_the_oracles(drawn: tuple[NodeNetwork, Tensor], rule: Any, scope: str) -> None:
     model, x = drawn
     hypothesis.note(describe(model))
@@ -275,25 +315,37 @@ def test_scales_are_the_oracles(drawn: tuple[NodeNetwork, Tensor], rule: Any, sc
     roots = match_units(oracle, units)
     is_free = np.concatenate([
         np.zeros(0, dtype=bool),
-        *([g.pinned_by is None and not (g.residual and scope == "block")] * g.size for g in units.groups),
+        *([g.pinned_by is None and not (g.residual and scope == "block")] * g.size
+            for g in units.groups),
     ]).astype(bool)  # fmt: skip
-    tensors = {name: tensor.detach() for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in (*model.named_buffers(), *model.named_parameters())
+    }
     pivots = choose_pivots(units, tensors, is_free, rule)
     scales, held, _ = choose_scales(units, pivots, tensors, "unit")
     hypothesis.assume(not held.any())
     free = {roots[i] for i in np.flatnonzero(is_free)}
-    # Scope network: the oracle does not know which consumers lie outside a stream, but it knows their pivots.
+    # Scope network: the oracle does not know which consumers lie outside a stream, but it knows
+    # their pivots.
     hosts = None
     if scope == "network":
-        hosts = {roots[i]: units.layers[pivots.layer[i]].parameter for i in np.flatnonzero(pivots.layer >= 0)}
+        hosts = {
+            roots[i]: units.layers[pivots.layer[i]].parameter
+            for i in np.flatnonzero(pivots.layer >= 0)
+        }
     expected = oracle.scales(rule, free, hosts)
     for unit in np.flatnonzero(is_free):
-        assert scales[unit] == pytest.approx(expected[roots[unit]], rel=1e-12), f"unit {unit}, {roots[unit]}"
+        assert scales[unit] == pytest.approx(expected[roots[unit]], rel=1e-12), (
+            f"unit {unit}, {roots[unit]}"
+        )
 
 
 @examples(15)
 @hypothesis.given(networks())
-def test_every_conversion_keeps_the_function_and_comes_back(drawn: tuple[NodeNetwork, Tensor]) -> None:
+def test_every_conversion_keeps_the_function_and_comes_back(
+    drawn: tuple[NodeNetwork, Tensor],
+) -> None:
     model, x = drawn
     hypothesis.note(describe(model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -312,8 +364,14 @@ def test_every_conversion_keeps_the_function_and_comes_back(drawn: tuple[NodeNet
 
 
 @examples(40)
-@hypothesis.given(networks(), st.sampled_from(["block", "network"]), st.sampled_from(["matching", "max", "diagonal"]))
-def test_pivots_are_one_after_the_unit_gauge(drawn: tuple[NodeNetwork, Tensor], scope: Any, rule: Any) -> None:
+@hypothesis.given(
+    networks(),
+    st.sampled_from(["block", "network"]),
+    st.sampled_from(["matching", "max", "diagonal"]),
+)
+def test_pivots_are_one_after_the_unit_gauge(
+    drawn: tuple[NodeNetwork, Tensor], scope: Any, rule: Any
+) -> None:
     model, x = drawn
     hypothesis.note(describe(model))
     c = pathconvert.reparameterize(model, x, scope=scope, pivot=rule)
@@ -329,8 +387,12 @@ def test_pivots_are_one_after_the_unit_gauge(drawn: tuple[NodeNetwork, Tensor], 
 
 @examples(30)
 @hypothesis.given(networks(), st.integers(0, 10**6))
-def test_any_factors_keep_evaluation_and_training(drawn: tuple[NodeNetwork, Tensor], seed: int) -> None:
-    """Rescaling by s and then by t equals rescaling by s · t, and the outputs of both modes stay."""
+def test_any_factors_keep_evaluation_and_training(
+    drawn: tuple[NodeNetwork, Tensor], seed: int
+) -> None:
+    """Rescaling by s and then by t equals rescaling by s · t, and the outputs of both modes
+    stay.
+    """
     model, x = drawn
     hypothesis.note(describe(model))
     units = find_units(trace_network(model, x).trace)
@@ -339,7 +401,9 @@ def test_any_factors_keep_evaluation_and_training(drawn: tuple[NodeNetwork, Tens
     for group in units.groups:
         if group.pinned_by is None:
             for scales in (s, t):
-                scales[group.start : group.start + group.size] = np.exp(rng.uniform(-2, 2, group.size))
+                scales[group.start : group.start + group.size] = np.exp(
+                    rng.uniform(-2, 2, group.size)
+                )
     once, product = rescale(model, units.slots, s), rescale(model, units.slots, s * t)
     twice = rescale(once, units.slots, t)
     for name, tensor in twice.state_dict().items():
@@ -350,8 +414,14 @@ def test_any_factors_keep_evaluation_and_training(drawn: tuple[NodeNetwork, Tens
 
 
 @examples(30)
-@hypothesis.given(networks(), st.sampled_from(["block", "network"]), st.sampled_from(["matching", "max", "diagonal"]))
-def test_float32_is_bit_identical_or_two_ulp(drawn: tuple[NodeNetwork, Tensor], scope: Any, rule: Any) -> None:
+@hypothesis.given(
+    networks(),
+    st.sampled_from(["block", "network"]),
+    st.sampled_from(["matching", "max", "diagonal"]),
+)
+def test_float32_is_bit_identical_or_two_ulp(
+    drawn: tuple[NodeNetwork, Tensor], scope: Any, rule: Any
+) -> None:
     model, x = drawn[0].float(), drawn[1].float()
     hypothesis.note(describe(model))
     before = model.state_dict()

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pathconvert.files import checkpoint
-from pathconvert.files.checkpoint import read_checkpoint, tensors_digest
+from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.weights import tensors_digest
 from pathconvert.files.writing import write_checkpoint
 
 WEIGHTS = "Give a file with the network's weights: torch.save(model.state_dict(), 'weights.pt')."
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -38,19 +39,26 @@ def test_reads_stock_safetensors_under_any_name(tmp_path, net):
 
 def test_parameters_come_without_gradients(tmp_path, net):
     torch.save(dict(net.named_parameters()), tmp_path / "a.pt")
-    assert not any(tensor.requires_grad for tensor in read_checkpoint(tmp_path / "a.pt").tensors.values())
+    assert not any(
+        tensor.requires_grad for tensor in read_checkpoint(tmp_path / "a.pt").tensors.values()
+    )
 
 
 @pytest.mark.parametrize("key", checkpoint.WRAPPER_KEYS)
 def test_every_wrapper_key(tmp_path, net, key):
-    torch.save({"epoch": 3, "args": argparse.Namespace(lr=0.1), key: net.state_dict()}, tmp_path / "a.pt")
+    torch.save(
+        {"epoch": 3, "args": argparse.Namespace(lr=0.1), key: net.state_dict()}, tmp_path / "a.pt"
+    )
     read = read_checkpoint(tmp_path / "a.pt")
     assert read.key == key
     assert_same(read.tensors, net.state_dict())
 
 
 def test_preferred_and_chosen_key(tmp_path):
-    weights = {key: {"w": torch.full((2,), float(i))} for i, key in enumerate(reversed(checkpoint.WRAPPER_KEYS))}
+    weights = {
+        key: {"w": torch.full((2,), float(i))}
+        for i, key in enumerate(reversed(checkpoint.WRAPPER_KEYS))
+    }
     torch.save(weights | {"other": {"w": torch.full((2,), 9.0)}}, tmp_path / "a.pt")
     assert read_checkpoint(tmp_path / "a.pt").key == "state_dict"
     chosen = read_checkpoint(tmp_path / "a.pt", key="other")
@@ -82,9 +90,13 @@ def test_unknown_key_is_offered(tmp_path, net):
     assert tip == "Choose one with --key: 'gen'."
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."]
+)
 def test_prefixes_on_all_names_are_stripped(tmp_path, net, prefix):
-    torch.save({f"{prefix}{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "a.pt")
+    torch.save(
+        {f"{prefix}{name}": tensor for name, tensor in net.state_dict().items()}, tmp_path / "a.pt"
+    )
     read = read_checkpoint(tmp_path / "a.pt")
     assert read.prefix == prefix
     assert_same(read.tensors, net.state_dict())
@@ -99,7 +111,10 @@ def test_a_prefix_on_some_names_stays(tmp_path):
 @pytest.mark.parametrize("outer", [False, True])
 def test_averaged_model_loses_its_counter(tmp_path, net, outer):
     averaged = torch.optim.swa_utils.AveragedModel(net)
-    torch.save({"model_ema": (nn.DataParallel(averaged) if outer else averaged).state_dict()}, tmp_path / "a.pt")
+    torch.save(
+        {"model_ema": (nn.DataParallel(averaged) if outer else averaged).state_dict()},
+        tmp_path / "a.pt",
+    )
     read = read_checkpoint(tmp_path / "a.pt")
     assert read.prefix == ("module.module." if outer else "module.")
     assert_same(read.tensors, net.state_dict())
@@ -109,7 +124,11 @@ def test_averaged_model_loses_its_counter(tmp_path, net, outer):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_dtypes_round_trip(tmp_path, dtype, suffix):
     torch.manual_seed(0)
-    tensors = {"w": torch.randn(3, 5).to(dtype), "s": torch.tensor(2.0, dtype=dtype), "e": torch.zeros(0, dtype=dtype)}
+    tensors = {
+        "w": torch.randn(3, 5).to(dtype),
+        "s": torch.tensor(2.0, dtype=dtype),
+        "e": torch.zeros(0, dtype=dtype),
+    }
     tensors["num_batches_tracked"] = torch.tensor(7)
     path = write_checkpoint(tmp_path / f"a{suffix}", tensors, None)
     read = read_checkpoint(path)
@@ -118,7 +137,7 @@ def test_dtypes_round_trip(tmp_path, dtype, suffix):
     assert tensors_digest(read.tensors) == tensors_digest(tensors)
 
 
-# --- metadata -------------------------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 METADATA = {"format_version": 1, "scales": [0.1, 1e-300, 2**53 + 1.0], "name": "Größe \n"}
 
@@ -144,7 +163,9 @@ def test_stock_model_loads_both_formats_strictly(tmp_path, net):
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"', ""])
 def test_damaged_metadata(tmp_path, net, text):
-    save_file(net.state_dict(), tmp_path / "a.safetensors", metadata={"format": "pt", "pathconvert": text})
+    save_file(
+        net.state_dict(), tmp_path / "a.safetensors", metadata={"format": "pt", "pathconvert": text}
+    )
     state = net.state_dict()
     state._metadata["pathconvert"] = {"json": text}
     torch.save(state, tmp_path / "a.pt")
@@ -153,7 +174,7 @@ def test_damaged_metadata(tmp_path, net, text):
         assert message == f"{name} has damaged pathconvert metadata: it is not a JSON object."
 
 
-# --- tensors that are not weights -----------------------------------------------------------------------------------
+# ---- tensors that are not weights ----------------------------------------------------------------
 
 
 def test_dictionaries_and_objects_without_weights(tmp_path, net):
@@ -168,19 +189,30 @@ def test_dictionaries_and_objects_without_weights(tmp_path, net):
     for name, value in saved.items():
         torch.save(value, tmp_path / name)
     only = "is a checkpoint of an optimizer only, without the network's weights"
-    assert refusal(tmp_path / "opt.pt") == (f"opt.pt {only} (its keys: 'state', 'param_groups').", WEIGHTS)
-    assert refusal(tmp_path / "opt2.pt") == (f"opt2.pt {only} (its keys: 'optimizer', 'epoch').", WEIGHTS)
+    assert refusal(tmp_path / "opt.pt") == (
+        f"opt.pt {only} (its keys: 'state', 'param_groups').",
+        WEIGHTS,
+    )
+    assert refusal(tmp_path / "opt2.pt") == (
+        f"opt2.pt {only} (its keys: 'optimizer', 'epoch').",
+        WEIGHTS,
+    )
     expected = "none.pt contains a dictionary without tensors (its keys: 'epoch', 'loss')."
     assert refusal(tmp_path / "none.pt") == (expected, WEIGHTS)
     expected = "one.pt contains a single tensor of shape [2, 3]; expected a state dict."
     assert refusal(tmp_path / "one.pt") == (expected, WEIGHTS)
-    assert refusal(tmp_path / "list.pt")[0] == "list.pt contains a list of 2 ('Tensor', 'int'); expected a state dict."
+    assert (
+        refusal(tmp_path / "list.pt")[0]
+        == "list.pt contains a list of 2 ('Tensor', 'int'); expected a state dict."
+    )
 
 
 def test_entry_that_is_no_tensor(tmp_path):
     torch.save({"w": torch.ones(2), "note\n": "x", "more": 3}, tmp_path / "a.pt")
     message, _ = refusal(tmp_path / "a.pt")
-    assert message == "a.pt has an entry that is not a named tensor: 'note\\n', an object of type str."
+    assert (
+        message == "a.pt has an entry that is not a named tensor: 'note\\n', an object of type str."
+    )
 
 
 def test_nan_and_infinity(tmp_path):
@@ -190,7 +222,10 @@ def test_nan_and_infinity(tmp_path):
     for name in ("a.pt", "a.safetensors"):
         write_checkpoint(tmp_path / name, tensors, None)
         message, _ = refusal(tmp_path / name)
-        assert message == f"{name} has NaN or infinite weights: 3 of 10 values in 'b'; 2 of 3 tensors affected."
+        assert (
+            message == f"{name} has NaN or infinite weights: 3 of 10 values in 'b'; 2 of 3 tensors"
+            " affected."
+        )
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64"])
@@ -204,7 +239,9 @@ def test_integer_weights(tmp_path, dtype):
 
 @pytest.mark.filterwarnings("ignore")  # torch warns that quantized tensors are deprecated
 def test_quantized_weights(tmp_path):
-    torch.save({"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, tmp_path / "a.pt")
+    torch.save(
+        {"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, tmp_path / "a.pt"
+    )
     torch.save(torch.ao.nn.quantized.Linear(2, 2).state_dict(), tmp_path / "b.pt")
     for name, tensor in {"a.pt": "w", "b.pt": "_packed_params.dtype"}.items():
         what = f"a quantized or integer checkpoint ('{tensor}' is quantized)"
@@ -216,11 +253,18 @@ def test_unsupported_dtypes(tmp_path, dtype):
     torch.save({"w": torch.ones(2).to(getattr(torch, dtype))}, tmp_path / "a.pt")
     save_file({"w": torch.ones(2).to(getattr(torch, dtype))}, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
-        assert refusal(tmp_path / name)[0] == f"{name} contains 'w' in {dtype}, which is not supported."
+        assert (
+            refusal(tmp_path / name)[0]
+            == f"{name} contains 'w' in {dtype}, which is not supported."
+        )
 
 
 def test_counters_pass(tmp_path):
-    tensors = {"n": torch.tensor(3), "on": torch.tensor(True), "bn.num_batches_tracked": torch.zeros(1).int()}
+    tensors = {
+        "n": torch.tensor(3),
+        "on": torch.tensor(True),
+        "bn.num_batches_tracked": torch.zeros(1).int(),
+    }
     torch.save({"w": torch.ones(1)} | tensors, tmp_path / "a.pt")
     assert len(read_checkpoint(tmp_path / "a.pt").tensors) == 4
 
@@ -228,7 +272,10 @@ def test_counters_pass(tmp_path):
 def test_tensors_that_are_not_dense_or_not_there(tmp_path):
     torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "a.pt")
     kind = "(Tensor, torch.sparse_coo, on cpu)"
-    assert refusal(tmp_path / "a.pt")[0] == f"a.pt contains 'w', which is not a plain dense tensor {kind}."
+    assert (
+        refusal(tmp_path / "a.pt")[0]
+        == f"a.pt contains 'w', which is not a plain dense tensor {kind}."
+    )
     torch.save({"w": torch.ones(1).as_strided((10**12,), (0,))}, tmp_path / "b.pt")
     expected = "b.pt contains 'w' of shape [1000000000000], far larger than its stored data."
     assert refusal(tmp_path / "b.pt")[0] == expected

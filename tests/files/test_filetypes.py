@@ -1,4 +1,6 @@
-"""What a file is: foreign, damaged and hostile files are named in the refusal, and nothing in them is executed."""
+"""What a file is: foreign, damaged and hostile files are named in the refusal, and nothing in them
+is executed.
+"""
 
 import json
 import os
@@ -32,8 +34,14 @@ def test_missing_directory_and_empty(tmp_path):
 FOREIGN = {
     "random bytes": (random.Random(0).randbytes(5000), "unknown binary data (it begins with "),
     "text": (b"epoch,loss\n1,0.5\n", "a text file (it begins with 'epoch,loss\\n1,0.5')"),
-    "html": (b"\n<!DOCTYPE html><html>404", "a web page (HTML), perhaps the error page of a download"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer, not the file itself"),
+    "html": (
+        b"\n<!DOCTYPE html><html>404",
+        "a web page (HTML), perhaps the error page of a download",
+    ),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "a git-lfs pointer, not the file itself",
+    ),
     "index": (b'{"metadata": {}, "weight_map": {}}', "the index of a checkpoint in several files"),
     "onnx": (b"\x08\x08\x12\x07pytorch\x3a\x03abc", "an ONNX file"),
     "saved model": (b"\x08\x01\x12\x03abc", "a TensorFlow SavedModel"),
@@ -57,7 +65,10 @@ def test_zip_archives_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("notes.txt", "x")
     message, _ = refusal(tmp_path / "a.zip")
-    assert message == f"a.zip is a zip archive without a checkpoint in it (it contains 'notes.txt'); {EXPECTED}"
+    assert (
+        message == "a.zip is a zip archive without a checkpoint in it (it contains 'notes.txt');"
+        f" {EXPECTED}"
+    )
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
         archive.writestr("model.weights.h5", "x")
     assert refusal(tmp_path / "a.keras")[0] == f"a.keras is a Keras archive (.keras); {EXPECTED}"
@@ -68,7 +79,9 @@ def test_compressed_again_is_refused_before_it_is_unpacked(tmp_path):
         archive.writestr("a/data.pkl", bytes(1_000_000))
     message, _ = refusal(tmp_path / "a.pt")
     assert (
-        message == "a.pt is a torch.save file that was compressed again, or whose members claim more bytes than it has."
+        message
+        == "a.pt is a torch.save file that was compressed again, or whose members claim more bytes"
+        " than it has."
     )
 
 
@@ -78,7 +91,9 @@ def test_torchscript_and_export_archives(tmp_path):
     message, tip = refusal(tmp_path / "a.pt")
     assert message == f"a.pt is a TorchScript archive (torch.jit.save); {EXPECTED}"
     assert "torch.save(torch.jit.load('file.pt').state_dict(), 'weights.pt')" in tip
-    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "a.pt2")
+    torch.export.save(
+        torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "a.pt2"
+    )
     message, tip = refusal(tmp_path / "a.pt2")
     assert message == f"a.pt2 is a torch.export archive (.pt2); {EXPECTED}"
     assert "torch.export.load('file.pt2').state_dict" in tip
@@ -94,7 +109,10 @@ def test_truncated_files(tmp_path, net, form, kept):
         torch.save(net.state_dict(), path, _use_new_zipfile_serialization=form == "zip")
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     what = {
-        "zip": "a is a truncated or damaged torch.save file (a zip archive without an intact end record).",
+        "zip": (
+            "a is a truncated or damaged torch.save file (a zip archive without an intact end"
+            " record)."
+        ),
         "legacy": "a is a damaged torch.save file; torch says: ",
         "safetensors": "a is not an intact safetensors file: it",
     }
@@ -116,9 +134,24 @@ LIES = {
         8,
         "it is truncated: its tensors need 16 bytes, but only 8 are there",
     ),
-    "long data": (None, {"a": entry(0, 8, [2])}, 12, "4 bytes after the last tensor belong to no tensor"),
-    "length": (None, {"a": entry(0, 8, [3])}, 8, "tensor 'a' needs 12 bytes, but its offsets claim 8"),
-    "overlap": (None, {"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, 12, "tensors 'a' and 'b' overlap"),
+    "long data": (
+        None,
+        {"a": entry(0, 8, [2])},
+        12,
+        "4 bytes after the last tensor belong to no tensor",
+    ),
+    "length": (
+        None,
+        {"a": entry(0, 8, [3])},
+        8,
+        "tensor 'a' needs 12 bytes, but its offsets claim 8",
+    ),
+    "overlap": (
+        None,
+        {"a": entry(0, 8, [2]), "b": entry(4, 12, [2])},
+        12,
+        "tensors 'a' and 'b' overlap",
+    ),
     "hole": (
         None,
         {"a": entry(0, 8, [2]), "b": entry(12, 20, [2])},
@@ -126,7 +159,12 @@ LIES = {
         "4 bytes before tensor 'b' belong to no tensor",
     ),
     "negative": (None, {"a": entry(0, -8, [2])}, 8, "the entry of tensor 'a' is malformed"),
-    "huge shape": (None, {"a": entry(0, 8, [2**62, 4])}, 8, f"tensor 'a' needs {2**66} bytes, but its offsets claim 8"),
+    "huge shape": (
+        None,
+        {"a": entry(0, 8, [2**62, 4])},
+        8,
+        f"tensor 'a' needs {2**66} bytes, but its offsets claim 8",
+    ),
     "no JSON": (None, "{nonsense", 0, "its header is not JSON"),
     "deep": (None, '{"a":' + "[" * 100_000, 0, "its header is not JSON"),
     "twice": (None, '{"a": 1, "a": 2}', 0, "its header has the key 'a' twice"),
@@ -138,13 +176,17 @@ def test_safetensors_headers_that_lie(tmp_path, name):
     length, header, data, reason = LIES[name]
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     (tmp_path / "a.pt").write_bytes(struct.pack("<Q", length or len(text)) + text + bytes(data))
-    assert refusal(tmp_path / "a.pt") == (f"a.pt is not an intact safetensors file: {reason}.", AGAIN)
+    assert refusal(tmp_path / "a.pt") == (
+        f"a.pt is not an intact safetensors file: {reason}.",
+        AGAIN,
+    )
 
 
 def test_a_sparse_safetensors_file_with_a_2_gb_header_is_not_read(tmp_path):
     with (tmp_path / "a.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 2 << 30) + b"{")
-        file.truncate(3 << 30)  # takes no space on disk; the size agrees with what the header claims
+        # takes no space on disk; the size agrees with what the header claims
+        file.truncate(3 << 30)
     message, _ = refusal(tmp_path / "a.safetensors")
     claim = "its header claims 2147483648 bytes, more than the 100000000 that are allowed"
     assert message == f"a.safetensors is not an intact safetensors file: {claim}."
@@ -155,7 +197,8 @@ def test_random_bytes_named_safetensors(tmp_path):
     message, _ = refusal(tmp_path / "a.safetensors")
     assert (
         message
-        == f"a.safetensors is not an intact safetensors file: its header claims {2**64 - 1} bytes, but only 92 follow."
+        == f"a.safetensors is not an intact safetensors file: its header claims {2**64 - 1} bytes,"
+        " but only 92 follow."
     )
 
 
@@ -173,7 +216,7 @@ def test_flipped_bytes_never_escape_as_other_errors(tmp_path, net):
     assert refused > 20  # a flip in padding or in a weight is not noticed
 
 
-# --- pickles --------------------------------------------------------------------------------------------------------
+# ---- pickles -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -181,7 +224,10 @@ def test_flipped_bytes_never_escape_as_other_errors(tmp_path, net):
 def test_plain_pickle_with_code_executes_nothing(tmp_path, protocol, trust):
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"w": Evil(tmp_path / "canary")}, protocol))
     message, tip = refusal(tmp_path / "a.pt", trust_pickle=trust)
-    what = f"a pickle with code in it (it calls '{os.system.__module__}.system'); nothing of it was executed"
+    what = (
+        f"a pickle with code in it (it calls '{os.system.__module__}.system'); nothing of it was"
+        " executed"
+    )
     assert message == f"a.pt is {what}; {EXPECTED}"
     assert tip.startswith("Do not load it.")
     assert not (tmp_path / "canary").exists()
@@ -194,7 +240,10 @@ def test_checkpoint_with_code_executes_nothing(tmp_path, net, zipped, protocol):
     path = tmp_path / "a.pt"
     torch.save(saved, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     message, tip = refusal(path)
-    what = f"a pickle with code in it (it calls '{os.system.__module__}.system'); nothing of it was executed"
+    what = (
+        f"a pickle with code in it (it calls '{os.system.__module__}.system'); nothing of it was"
+        " executed"
+    )
     assert message == f"a.pt is {what}."
     assert "trust-pickle" not in tip
     assert not (tmp_path / "canary").exists()
@@ -205,10 +254,19 @@ def test_checkpoint_with_code_executes_nothing(tmp_path, net, zipped, protocol):
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_module(tmp_path, net, zipped, wrapped):
-    torch.save({"model": net} if wrapped else net, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": net} if wrapped else net, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped
+    )
     message, tip = refusal(tmp_path / "a.pt")
-    assert message == f"a.pt is a pickled module ('{Net.__module__}.Net'), which runs code when loaded; {EXPECTED}"
-    load = "model = torch.load('a.pt', weights_only=False); torch.save(model.state_dict(), 'a.weights.pt')"
+    assert (
+        message
+        == f"a.pt is a pickled module ('{Net.__module__}.Net'), which runs code when loaded;"
+        f" {EXPECTED}"
+    )
+    load = (
+        "model = torch.load('a.pt', weights_only=False); torch.save(model.state_dict(),"
+        " 'a.weights.pt')"
+    )
     assert tip == f"If you trust it, save its weights: {load} -- or pass --trust-pickle."
     trusted = read_checkpoint(tmp_path / "a.pt", trust_pickle=True)
     assert trusted.key == ("model" if wrapped else None)
@@ -225,8 +283,13 @@ def test_trusted_module_whose_class_is_missing(tmp_path, net, monkeypatch):
 def test_other_objects_and_protocols(tmp_path, net):
     torch.save({"model": net.state_dict(), "dir": Path("x")}, tmp_path / "a.pt")
     message, tip = refusal(tmp_path / "a.pt")
-    assert message == f"a.pt contains Python objects besides tensors: 'pathlib.PosixPath'; {EXPECTED}"
+    assert (
+        message == f"a.pt contains Python objects besides tensors: 'pathlib.PosixPath'; {EXPECTED}"
+    )
     assert "--trust-pickle" in tip
     assert_same(read_checkpoint(tmp_path / "a.pt", trust_pickle=True).tensors, net.state_dict())
     torch.save(net.state_dict(), tmp_path / "b.pt", pickle_protocol=4)
-    assert refusal(tmp_path / "b.pt")[0] == "b.pt is pickled with protocol 4; expected torch.save's own, 2."
+    assert (
+        refusal(tmp_path / "b.pt")[0]
+        == "b.pt is pickled with protocol 4; expected torch.save's own, 2."
+    )

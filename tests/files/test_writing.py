@@ -62,7 +62,9 @@ def test_unwritable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # a user such as root may write everywhere
     with pytest.raises(OutputError) as caught:
         prepare_output(tmp_path / "a.pt", force=False, source=None)
-    assert str(caught.value) == f"The folder {tmp_path} of the output {tmp_path}/a.pt is not writable."
+    assert (
+        str(caught.value) == f"The folder {tmp_path} of the output {tmp_path}/a.pt is not writable."
+    )
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -127,7 +129,9 @@ write_checkpoint(Path(sys.argv[1]), {"w": torch.zeros(1_000_000)}, None, force=T
 def child(path: Path, **options) -> subprocess.CompletedProcess:
     root = Path(checkpoint.__file__).parents[1]
     command = [sys.executable, "-c", CHILD, str(path)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=120, check=False, **options
+    )
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -152,7 +156,9 @@ def test_write_that_fails_in_the_middle(tmp_path, suffix):
     path.write_bytes(b"old")
     result = child(path, preexec_fn=limit_file_size)
     reason = "the file would be too large: 4.0 MB needed"
-    assert result.stderr.splitlines()[-1].endswith(f"OutputError: {path} was not written: {reason}.")
+    assert result.stderr.splitlines()[-1].endswith(
+        f"OutputError: {path} was not written: {reason}."
+    )
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == [path.name]
 

@@ -93,8 +93,9 @@ def test_a_class_of_ones_own_is_named_at_load(tmp_path, small, image):
     with pytest.raises(ArchitectureError) as caught:
         pathconvert.load(path)
     assert str(caught.value) == f"{path} does not say how to build its network"
-    assert caught.value.tip == (
-        "Name it: --arch package.module:builder, or pathconvert.load(..., arch='package.module:builder')."
+    assert (
+        caught.value.tip == "Name it: --arch package.module:builder, or pathconvert.load(...,"
+        " arch='package.module:builder')."
     )
     loaded, record = pathconvert.load(path, arch="files_test_nets:Small")
     assert type(loaded) is type(small)
@@ -103,7 +104,10 @@ def test_a_class_of_ones_own_is_named_at_load(tmp_path, small, image):
 
 
 def test_what_the_weights_do_not_reveal_is_noted(tmp_path, monkeypatch, capsys):
-    """torchvision's weights of GoogLeNet and Inception need ``transform_input``; a file of them does not reveal it."""
+    """torchvision's weights of GoogLeNet and Inception need ``transform_input``.
+
+    A file of them does not reveal it.
+    """
     model = network("googlenet", aux_logits=False, transform_input=True, num_classes=5)
     torch.save(model.state_dict(), tmp_path / "gn.pth")
     plain = open_network(tmp_path / "gn.pth")
@@ -134,7 +138,9 @@ def test_transform_input_comes_back(tmp_path, image, transform_input):
 
 
 def test_settings_that_the_weights_do_not_reveal_are_not_lost(tmp_path, image):
-    """A dilated ResNet has the same tensors as the stock one, but its file must not claim to be the stock one."""
+    """A dilated ResNet has the same tensors as the stock one, but its file must not claim to be the
+    stock one.
+    """
     model = network("resnet50", replace_stride_with_dilation=[False, True, True])
     path = pathconvert.save(pathconvert.reparameterize(model, image), tmp_path / "x.safetensors")
     with pytest.raises(ArchitectureError, match="does not say how to build its network"):
@@ -142,20 +148,25 @@ def test_settings_that_the_weights_do_not_reveal_are_not_lost(tmp_path, image):
 
 
 def test_versions(tmp_path, small, image):
-    path = pathconvert.save(pathconvert.reparameterize(network("squeezenet1_1"), image), tmp_path / "x.safetensors")
-    change_metadata(path, lambda metadata: metadata.update(format_version=2, tool="pathconvert 9.0"))
+    path = pathconvert.save(
+        pathconvert.reparameterize(network("squeezenet1_1"), image), tmp_path / "x.safetensors"
+    )
+    change_metadata(
+        path, lambda metadata: metadata.update(format_version=2, tool="pathconvert 9.0")
+    )
     with pytest.raises(CheckpointError) as caught:
         pathconvert.load(path)
-    assert str(caught.value) == (
-        f"{path} has metadata of format version 2; this is pathconvert {pathconvert.__version__}, which reads version 1"
+    assert (
+        str(caught.value) == f"{path} has metadata of format version 2; this is pathconvert"
+        f" {pathconvert.__version__}, which reads version 1"
     )
     assert caught.value.tip == "Use the version of pathconvert that wrote it: pathconvert 9.0."
     c = pathconvert.reparameterize(small, image)
     with pytest.raises(RecordError) as refused:
         pathconvert.restore(c.model, c.record | {"format_version": 2, "tool": "pathconvert 9.0"})
-    assert str(refused.value) == (
-        f"the conversion record has format version 2; this is pathconvert {pathconvert.__version__}, "
-        "which reads version 1"
+    assert (
+        str(refused.value) == "the conversion record has format version 2; this is pathconvert"
+        f" {pathconvert.__version__}, which reads version 1"
     )
 
 
@@ -183,5 +194,7 @@ try:
 except AttributeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert (done.stdout, done.stderr) == ("module 'pathconvert' has no attribute 'nothing'\n", "")

@@ -1,6 +1,10 @@
-"""A file records how images are prepared and what classes are called; export, calibration and prediction use it."""
+"""A file records how images are prepared and what classes are called.
 
-# ruff: noqa: ARG001 - some fixtures are requested for their effect: `here` changes the current folder
+Export, calibration and prediction use it.
+"""
+
+# ruff: noqa: ARG001 - some fixtures are requested for their effect: `here` changes the current
+# folder
 
 import dataclasses
 import json
@@ -34,15 +38,19 @@ BUILDER = """
 from torch import nn
 
 def small():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
 """
 ARCHITECTURE = Architecture("preprocessing_test_nets:small", {}, (3, 8, 8), "other")
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A current folder with ``photos/``, three images of several shapes, and a network class of its own."""
+    """A current folder with ``photos/``, three images of several shapes, and a network class of its
+    own.
+    """
     (tmp_path / "photos").mkdir()
     (tmp_path / "preprocessing_test_nets.py").write_text(BUILDER)
     monkeypatch.chdir(tmp_path)
@@ -65,7 +73,9 @@ def tuned(plain, here) -> Path:
     """A converted file that records preprocessing and classes."""
     conversion = checked.convert_network(plain, "block", "max", "pow2", partial=False)
     path = here / "tuned.path.safetensors"
-    save_converted(conversion, plain, path, force=False, check=lambda _: None, preprocessing=OWN, labels=LABELS)
+    save_converted(
+        conversion, plain, path, force=False, check=lambda _: None, preprocessing=OWN, labels=LABELS
+    )
     return path
 
 
@@ -78,7 +88,7 @@ def photos(here: Path) -> list[Path]:
     return sorted((here / "photos").iterdir())
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------------
+# ---- the recipe ----------------------------------------------------------------------------------
 
 
 def test_json_and_back():
@@ -116,7 +126,9 @@ def test_another_size_keeps_the_proportion():
 
 def test_torchvisions_own_pixels(here):
     """The input is the one that torchvision's transforms for its weights produce."""
-    recipe = Preprocessing.for_architecture(Architecture("resnet18", {}, (3, 224, 224), "classification"))
+    recipe = Preprocessing.for_architecture(
+        Architecture("resnet18", {}, (3, 224, 224), "classification")
+    )
     transforms = ResNet18_Weights.DEFAULT.transforms()
     pixels = whole_levels(read_image(photos(here)[0]).pixels)
     # version 1 of its resizing may round to the next level: 1 / (255 · 0.224)
@@ -130,17 +142,27 @@ def test_plain_pixels_are_not_normalised():
     assert torch.equal(recipe.normalise(pixels), pixels / 255)
 
 
-# --- in files -------------------------------------------------------------------------------------------------------
+# ---- in files ------------------------------------------------------------------------------------
 
 
 def test_a_file_records_them_and_old_ones_do_not(tuned, plain, here):
     network_ = open_network(tuned)
-    assert (network_.preprocessing, network_.labels, network_.was_trained_here) == (OWN, LABELS, True)
+    assert (network_.preprocessing, network_.labels, network_.was_trained_here) == (
+        OWN,
+        LABELS,
+        True,
+    )
     conversion = checked.convert_network(plain, "block", "max", "unit", partial=False)
-    old = save_converted(conversion, plain, here / "old.safetensors", force=False, check=lambda _: None)
+    old = save_converted(
+        conversion, plain, here / "old.safetensors", force=False, check=lambda _: None
+    )
     assert not {"preprocessing", "labels"} & metadata(old).keys()
     network_ = open_network(old)
-    assert (network_.preprocessing, network_.labels, network_.was_trained_here) == (None, None, False)
+    assert (network_.preprocessing, network_.labels, network_.was_trained_here) == (
+        None,
+        None,
+        False,
+    )
 
 
 def test_stock_networks_have_torchvisions():
@@ -157,7 +179,21 @@ def test_another_input_size_is_followed(tuned):
 
 
 def test_they_stay_through_path_bn(tuned, here):
-    assert run(["reparam", "tuned.path.safetensors", "--form", "path-bn", "--calibrate", "photos", "-o", "b.pt"]) == 0
+    assert (
+        run(
+            [
+                "reparam",
+                "tuned.path.safetensors",
+                "--form",
+                "path-bn",
+                "--calibrate",
+                "photos",
+                "-o",
+                "b.pt",
+            ]
+        )
+        == 0
+    )
     network_ = open_network(here / "b.pt")
     assert (network_.form, network_.preprocessing, network_.labels) == ("path-bn", OWN, LABELS)
 
@@ -166,7 +202,11 @@ def test_they_stay_through_path_bn(tuned, here):
     ("key", "value", "message"),
     [
         ("preprocessing", {"resize": 8}, "preprocessing: KeyError: 'crop'"),
-        ("preprocessing", [], "preprocessing: TypeError: list indices must be integers or slices, not str"),
+        (
+            "preprocessing",
+            [],
+            "preprocessing: TypeError: list indices must be integers or slices, not str",
+        ),
         (
             "preprocessing",
             dataclasses.asdict(OWN) | {"interpolation": "magic"},
@@ -185,25 +225,34 @@ def test_damage_is_refused(tuned, key, value, message):
     assert refused.value.tip
 
 
-# --- where they are used --------------------------------------------------------------------------------------------
+# ---- where they are used -------------------------------------------------------------------------
 
 
 def test_images_are_prepared_as_recorded(tuned, here):
     network_ = open_network(tuned)
     images = load_images(photos(here), network_.architecture, network_.preprocessing)
-    expected = [OWN.normalise(OWN.place(whole_levels(read_image(path).pixels))) for path in photos(here)]
+    expected = [
+        OWN.normalise(OWN.place(whole_levels(read_image(path).pixels))) for path in photos(here)
+    ]
     assert torch.equal(images, torch.stack(expected))
 
 
 def test_images_of_networks_that_record_nothing(here):
-    """A network of one's own gets values in [0, 1]; for any other they are normalised with ImageNet's statistics."""
+    """A network of one's own gets values in [0, 1].
+
+    For any other they are normalised with ImageNet's statistics.
+    """
     own = load_images(photos(here), ARCHITECTURE, None)
     assert own.shape == (3, 3, 8, 8)
     assert own.min() >= 0
     assert own.max() <= 1
     assert torch.equal(own * 255, (own * 255).round())
-    other = load_images(photos(here), dataclasses.replace(ARCHITECTURE, task="classification"), None)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    other = load_images(
+        photos(here), dataclasses.replace(ARCHITECTURE, task="classification"), None
+    )
+    mean, std = (
+        torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     assert torch.allclose(other, (own - mean) / std, atol=1e-6)  # rounding in float32
 
 
@@ -231,7 +280,20 @@ def test_calibration_sees_them(tuned, here, monkeypatch):
 def test_export_and_prediction_use_them(tuned, here, capsys):
     card = card_of(open_network(tuned))
     assert (card.preprocessing, card.labels) == (OWN, LABELS)
-    assert run(["export", "tuned.path.safetensors", "-o", "t.onnx", "--images", "photos", "--with-softmax"]) == 0
+    assert (
+        run(
+            [
+                "export",
+                "tuned.path.safetensors",
+                "-o",
+                "t.onnx",
+                "--images",
+                "photos",
+                "--with-softmax",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     model, _ = pathconvert.load(tuned)
     with torch.no_grad():
@@ -248,7 +310,9 @@ def test_export_and_prediction_use_them(tuned, here, capsys):
 
 
 def test_the_graph_normalises_as_recorded(tuned, here, capsys):
-    """``--with-preprocessing`` needs a recorded preprocessing, which a network of one's own has after fine-tuning."""
+    """``--with-preprocessing`` needs a recorded preprocessing, which a network of one's own has
+    after fine-tuning.
+    """
     assert run(["export", "tuned.path.safetensors", "-o", "t.onnx", "--with-preprocessing"]) == 0
     capsys.readouterr()
     probabilities = []

@@ -70,20 +70,28 @@ def test_statistics_are_those_of_the_off_pivot_sum(resnet: tuple[nn.Module, Tens
 
 @pytest.fixture(scope="module")
 def estranged() -> tuple[nn.Module, Tensor]:
-    """A network whose running statistics come from images that are twice as bright, and images for it."""
+    """A network whose running statistics come from images that are twice as bright, and images for
+    it.
+    """
     x = draw(16, 3, 64, 64, seed=5)
     return with_statistics_of(randomised_resnet(), 2 * x.flip(0) + 0.3), x
 
 
 @pytest.mark.parametrize("scope", ["block", "network"])
 def test_training_mode_begins_as_it_was(estranged: tuple[nn.Module, Tensor], scope: str) -> None:
-    """Within 1 % of the training-mode loss: only the pivots keep the scale that running statistics gave them."""
+    """Within 1 % of the training-mode loss: only the pivots keep the scale that running statistics
+    gave them.
+    """
     model, x = estranged
-    m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, scope=scope), x, calibration=iter(x.split(5)))
+    m = pathconvert.to_path_bn(
+        pathconvert.reparameterize(model, x, scope=scope), x, calibration=iter(x.split(5))
+    )
     target = torch.arange(16) % 7
     before, after = (F.cross_entropy(output(one, x, training=True), target) for one in (model, m))
     served = F.cross_entropy(output(model, x), target)
-    assert error(served, before) > 0.05, "the test needs running statistics that are not those of the images"
+    assert error(served, before) > 0.05, (
+        "the test needs running statistics that are not those of the images"
+    )
     assert error(after, before) < 0.01
     assert error(output(m, x), output(model, x)) < 1e-10
 
@@ -92,7 +100,9 @@ def test_training_mode_can_begin_with_what_is_served(estranged: tuple[nn.Module,
     model, x = estranged
     conversion = pathconvert.reparameterize(model, x, scope="network")
     m = pathconvert.to_path_bn(conversion, x, calibration=x, begin="evaluation")
-    for module in layers(m).values():  # the ordinary BatchNorms before the first pivots stay in evaluation mode
+    for module in layers(
+        m
+    ).values():  # the ordinary BatchNorms before the first pivots stay in evaluation mode
         module.bn.train()
     with torch.no_grad():
         assert error(m(x), output(model, x)) < 1e-9
@@ -115,15 +125,22 @@ def test_a_constant_channel_keeps_its_statistics() -> None:
 
 
 def test_the_gaussian_estimate_is_near_the_measured_one(resnet: tuple[nn.Module, Tensor]) -> None:
-    """The median error is below a third of the deviation: good enough to begin training; recorded as an estimate."""
+    """The median error is below a third of the deviation: good enough to begin training.
+
+    Recorded as an estimate.
+    """
     model, x = resnet
     conversion = pathconvert.reparameterize(model, x)
-    measured, estimated = (pathconvert.to_path_bn(conversion, x, calibration=images) for images in (x, None))
+    measured, estimated = (
+        pathconvert.to_path_bn(conversion, x, calibration=images) for images in (x, None)
+    )
     assert estimated.path_record["path_bn"]["calibration"] == {"source": "gaussian"}
     for name, module in layers(measured).items():
         ratio = (layers(estimated)[name].bn.running_var / module.bn.running_var).sqrt()
         assert 0.75 < float(ratio.median()) < 1.33, name
-        shift = (layers(estimated)[name].bn.running_mean - module.bn.running_mean) / module.bn.running_var.sqrt()
+        shift = (
+            layers(estimated)[name].bn.running_mean - module.bn.running_mean
+        ) / module.bn.running_var.sqrt()
         assert float(shift.abs().median()) < 0.34, name
 
 
@@ -191,23 +208,30 @@ def test_skip_scale_is_read_only() -> None:
 
 def test_wrappers_are_taken_off() -> None:
     model, x = geometry("3x3")
-    m = pathconvert.to_path_bn(nn.DataParallel(torch.compile(model, backend="eager")), x, calibration=x)
+    m = pathconvert.to_path_bn(
+        nn.DataParallel(torch.compile(model, backend="eager")), x, calibration=x
+    )
     left = pathconvert.leave_path_bn(torch.compile(m, backend="eager"))
     assert list(left.state_dict()) == list(model.state_dict())
     assert error(output(left, x), output(model, x)) < 1e-10
     conversion = pathconvert.reparameterize(torch.compile(model, backend="eager"), x)
     assert list(conversion.model.state_dict()) == list(model.state_dict())
-    restored = pathconvert.restore(torch.compile(conversion.model, backend="eager"), conversion.record)
+    restored = pathconvert.restore(
+        torch.compile(conversion.model, backend="eager"), conversion.record
+    )
     assert error(output(restored, x), output(model, x)) < 1e-10
 
 
 def test_pivots_that_float16_does_not_hold_are_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).half()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    ).half()
     with torch.no_grad():
         model[2].weight.mul_(1e-5)
     x = draw(4, 3, 5, 5).half()
     with pytest.raises(
-        PathconvertError, match="2: its pivots are held back: their factors leave the range of float16"
+        PathconvertError,
+        match="2: its pivots are held back: their factors leave the range of float16",
     ) as e:
         pathconvert.to_path_bn(model, x, calibration=x)
     assert e.value.tip == "Convert the checkpoint to float32 first."
@@ -220,7 +244,10 @@ def test_what_is_left_has_a_reason() -> None:
         "first": NO_PIVOT,
         "transposed": "is a transposed convolution, whose skip would be spread over the output",
         "free": "is computed by Reasons, not by a convolution or linear layer of torch",
-        "no_bias": "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves",
+        "no_bias": (
+            "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that"
+            " Path-BN leaves"
+        ),
         "tokens": "reads inputs of 3 dimensions, but its BatchNorm needs 2",
         "last": "is the last layer: no normalization comes before an output",
     }
@@ -267,7 +294,10 @@ class ActivatedNorm(nn.BatchNorm2d):
         ("weight read elsewhere", "has a weight that other code reads too"),
         (
             "bias behind a ReLU",
-            "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that Path-BN leaves",
+            (
+                "has neither BatchNorm nor bias, and no BatchNorm after it takes up the bias that"
+                " Path-BN leaves"
+            ),
         ),
     ],
 )
@@ -285,7 +315,8 @@ def test_what_would_change_the_function_is_left(kind: str, left: str) -> None:
 def test_what_is_odd_but_right(kind: str) -> None:
     model, x = randomised(Odd(kind)), draw(2, 3, 6, 6)
     m = pathconvert.to_path_bn(model, x, calibration=x)
-    assert list(layers(m)) == ["conv"]  # the classifier before a softmax does not take the form either
+    # the classifier before a softmax does not take the form either
+    assert list(layers(m)) == ["conv"]
     assert error(output(m, x), output(model, x)) < 1e-10
 
 
@@ -298,7 +329,8 @@ def test_variances_that_float16_does_not_hold() -> None:
     model, x = model.half(), x.half()
     m = pathconvert.to_path_bn(model, x, calibration=x)
     assert torch.isfinite(m(x)).all()
-    assert error(m.double()(x.double()), model.double()(x.double())) < 0.05  # float16 rounds by 5e-4, often
+    # float16 rounds by 5e-4, often
+    assert error(m.double()(x.double()), model.double()(x.double())) < 0.05
 
 
 def test_frozen_layers_stay_frozen() -> None:

@@ -48,7 +48,9 @@ def test_every_geometry_keeps_the_function_both_ways(name: str, pivot: str) -> N
     assert error(output(m, x, training=True), output(model, x, training=True)) < 1e-10
     left = pathconvert.leave_path_bn(m)
     assert error(output(left, x), output(model, x)) < 1e-10
-    assert {k: v.shape for k, v in left.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in left.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     assert error(output(pathconvert.restore(left, conversion.record), x), output(model, x)) < 1e-10
 
 
@@ -62,7 +64,9 @@ def test_without_batch_norm(name: str) -> None:
     assert error(output(m, x), output(model, x)) < 1e-10
     assert error(output(m, x, training=True), output(m, x)) < 1e-10
     var = layers(m)["3"].bn.running_var  # 0 for a row that has only a pivot
-    assert (var[var > 0].log2().abs() <= 1 + 1e-9).all()  # near 1, so that eps is small compared to it
+    assert (
+        var[var > 0].log2().abs() <= 1 + 1e-9
+    ).all()  # near 1, so that eps is small compared to it
     with torch.no_grad():
         for module in layers(m).values():  # as training does
             module.bn.bias.add_(draw(len(module.bn.bias)))
@@ -104,17 +108,25 @@ def test_every_combination(scope: str, pivot: str, gauge: str, skip_scale: float
 
 
 NETWORKS = {
-    "alexnet": 6, "vgg11_bn": 9, "squeezenet1_1": 16, "densenet121": 119, "googlenet": 29, "inception_v3": 59,
-    "shufflenet_v2_x0_5": 52, "mnasnet0_5": 36, "regnet_x_400mf": 45, "regnet_y_400mf": 49, "r3d_18": 8,
+    "alexnet": 6, "vgg11_bn": 9, "squeezenet1_1": 16, "densenet121": 119, "googlenet": 29,
+    "inception_v3": 59,
+    "shufflenet_v2_x0_5": 52, "mnasnet0_5": 36, "regnet_x_400mf": 45, "regnet_y_400mf": 49,
+    "r3d_18": 8,
     "fcn_resnet50": 33, "resnext50_32x4d": 33,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
-    """All families, with calibration images; DenseNet's second convolutions have neither BatchNorm nor bias."""
-    size = {"inception_v3": (75, 75), "r3d_18": (4, 32, 32), "vgg11_bn": (32, 32)}.get(name, (64, 64))
-    arguments = {"aux_logits": False} if name == "inception_v3" else {}  # its auxiliary head needs 299 pixels
+    """All families, with calibration images.
+
+    DenseNet's second convolutions have neither BatchNorm nor bias.
+    """
+    size = {"inception_v3": (75, 75), "r3d_18": (4, 32, 32), "vgg11_bn": (32, 32)}.get(
+        name, (64, 64)
+    )
+    # its auxiliary head needs 299 pixels
+    arguments = {"aux_logits": False} if name == "inception_v3" else {}
     model, x = network(name, torch.float64, **arguments), draw(2, 3, *size)
     if name in ("alexnet", "vgg11_bn"):
         model = narrow_classifier(model)
@@ -133,19 +145,25 @@ def test_networks(name: str) -> None:
     ("name", "scope", "pivot", "count"),
     [
         ("squeezenet1_1", "network", "diagonal", 16), ("googlenet", "block", "diagonal", 29),
-        ("shufflenet_v2_x0_5", "network", "matching", 52), ("mnasnet0_5", "network", "diagonal", 41),
+        ("shufflenet_v2_x0_5", "network", "matching", 52),
+        ("mnasnet0_5", "network", "diagonal", 41),
         ("regnet_y_400mf", "network", "matching", 52), ("r3d_18", "network", "diagonal", 11),
     ],
 )  # fmt: skip
 def test_networks_in_other_modes(name: str, scope: str, pivot: str, count: int) -> None:
-    model, x = network(name, torch.float64), draw(2, 3, *((4, 32, 32) if name == "r3d_18" else (64, 64)))
-    m = pathconvert.to_path_bn(pathconvert.reparameterize(model, x, scope, pivot), x, calibration=x, skip_scale=0.1)
+    model, x = (
+        network(name, torch.float64),
+        draw(2, 3, *((4, 32, 32) if name == "r3d_18" else (64, 64))),
+    )
+    m = pathconvert.to_path_bn(
+        pathconvert.reparameterize(model, x, scope, pivot), x, calibration=x, skip_scale=0.1
+    )
     assert len(layers(m)) == count
     assert error(output(m, x), output(model, x)) < 1e-10
     assert error(output(pathconvert.leave_path_bn(m), x), output(model, x)) < 1e-10
 
 
-# ---- what Path-BN is for -------------------------------------------------------------------------------------------
+# ---- what Path-BN is for -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -155,7 +173,9 @@ def resnet() -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("factor", [1e-2, 3.0, 1e3])
 def test_the_trained_weights_scale_is_free(resnet: tuple[nn.Module, Tensor], factor: float) -> None:
-    """PBN Proposition 2: u → c u does not change the training-mode output, except through BatchNorm's eps."""
+    """PBN Proposition 2: u → c u does not change the training-mode output, except through
+    BatchNorm's eps.
+    """
     model, x = resnet
     m = pathconvert.to_path_bn(model, x, calibration=x)
     before = output(m, x, training=True)
@@ -205,7 +225,9 @@ def test_gradients(kind: str) -> None:
     columns = {"straight": [0, 1, 2], "gather": [1, 0], "scatter": [0, 1, 2]}[kind]
     values = torch.tensor([1.0, -1.0, 1.0])[: len(rows)]
     values = values.abs() if kind == "straight" else values
-    module = PathBN(conv, nn.BatchNorm2d(3).double(), torch.tensor(rows), torch.tensor(columns), values, 0.5)
+    module = PathBN(
+        conv, nn.BatchNorm2d(3).double(), torch.tensor(rows), torch.tensor(columns), values, 0.5
+    )
     assert module._skip_kind == kind
     x = draw(2, 3, 3, 3).requires_grad_()
 
@@ -233,29 +255,56 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("kind", "extra"), [("straight", ["add"]), ("gather", ["index_select", "add"])])
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("straight", ["add"]), ("gather", ["index_select", "add"])]
+)
 def test_what_the_skip_costs(kind: str, extra: list[str], stride: int) -> None:
-    """Besides the convolution and its BatchNorm, an identity skip costs one addition, at any stride."""
+    """Besides the convolution and its BatchNorm, an identity skip costs one addition, at any
+    stride.
+    """
     conv = nn.Conv2d(4, 4, 3, stride=stride, padding=1, bias=False)
     rows = torch.arange(4)
-    m = PathBN(conv, nn.BatchNorm2d(4), rows, rows if kind == "straight" else rows.flip(0), torch.ones(4), 1.0)
+    m = PathBN(
+        conv,
+        nn.BatchNorm2d(4),
+        rows,
+        rows if kind == "straight" else rows.flip(0),
+        torch.ones(4),
+        1.0,
+    )
     m, x = m.eval(), torch.randn(2, 4, 8, 8)
     with torch.no_grad(), Operations() as seen:
         m(x)
-    own = ("convolution", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training")
-    of_the_weight = ("new_zeros", "zeros", "index_put", "_index_put_impl_", "empty_like", "clone", "fill_", "empty")
+    own = (
+        "convolution",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "_native_batch_norm_legit_no_training",
+    )
+    of_the_weight = (
+        "new_zeros",
+        "zeros",
+        "index_put",
+        "_index_put_impl_",
+        "empty_like",
+        "clone",
+        "fill_",
+        "empty",
+    )
     assert [name for name in seen.names if name not in own + of_the_weight] == extra, seen.names
 
 
-# ---- the rest of PyTorch -------------------------------------------------------------------------------------------
+# ---- the rest of PyTorch -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small() -> tuple[nn.Module, Tensor]:
     """Path-BN with a gather and with a scatter, float32."""
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6), nn.ReLU(),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6),
+        nn.ReLU(),
         nn.Linear(6, 3),
     )  # fmt: skip
     x = draw(4, 3, 10, 10)
@@ -275,10 +324,15 @@ def test_sync_batch_norm_and_channels_last(small: tuple[nn.Module, Tensor]) -> N
     m, x = small
     expected = m(x)
     sync = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(m))
-    assert all(isinstance(module.bn, nn.SyncBatchNorm) for name, module in layers(sync).items() if name != "10")
+    assert all(
+        isinstance(module.bn, nn.SyncBatchNorm)
+        for name, module in layers(sync).items()
+        if name != "10"
+    )
     assert torch.equal(pathconvert.leave_path_bn(sync.eval())(x), pathconvert.leave_path_bn(m)(x))
     last = copy.deepcopy(m).to(memory_format=torch.channels_last)
-    assert error(last(x.to(memory_format=torch.channels_last)), expected) < 1e-5  # float32, another summation order
+    # float32, another summation order
+    assert error(last(x.to(memory_format=torch.channels_last)), expected) < 1e-5
     last.train()(x).sum().backward()
 
 
@@ -290,7 +344,10 @@ def test_autocast(small: tuple[nn.Module, Tensor]) -> None:
 
 
 def test_compile_and_export(small: tuple[nn.Module, Tensor]) -> None:
-    """There is no graph break (fullgraph raises at one). Only tracing is tested, so the compiler is left out."""
+    """There is no graph break (fullgraph raises at one).
+
+    Only tracing is tested, so the compiler is left out.
+    """
     m, x = small
     compiled = torch.compile(m.train(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), copy.deepcopy(m)(x))
@@ -303,7 +360,7 @@ def test_half_precision(small: tuple[nn.Module, Tensor]) -> None:
     assert error(copy.deepcopy(m).bfloat16()(x.bfloat16()).float(), m(x)) < 0.05
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -330,7 +387,10 @@ def test_a_newer_or_foreign_record_is_refused(tmp_path: Any) -> None:
     with pytest.raises(RecordError, match="the Path-BN record has format version 2"):
         pathconvert.load(path)
     change_metadata(
-        path, lambda metadata: metadata["record"]["path_bn"].update(format_version=1, layers=[{"name": "x"}])
+        path,
+        lambda metadata: metadata["record"]["path_bn"].update(
+            format_version=1, layers=[{"name": "x"}]
+        ),
     )
     with pytest.raises(RecordError, match="the Path-BN record belongs to another network"):
         pathconvert.load(path)

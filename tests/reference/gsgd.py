@@ -1,7 +1,9 @@
-"""SGD on path coordinates, literally: weights are computed from coordinates, and autograd does the rest.
+"""SGD on path coordinates, literally: weights are computed from coordinates, and autograd does the
+rest.
 
-A network is described layer by layer. Every coordinate is an element of a tensor of its parameter's shape; a chain's d
-is the coordinate at the place of its start. torch's own SGD steps on the coordinates.
+A network is described layer by layer. Every coordinate is an element of a tensor of its parameter's
+shape; a chain's d is the coordinate at the place of its start. torch's own SGD steps on the
+coordinates.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ Unit = tuple[str, int]
 
 
 class Layer(NamedTuple):
-    """One layer: its weight, the scale group that it reads and the one that its rows end in (None for no group), the
-    γ of the BatchNorm between, and whether it is in Path-BN form."""
+    """One layer: its weight, the scale group that it reads and the one that its rows end in (None
+    for no group), the γ of the BatchNorm between, and whether it is in Path-BN form.
+    """
 
     weight: str
     reads: str | None
@@ -79,9 +82,13 @@ class PathCoordinates:
         self.values = [abs(v) for v in value]
         self.rho = [abs(v) if anchor else 1.0 for v in value]
         self.factors = self._factors() if anchor == "balanced" else {}
-        self.coordinates = {name: w * self.factors.get(name, 1.0) for name, w in self.weights.items()}
+        self.coordinates = {
+            name: w * self.factors.get(name, 1.0) for name, w in self.weights.items()
+        }
         for layer in layers:
-            for column, unit in enumerate(column_units(layer, self.weights[layer.weight], self.sizes)):
+            for column, unit in enumerate(
+                column_units(layer, self.weights[layer.weight], self.sizes)
+            ):
                 if unit in self.chain_of:
                     k = self.chain_of[unit]
                     self.coordinates[layer.weight][:, column] *= value[k] / self.rho[k]
@@ -113,7 +120,11 @@ class PathCoordinates:
                     continue
                 w = self.weights[layer.weight]
                 taps = [float(w[centre(w, row, column)]) for column in range(w.shape[1])]
-                column = row % len(taps) if rule == "diagonal" else max(range(len(taps)), key=lambda c: abs(taps[c]))
+                column = (
+                    row % len(taps)
+                    if rule == "diagonal"
+                    else max(range(len(taps)), key=lambda c: abs(taps[c]))
+                )
                 leaves = column_units(layer, w, self.sizes)[column]
                 parent = next((k for k, chain in enumerate(chains) if leaves in chain.units), None)
                 chains.append(Chain(units, layer.weight, centre(w, row, column), parent))
@@ -132,14 +143,19 @@ class PathCoordinates:
                 if unit not in self.pivots:
                     continue
                 entering = [float(w[row, c].abs().max()) * size for c, size in enumerate(columns)]
-                sigma[unit] = abs(float(self.weights[layer.gamma][row])) if layer.gamma else max(entering)
+                sigma[unit] = (
+                    abs(float(self.weights[layer.gamma][row])) if layer.gamma else max(entering)
+                )
                 rows[row] = sigma[unit]
             vectors = [layer.gamma, layer.gamma.replace("weight", "bias")] if layer.gamma else []
             vectors += [] if layer.gamma else [layer.weight.replace("weight", "bias")]
-            factors |= {name: 1 / torch.tensor(rows, dtype=torch.float64) for name in vectors if name in self.weights}
-            by_row = torch.tensor(
-                [1.0] * len(w) if layer.gamma else rows, dtype=torch.float64
-            )  # BatchNorm normalises a row's size away
+            factors |= {
+                name: 1 / torch.tensor(rows, dtype=torch.float64)
+                for name in vectors
+                if name in self.weights
+            }
+            # BatchNorm normalises a row's size away
+            by_row = torch.tensor([1.0] * len(w) if layer.gamma else rows, dtype=torch.float64)
             ones = [1] * (w.dim() - 2)
             by_column = torch.tensor(columns, dtype=torch.float64)
             factors[layer.weight] = by_column.view(1, -1, *ones) / by_row.view(-1, 1, *ones)
@@ -151,7 +167,9 @@ class PathCoordinates:
         weights = {name: v / self.factors.get(name, 1.0) for name, v in self.coordinates.items()}
         for layer in self.layers:
             units = column_units(layer, self.weights[layer.weight], self.sizes)
-            divisor = torch.stack([d[self.chain_of[u]] if u in self.chain_of else d[0] * 0 + 1 for u in units])
+            divisor = torch.stack(
+                [d[self.chain_of[u]] if u in self.chain_of else d[0] * 0 + 1 for u in units]
+            )
             v = weights[layer.weight]
             weights[layer.weight] = v / divisor.view(1, -1, *[1] * (v.dim() - 2))
         for k, chain in enumerate(self.chains):
@@ -165,7 +183,9 @@ class PathCoordinates:
             for pivot in mine:
                 w = self.weights[layer.weight]
                 place = centre(w, pivot.row, pivot.column)
-                weights[layer.weight] = weights[layer.weight].index_put(tuple(torch.tensor(i) for i in place), w[place])
+                weights[layer.weight] = weights[layer.weight].index_put(
+                    tuple(torch.tensor(i) for i in place), w[place]
+                )
         return weights
 
     def train(

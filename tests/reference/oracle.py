@@ -1,7 +1,8 @@
-"""Small networks as explicit lists of nodes, and what a literal reading of docs/design.md says of their channels.
+"""Small networks as explicit lists of nodes, and what a literal reading of docs/design.md says of
+their channels.
 
-Nothing here traces anything: :class:`Oracle` walks the nodes, keeps for every value a Python list with one entry a
-channel, and joins channels one by one in a dictionary.
+Nothing here traces anything: :class:`Oracle` walks the nodes, keeps for every value a Python list
+with one entry a channel, and joins channels one by one in a dictionary.
 
 ==============  ==============================================================
 ``ZERO``        a channel of constant zeros
@@ -27,7 +28,9 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 @dataclass
 class Node:
-    """One operation: its kind, the nodes it reads, its layer's name, other arguments, and the result's shape."""
+    """One operation: its kind, the nodes it reads, its layer's name, other arguments, and the
+    result's shape.
+    """
 
     kind: str
     reads: tuple[int, ...] = ()
@@ -113,7 +116,8 @@ class Oracle:
     """Who shares a factor, who is pinned, who is residual: one channel at a time.
 
     Attributes:
-        rows, columns: parameter → channels (resolved with :meth:`root`), as the first call indexes it.
+        rows, columns: parameter → channels (resolved with :meth:`root`), as the first call indexes
+            it.
         readers: channel → the (BatchNorm, channel) pairs that read it.
     """
 
@@ -129,7 +133,7 @@ class Oracle:
         self._walk()
         self._settle()
 
-    # -- joining
+    # ---- joining ---------------------------------------------------------------------------------
 
     def find(self, channel: Any) -> Any:
         while self.parent.get(channel, channel) != channel:
@@ -151,7 +155,7 @@ class Oracle:
         if channel not in (ZERO, PINNED):
             self.pinned.add(channel)
 
-    # -- walking
+    # ---- walking ---------------------------------------------------------------------------------
 
     def _walk(self) -> None:
         nodes = self.model.nodes
@@ -164,7 +168,9 @@ class Oracle:
             for channel in channels[output]:
                 self.pin(channel)
 
-    def _channels(self, number: int, node: Node, reads: list[list[Any]], shapes: list[tuple[int, ...]]) -> list[Any]:
+    def _channels(
+        self, number: int, node: Node, reads: list[list[Any]], shapes: list[tuple[int, ...]]
+    ) -> list[Any]:
         x = reads[0]
         if node.layer and node.kind not in ("slope", "dropout"):
             return self._layer(number, f"layers.{node.layer}", self.model.layers[node.layer], x)
@@ -208,7 +214,9 @@ class Oracle:
         return b if a == ZERO else a
 
     def _product(self, reads: list[list[Any]], shapes: list[tuple[int, ...]]) -> list[Any]:
-        """One factor carries: that of the operand that is rescaled at all, of two of them the larger one's."""
+        """One factor carries: that of the operand that is rescaled at all, of two of them the
+        larger one's.
+        """
         free = [any(channel not in (ZERO, PINNED) for channel in read) for read in reads]
         size = [math.prod(shape) for shape in shapes]
         carrier = 1 if (free[1], size[1]) > (free[0], size[0]) else 0
@@ -217,10 +225,16 @@ class Oracle:
         return reads[carrier]
 
     def _layer(self, number: int, name: str, layer: nn.Module, x: list[Any]) -> list[Any]:
-        width = layer.num_features if isinstance(layer, nn.modules.batchnorm._BatchNorm) else _width(layer)
+        width = (
+            layer.num_features
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            else _width(layer)
+        )
         rows: list[Any] = [(number, j) for j in range(width)]
         for parameter, _ in layer.named_parameters():
-            for old, new in zip(self.rows.setdefault(f"{name}.{parameter}", rows), rows, strict=True):
+            for old, new in zip(
+                self.rows.setdefault(f"{name}.{parameter}", rows), rows, strict=True
+            ):
                 self.join(old, new)
         if isinstance(layer, LAYERS):
             for old, new in zip(self.columns.setdefault(f"{name}.weight", x), x, strict=True):
@@ -238,7 +252,9 @@ class Oracle:
         return rows
 
     def _settle(self) -> None:
-        """Close pins and residual marks under joining, and say which channels a BatchNorm absorbs."""
+        """Close pins and residual marks under joining, and say which channels a BatchNorm
+        absorbs.
+        """
         pinned = {self.find(channel) for channel in self.pinned}
         read = {self.find(c) for cs in self.columns.values() for c in cs if c not in (ZERO, PINNED)}
         made = {self.find(c) for cs in self.norm_rows.values() for c in cs}
@@ -251,16 +267,22 @@ class Oracle:
         self.produced = {self.find(channel) for rows in self.rows.values() for channel in rows}
 
     def root(self, channel: Any) -> Any:
-        """The unit that a channel belongs to; None where its factor is 1 by construction or no parameter makes it."""
+        """The unit that a channel belongs to.
+
+        None where its factor is 1 by construction or no parameter makes it.
+        """
         if channel in (ZERO, PINNED):
             return None
         root = self.find(channel)
         return root if root in self.produced - self.absorbed else None
 
-    # -- pivots and scales (PBN Theorem 1; pivots.py's host rule)
+    # ---- pivots and scales (PBN Theorem 1; pivots.py's host rule) --------------------------------
 
-    def scales(self, rule: str, free: set[Any], host_of: dict[Any, str] | None = None) -> dict[Any, float]:
-        """s_i = |a_i| · s_next(i) for every free unit; 1 without pivot and where the pivots run in a circle.
+    def scales(
+        self, rule: str, free: set[Any], host_of: dict[Any, str] | None = None
+    ) -> dict[Any, float]:
+        """s_i = |a_i| · s_next(i) for every free unit; 1 without pivot and where the pivots run in
+        a circle.
 
         Args:
             rule: ``diagonal`` or ``max``.
@@ -280,12 +302,18 @@ class Oracle:
             scales[unit] = 1.0 if at in path else value
         return scales
 
-    def _pivot(self, unit: Any, rule: str, host_of: dict[Any, str] | None) -> tuple[float, Any] | None:
+    def _pivot(
+        self, unit: Any, rule: str, host_of: dict[Any, str] | None
+    ) -> tuple[float, Any] | None:
         """|a| and the next unit; None where there is no pivot."""
         hosts = [name for name, cs in self.columns.items() if any(self.root(c) == unit for c in cs)]
         if not hosts or (host_of is not None and unit not in host_of):
             return None
-        host = host_of[unit] if host_of is not None else max(hosts, key=lambda name: self._rows_per_group(name))
+        host = (
+            host_of[unit]
+            if host_of is not None
+            else max(hosts, key=lambda name: self._rows_per_group(name))
+        )
         layer = self.model.get_submodule(host.rpartition(".")[0])
         columns = [self.root(c) for c in self.columns[host]]
         mine = [k for k, root in enumerate(columns) if root == unit]
@@ -294,7 +322,9 @@ class Oracle:
         block = column // (len(columns) // groups)
         effective = [self._effective(host, block * rows + r, column) for r in range(rows)]
         if rule == "diagonal":
-            firsts = [k for k, root in enumerate(columns) if root is None or columns.index(root) == k]
+            firsts = [
+                k for k, root in enumerate(columns) if root is None or columns.index(root) == k
+            ]
             row = firsts.index(columns.index(unit)) % (len(columns) // groups) % rows
         else:
             row = max(range(rows), key=lambda r: abs(effective[r]))
@@ -315,7 +345,9 @@ class Oracle:
         name, j = next(iter(readers))
         norm = self.model.get_submodule(name)
         gamma = 1.0 if norm.weight is None else float(norm.weight[j].detach())
-        return self.root(self.norm_rows[name][j]), gamma / math.sqrt(float(norm.running_var[j]) + norm.eps)
+        return self.root(self.norm_rows[name][j]), gamma / math.sqrt(
+            float(norm.running_var[j]) + norm.eps
+        )
 
     def _effective(self, weight: str, row: int, column: int) -> float:
         """a = γ / √(var + eps) · w at the kernel's centre."""
@@ -333,18 +365,29 @@ def _width(layer: nn.Module) -> int:
 
 
 def random_weights(model: nn.Module, seed: int) -> None:
-    """Normal weights; γ small, negative or zero now and then; running statistics that are no identity."""
+    """Normal weights; γ small, negative or zero now and then.
+
+    Running statistics that are no identity.
+    """
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+        )
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.num_batches_tracked.zero_()
-            layer.running_mean = torch.randn(layer.num_features, generator=generator, dtype=torch.float64)
-            layer.running_var = torch.rand(layer.num_features, generator=generator, dtype=torch.float64) + 0.2
+            layer.running_mean = torch.randn(
+                layer.num_features, generator=generator, dtype=torch.float64
+            )
+            layer.running_var = (
+                torch.rand(layer.num_features, generator=generator, dtype=torch.float64) + 0.2
+            )
             if layer.weight is not None:
-                kinds = torch.from_numpy(rng.choice([1.0, -1.0, 1e-3, 0.0], layer.num_features, p=[0.6, 0.2, 0.1, 0.1]))
+                kinds = torch.from_numpy(
+                    rng.choice([1.0, -1.0, 1e-3, 0.0], layer.num_features, p=[0.6, 0.2, 0.1, 0.1])
+                )
                 layer.weight.data *= kinds
         if isinstance(layer, nn.PReLU):
             layer.weight.data = layer.weight.data.abs()

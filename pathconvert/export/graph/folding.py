@@ -1,71 +1,92 @@
 """Fold BatchNorms into the layers next to them, for evaluation only.
 
-In evaluation mode, a BatchNorm computes z ↦ a·z + b in every channel, with a = γ/√(var + eps) and b = β − a·mean. For a
-layer with weight W and bias c:
+In evaluation mode, a BatchNorm computes z ↦ a·z + b in every channel, with a = γ/√(var + eps)
+and b = β − a·mean. For a layer with weight W and bias c:
 
-==================  =========================================================================================
-BatchNorm after     a·(W x + c) + b = (a W) x + (a c + b): scales rows of W, in every layer, with any padding
-BatchNorm before    W (a x + b) + c = (W a) x + (W b + c): scales columns of W. Only in layers that do not pad,
-                    because padding adds 0 to x, where −b/a would be needed after folding
-==================  =========================================================================================
+================  ==================================================================================
+BatchNorm after   a·(W x + c) + b = (a W) x + (a c + b): scales rows of W, in every layer, with any
+                  padding
+BatchNorm before  W (a x + b) + c = (W a) x + (W b + c): scales columns of W. Only in layers that do
+                  not pad, because padding adds 0 to x, where −b/a would be needed after folding
+================  ==================================================================================
 
-A BatchNorm is folded if, in *every* call of the two, the layer's result goes into the BatchNorm only, channel by
-channel, and if both are torch's own code on parameters that nothing else uses. Other BatchNorms are left as they are.
-*Every* call means every call on the example input: a forward that does something else with other arguments, or on
-inputs of another rank, is only folded correctly for the example's.
+A BatchNorm is folded if, in *every* call of the two, the layer's result goes into the BatchNorm
+only, channel by channel, and if both are torch's own code on parameters that nothing else uses.
+Other BatchNorms are left as they are. *Every* call means every call on the example input: a forward
+that does something else with other arguments, or on inputs of another rank, is only folded
+correctly for the example's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.conversion.arithmetic import affine_map
+from pathconvert.conversion.calls import tensor_uses
 from pathconvert.conversion.equivalence import run_dtype
-from pathconvert.conversion.modules import as_arguments, computed_tensors, meta_inputs, output_tensors
-from pathconvert.conversion.parts import TrainingError, trace_network
-from pathconvert.conversion.record import unwrapped
+from pathconvert.conversion.modules import (
+    as_arguments,
+    computed_tensors,
+    in_dtype,
+    meta_inputs,
+    output_tensors,
+    unwrapped,
+)
+from pathconvert.conversion.parts import TrainingModeError, trace_network
 from pathconvert.conversion.rules import rule_of
-from pathconvert.conversion.trace import Trace, Tracer, run
-from pathconvert.errors import ArchitectureError, EquivalenceError, PathconvertError, TraceError, first_line
+from pathconvert.conversion.trace import Trace
+from pathconvert.conversion.tracer import Tracer, run
+from pathconvert.errors import (
+    ArchitectureError,
+    EquivalenceError,
+    PathconvertError,
+    TraceError,
+    first_line,
+)
 from pathconvert.networks import architectures
 
 BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
 _FORWARDS = {kind.forward for kind in (*_LAYERS, _BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm2d)}
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-#: Largest error of the folded network in float64, relative to an output's largest value. Rounding costs about 1e-15 per
-#: layer, so that even a network of a thousand layers stays below it.
+#: Largest error of the folded network in float64, relative to an output's largest value. Rounding
+#: costs about 1e-15 per layer, so that even a network of a thousand layers stays below it.
 TOLERANCE = 1e-9
 
 
 def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
-    """Return a copy of ``model`` in evaluation mode, with every BatchNorm folded that can be (see the module).
+    """Return a copy of ``model`` in evaluation mode, with its BatchNorms folded.
 
-    A Path-BN network is taken out of that form first. Folded BatchNorms become ``nn.Identity``, and their layers get a
-    bias. The arithmetic is in float64, and is checked there by running both networks; the weights are then cast back to
-    their own dtype.
+    Every one is folded that can be (see the module's docstring). A Path-BN network is taken out of
+    that form first. Folded BatchNorms become ``nn.Identity``, and their layers get a bias. The
+    arithmetic is in float64, and is checked there by running both networks; the weights are then
+    cast back to their own dtype.
 
     Args:
         model: not changed.
-        example_input: a tensor, or a tuple of the forward's positional arguments; None if the network is one of
-            torchvision's, whose input size is known.
+        example_input: a tensor, or a tuple of the forward's positional arguments; None if the
+            network is one of torchvision's, whose input size is known.
 
     Raises:
         ArchitectureError: ``example_input`` is None, but the network is not one of torchvision's.
         TraceError: the forward cannot be traced, or cannot be run in float64.
-        PathconvertError: a folded weight does not fit the network's dtype, or the network's outputs are not finite.
+        PathconvertError: a folded weight does not fit the network's dtype, or the network's outputs
+            are not finite.
         EquivalenceError: folding changed an output.
     """
     from pathconvert.path_bn.form import has_path_bn, leave_path_bn
@@ -82,7 +103,10 @@ def fold(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 
 def unfolded(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the BatchNorms in ``model``; in a folded network, those that could not be folded."""
+    """Return the names of the BatchNorms in ``model``.
+
+    In a folded network, those that could not be folded.
+    """
     return tuple(name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS))
 
 
@@ -95,17 +119,26 @@ def example_for(model: nn.Module) -> Tensor:
     try:
         size = architectures.recognise(model.state_dict()).input_size
     except ArchitectureError as error:
-        message = f"{type(model).__name__} is not a torchvision network, so the size of its input is not known"
-        raise ArchitectureError(message, "Pass example_input, a tensor such as torch.zeros(1, 3, 224, 224).") from error
+        message = (
+            f"{type(model).__name__} is not a torchvision network, so the size of its input is not"
+            " known"
+        )
+        raise ArchitectureError(
+            message, "Pass example_input, a tensor such as torch.zeros(1, 3, 224, 224)."
+        ) from error
     assert size is not None
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _trace(model: nn.Module, inputs: Any) -> Trace | None:
-    """The trace of the whole network; None if only parts can be traced, because other code may use their layers too."""
+    """The trace of the whole network.
+
+    None if only parts can be traced, because other code may use their layers too.
+    """
+    # the input may be too small for an auxiliary head, which does not run in evaluation mode
     try:
         traced = trace_network(model, inputs)
-    except TrainingError:  # the input may be too small for an auxiliary head, which does not run in evaluation mode
+    except TrainingModeError:
         trace, arguments = Trace(), meta_inputs(as_arguments(inputs), run_dtype(model))
         run(Tracer(model, trace, rule_of), model, arguments, {}, training=False)
         return trace
@@ -126,7 +159,7 @@ def _fold_traced(folded: nn.Module, trace: Trace, inputs: Any) -> None:
         _check(before, after)
 
 
-# ---- what can be folded ----------------------------------------------------------------------------------------
+# ---- what can be folded --------------------------------------------------------------------------
 
 
 class _Folder:
@@ -135,23 +168,34 @@ class _Folder:
     Args:
         model: the network in evaluation mode and float64; its layers are changed in place.
         trace: the trace of ``model``.
-        foreign: ids of tensors that code outside of their own module uses.
+        foreign: names of tensors that code outside of their own module uses.
 
     Attributes:
         batch_norms: name → BatchNorm that can be folded.
         layers: name of the weight → layer that a BatchNorm can be folded into.
-        after, before: the neighbour that a layer or BatchNorm feeds, or is fed by, channel by channel.
+        after, before: the neighbour that a layer or BatchNorm feeds, or is fed by, channel by
+            channel.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, foreign: set[int]) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, foreign: set[str]) -> None:
         counts: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
             counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        barred = foreign | {tensor for tensor, count in counts.items() if count > 1}
+        named = (*model.named_parameters(), *model.named_buffers())
+        barred = {id(tensor) for name, tensor in named if name in foreign}
+        barred |= {tensor for tensor, count in counts.items() if count > 1}
         own = {name: module for name, module in model.named_modules() if _is_plain(module, barred)}
-        self.batch_norms = {name: m for name, m in own.items() if isinstance(m, BATCH_NORMS) and _is_fixed(m)}
-        self.layers = {f"{name}.weight".lstrip("."): m for name, m in own.items() if isinstance(m, _LAYERS)}
-        self.after = {name: sink for name, sink in trace.followers().items() if _channelwise(trace, name, sink)}
+        self.batch_norms = {
+            name: m for name, m in own.items() if isinstance(m, BATCH_NORMS) and _is_fixed(m)
+        }
+        self.layers = {
+            f"{name}.weight".lstrip("."): m for name, m in own.items() if isinstance(m, _LAYERS)
+        }
+        self.after = {
+            name: sink
+            for name, sink in trace.followers().items()
+            if _channelwise(trace, name, sink)
+        }
         self.before = {sink: name for name, sink in self.after.items()}
 
     def fold(self) -> set[str]:
@@ -163,7 +207,9 @@ class _Folder:
         taken: set[str] = set()
         for weight_name, layer in self.layers.items():
             name = self.after.get(weight_name, "")
-            while name in self.batch_norms and _take_after(layer, *affine_map(self.batch_norms[name])[:2]):
+            while name in self.batch_norms and _take_after(
+                layer, *affine_map(self.batch_norms[name])[:2]
+            ):
                 taken.add(name)
                 name = self.after.get(name, "")
         for weight_name, layer in self.layers.items():
@@ -176,7 +222,10 @@ class _Folder:
 
 
 def _is_plain(module: nn.Module, barred: set[int]) -> bool:
-    """Whether a module is torch's own code without hooks, and its parameters are its own and are not computed."""
+    """Whether a module is torch's own code without hooks, with parameters of its own.
+
+    None of the parameters may be computed.
+    """
     kind = type(module)
     if kind.forward not in _FORWARDS or "forward" in vars(module):
         return False
@@ -184,16 +233,26 @@ def _is_plain(module: nn.Module, barred: set[int]) -> bool:
         conv_forward = getattr(kind, "_conv_forward", None)
         if conv_forward not in _CONV_FORWARDS or "_conv_forward" in vars(module):
             return False
-    if module._forward_hooks or module._forward_pre_hooks or nn.utils.parametrize.is_parametrized(module):
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or nn.utils.parametrize.is_parametrized(module)
+    ):
         return False
     if isinstance(module, _LAYERS) and not isinstance(module._parameters.get("weight"), Tensor):
         return False  # weight_norm and pruning store a computed tensor there
-    return not any(id(tensor) in barred for tensor in (*module.parameters(False), *module.buffers(False)))
+    return not any(
+        id(tensor) in barred for tensor in (*module.parameters(False), *module.buffers(False))
+    )
 
 
 def _is_fixed(module: nn.Module) -> bool:
     """Whether a BatchNorm uses running statistics and its affine map is finite."""
-    if module.training or not isinstance(module.running_mean, Tensor) or not isinstance(module.running_var, Tensor):
+    if (
+        module.training
+        or not isinstance(module.running_mean, Tensor)
+        or not isinstance(module.running_var, Tensor)
+    ):
         return False
     return all(bool(part.isfinite().all()) for part in affine_map(module)[:2])
 
@@ -201,12 +260,23 @@ def _is_fixed(module: nn.Module) -> bool:
 def _channelwise(trace: Trace, name: str, sink: str) -> bool:
     """Whether ``sink`` reads exactly the channels that ``name`` produces.
 
-    A BatchNorm1d after a linear layer on [N, L, F], for example, normalises along L, not along the layer's channels.
+    A BatchNorm1d after a linear layer on [N, L, F], for example, normalises along L, not along the
+    layer's channels.
     """
-    calls = [(slot.parameter, slot.rows, slot.columns) for slot in trace.slots if slot.parameter in (name, sink)]
-    calls += [(call.name, call.rows, call.columns) for call in trace.batch_norms if call.name in (name, sink)]
+    calls = [
+        (slot.parameter, slot.rows, slot.columns)
+        for slot in trace.slots
+        if slot.parameter in (name, sink)
+    ]
+    calls += [
+        (call.name, call.rows, call.columns)
+        for call in trace.batch_norms
+        if call.name in (name, sink)
+    ]
     made = {rows.tobytes() for of, rows, _ in calls if of == name}
-    return all(columns is not None and columns.tobytes() in made for of, _, columns in calls if of == sink)
+    return all(
+        columns is not None and columns.tobytes() in made for of, _, columns in calls if of == sink
+    )
 
 
 def _pads_nothing(layer: nn.Module) -> bool:
@@ -219,7 +289,7 @@ def _pads_nothing(layer: nn.Module) -> bool:
     return all(width == 0 for width in layer.padding)
 
 
-# ---- the arithmetic --------------------------------------------------------------------------------------------
+# ---- the arithmetic ------------------------------------------------------------------------------
 
 
 def _take_after(layer: Any, a: Tensor, b: Tensor) -> bool:
@@ -232,8 +302,10 @@ def _take_after(layer: Any, a: Tensor, b: Tensor) -> bool:
     out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if len(a) != out:
         return False
-    if isinstance(layer, _ConvTransposeNd):  # stored [in, out / groups, …]; row block g of `in` makes block g of `out`
-        blocks = weight.view(layer.groups, -1, *weight.shape[1:])  # [groups, in / groups, out / groups, …]
+    # stored [in, out / groups, …]; row block g of `in` makes block g of `out`
+    if isinstance(layer, _ConvTransposeNd):
+        # [groups, in / groups, out / groups, …]
+        blocks = weight.view(layer.groups, -1, *weight.shape[1:])
         scaled = blocks * a.view(layer.groups, 1, -1, *(1,) * (weight.dim() - 2))
     else:
         scaled = weight * a.view(-1, *(1,) * (weight.dim() - 1))
@@ -246,7 +318,8 @@ def _take_before(layer: Any, a: Tensor, b: Tensor) -> None:
     """Fold a BatchNorm before a layer: W ← W a, c ← W b + c."""
     weight = layer.weight.detach()
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    blocks = weight.view(groups, len(weight) // groups, weight.shape[1], -1)  # [groups, out / groups, in / groups, k]
+    # [groups, out / groups, in / groups, k]
+    blocks = weight.view(groups, len(weight) // groups, weight.shape[1], -1)
     columns = (groups, 1, weight.shape[1], 1)
     shift = (blocks * b.view(columns)).sum((2, 3)).flatten()
     bias = shift if layer.bias is None else layer.bias.detach() + shift
@@ -259,61 +332,22 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     layer.bias = nn.Parameter(bias, requires_grad=trained)
 
 
-# ---- running ---------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
-class _Uses(TorchFunctionMode):
-    """Notes which tensors are used outside of their own module, such as in ``F.conv2d(x, self.conv.weight)``."""
-
-    def __init__(self, model: nn.Module, stack: list[nn.Module]) -> None:
-        super().__init__()
-        self.stack = stack
-        self.foreign: set[int] = set()
-        self._owner: dict[int, nn.Module] = {}
-        for module in model.modules():
-            for tensor in (*module.parameters(False), *module.buffers(False)):
-                self._owner[id(tensor)] = module
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            owner = self._owner.get(id(leaf))
-            if owner is not None and (not self.stack or self.stack[-1] is not owner):
-                self.foreign.add(id(leaf))
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _running(stack: list[nn.Module]) -> Iterator[None]:
-    """Keep in ``stack`` the modules that are running, outermost first."""
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    handles = [
-        module_hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module)),
-        module_hooks.register_module_forward_hook(leave),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]]:
+def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[str]]:
     """Run a network on ``inputs`` in float64.
 
     Returns:
-        The outputs, and the ids of tensors that code outside of their own module uses.
+        The outputs, and the names of tensors that code outside of their own module uses, such as
+        in ``F.conv2d(x, self.conv.weight)``.
 
     Raises:
         TraceError: the network cannot be run in float64.
     """
-    wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, as_arguments(inputs))
-    stack: list[nn.Module] = []
-    uses = _Uses(model, stack)
+    wide = in_dtype(as_arguments(inputs), torch.float64)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _running(stack), uses:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), tensor_uses(model) as uses:
             torch.manual_seed(0)
             outputs = output_tensors(model(*wide))
     except (RuntimeError, TypeError, ValueError) as error:
@@ -321,7 +355,12 @@ def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[int]
             f"the network cannot be run in float64 on the example input: {first_line(error)}",
             "Make its forward compute in the dtype of its input.",
         ) from error
-    return [output for output in outputs if output.is_floating_point()], uses.foreign
+    foreign = {
+        name
+        for name, stacks in uses.items()
+        if any(stack[-1:] != (name.rpartition(".")[0],) for stack in stacks)
+    }
+    return [output for output in outputs if output.is_floating_point()], foreign
 
 
 def _check(before: list[Tensor], after: list[Tensor]) -> None:
@@ -334,11 +373,14 @@ def _check(before: list[Tensor], after: list[Tensor]) -> None:
     for old, new in zip(before, after, strict=True):
         if not bool(old.isfinite().all()):
             raise PathconvertError(
-                "the network's own outputs are not finite", "Check its weights for NaN and infinity."
+                "the network's own outputs are not finite",
+                "Check its weights for NaN and infinity.",
             )
         error = float((old - new).abs().max()) if old.numel() else 0.0
         if not error <= TOLERANCE * float(old.abs().max() if old.numel() else 0.0):
-            raise EquivalenceError(f"folding changed an output by {error:.1e}; please report this network")
+            raise EquivalenceError(
+                f"folding changed an output by {error:.1e}; please report this network"
+            )
 
 
 def _in_dtypes_of(folded: nn.Module, model: nn.Module) -> nn.Module:
@@ -347,7 +389,9 @@ def _in_dtypes_of(folded: nn.Module, model: nn.Module) -> nn.Module:
     Raises:
         PathconvertError: a weight is finite, but not in that dtype.
     """
-    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    dtypes = {
+        name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     usual = run_dtype(model)
     for name, tensor in (*folded.named_parameters(), *folded.named_buffers()):
         if not tensor.is_floating_point():
@@ -355,7 +399,8 @@ def _in_dtypes_of(folded: nn.Module, model: nn.Module) -> nn.Module:
         cast = tensor.detach().to(dtypes.get(name, usual))
         if bool(tensor.isfinite().all()) and not bool(cast.isfinite().all()):
             raise PathconvertError(
-                f"{name} does not fit {str(cast.dtype).removeprefix('torch.')} once its BatchNorm is folded in",
+                f"{name} does not fit {str(cast.dtype).removeprefix('torch.')} once its BatchNorm"
+                " is folded in",
                 "Fold the network in float32: fold(model.float()).",
             )
         tensor.data = cast

@@ -1,26 +1,27 @@
-"""The proof that an ``.onnx`` file computes what the network computes, before the file takes its name.
+"""The proof that an ``.onnx`` file computes what the network computes, before it takes its name.
 
-ONNX Runtime's CPU provider runs the file; the reference is the network itself in float64. Let x be an input, a₃₂(x) and
-a₆₄(x) the network's output in float32 and float64. The file passes if:
+ONNX Runtime's CPU provider runs the file; the reference is the network itself in float64. Let x be
+an input, a₃₂(x) and a₆₄(x) the network's output in float32 and float64. The file passes if:
 
-=====  ===========================================================================================================
-fp32   error ≤ 8 · noise. *Noise* is the error of float32 in PyTorch: max |a₃₂(x) − a₆₄(x)| over all inputs together,
-       but at least one rounding of the largest output. Folding and other kernels round different numbers of the
-       same size; 8 leaves room for blocked and Winograd convolutions.
-fp16   error ≤ 1e-2 · max(1, max |a₆₄(x)|), and the top-1 class is the same wherever its margin exceeds the error
-=====  ===========================================================================================================
+=====  =============================================================================================
+fp32   error ≤ 8 · noise. *Noise* is the error of float32 in PyTorch: max |a₃₂(x) − a₆₄(x)| over all
+       inputs together, but at least one rounding of the largest output. Folding and other kernels
+       round different numbers of the same size; 8 leaves room for blocked and Winograd
+       convolutions.
+fp16   error ≤ 1e-2 · max(1, max |a₆₄(x)|), and the top-1 class is the same wherever its margin
+       exceeds the error
+=====  =============================================================================================
 
-ONNX Runtime's CPU provider computes float16 graphs in float32, and may keep results between two operators in float32,
-so it would not show an overflow that happens on a GPU. For fp16, the network is therefore run in PyTorch as well, with
-every layer's result rounded to float16.
+ONNX Runtime's CPU provider computes float16 graphs in float32, and may keep results between two
+operators in float32, so it would not show an overflow that happens on a GPU. For fp16, the network
+is therefore run in PyTorch as well, with every layer's result rounded to float16.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pathconvert.conversion.calls import leaves, watched
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export.runtime.diagnosis import runtime_line
 from pathconvert.export.runtime.session import ort, session_options
 
-#: The highest ratio of error to noise that passes for fp32.
-PASSING_NOISE_RATIO = 8.0
+#: The highest ratio of a file's error to noise that passes for fp32.
+FILE_NOISE_RATIO = 8.0
 #: The highest error that passes for fp16, relative to max(1, largest output).
 HALF_TOLERANCE = 1e-2
 #: The relative error above which a layer is named as the one that differs.
@@ -44,7 +46,8 @@ LAYER_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 #: Operators whose result is the result of one torch module.
 LAYER_OPERATORS = {"Conv", "ConvTranspose", "Gemm", "BatchNormalization"}
 
-Run = Callable[[Tensor], list[Tensor]]
+#: One forward of a file or a network: an input, [N, …] → its outputs in float64.
+Forward = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def session(source: Path | bytes) -> Any:
         ) from error
 
 
-def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
+def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Forward:
     """Return a function that runs a model on one input, [N, …], and returns its outputs in float64.
 
     Args:
@@ -88,11 +91,14 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
 
     Raises:
         PathconvertError: ONNX Runtime cannot load the model.
-        EquivalenceError: raised by the returned function if ONNX Runtime cannot run the graph on its input.
+        EquivalenceError: raised by the returned function if ONNX Runtime cannot run the graph on
+            its input.
     """
     loaded = session(source)
     (taken,) = loaded.get_inputs()
-    kind = {"tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}.get(taken.type, torch.float32)
+    kind = {"tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}.get(
+        taken.type, torch.float32
+    )
 
     def run(x: Tensor) -> list[Tensor]:
         try:
@@ -102,18 +108,23 @@ def runner(source: Path | bytes, names: Sequence[str] | None = None) -> Run:
             sized = any(isinstance(side, str) for side in taken.shape[1:])
             raise EquivalenceError(
                 f"ONNX Runtime cannot run the graph on an input of {shape}: {runtime_line(error)}",
-                "Leave --dynamic-size out: an operation only works at one size, such as an adaptive pooling to more "
-                "than one pixel."
-                if sized
-                else "",
+                (
+                    "Leave --dynamic-size out: an operation only works at one size, such as an "
+                    "adaptive pooling to more than one pixel."
+                    if sized
+                    else ""
+                ),
             ) from error
         return [torch.from_numpy(np.asarray(output)).double() for output in outputs]
 
     return run
 
 
-def torch_runner(model: nn.Module, dtype: torch.dtype) -> Run:
-    """Return a function that runs a copy of ``model`` in ``dtype`` on one input, and returns its outputs in float64."""
+def torch_runner(model: nn.Module, dtype: torch.dtype) -> Forward:
+    """Return a function that runs a copy of ``model`` in ``dtype`` on one input, [N, …].
+
+    The function returns the outputs in float64.
+    """
     model = copy.deepcopy(model).to(dtype).eval()
 
     def run(x: Tensor) -> list[Tensor]:
@@ -124,7 +135,7 @@ def torch_runner(model: nn.Module, dtype: torch.dtype) -> Run:
     return run
 
 
-def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: str) -> Proof:
+def prove(file: Forward, original: nn.Module, inputs: Sequence[Tensor], precision: str) -> Proof:
     """Compare a file with the network that it came from.
 
     Args:
@@ -142,17 +153,23 @@ def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: s
     for _, _, reference, _ in results:
         if not all(bool(torch.isfinite(expected).all()) for expected in reference):
             raise EquivalenceError(
-                "the network's own outputs are not finite", "Check its weights for NaN and infinity."
+                "the network's own outputs are not finite",
+                "Check its weights for NaN and infinity.",
             )
     worst_error = worst_ratio = 0.0
     noises = _noises([(reference, rounded) for _, _, reference, rounded in results])
     for x, got, reference, _ in results:
         if [t.shape for t in got] != [t.shape for t in reference]:
-            raise Differs(f"its outputs have the shapes {_shapes(got)}, but the network's have {_shapes(reference)}", x)
+            raise Differs(
+                f"its outputs have the shapes {_shapes(got)}, "
+                f"but the network's have {_shapes(reference)}",
+                x,
+            )
         for value, expected, noise in zip(got, reference, noises, strict=True):
             error = _largest(value - expected)
-            worst_error, worst_ratio = max(worst_error, error), max(worst_ratio, error / noise if noise else 0.0)
-            if precision == "fp32" and not error <= PASSING_NOISE_RATIO * noise:
+            worst_error = max(worst_error, error)
+            worst_ratio = max(worst_ratio, error / noise if noise else 0.0)
+            if precision == "fp32" and not error <= FILE_NOISE_RATIO * noise:
                 raise Differs(f"the largest error is {error:.2e}, {_times(error, noise)}", x)
             if precision == "fp16":
                 _check_half(value, expected, error, x)
@@ -160,11 +177,16 @@ def prove(file: Run, original: nn.Module, inputs: Sequence[Tensor], precision: s
 
 
 def _times(error: float, noise: float) -> str:
-    return f"{error / noise:.0f} times float32's own noise" if noise else "but float32 itself causes no error here"
+    if not noise:
+        return "but float32 itself causes no error here"
+    return f"{error / noise:.0f} times float32's own noise"
 
 
 class Differs(Exception):
-    """An output differs from the network's on ``x``. ``export.py`` turns it into an error that names the layer."""
+    """An output differs from the network's on ``x``.
+
+    ``export.py`` turns it into an error that names the layer.
+    """
 
     def __init__(self, message: str, x: Tensor) -> None:
         super().__init__(message)
@@ -209,64 +231,48 @@ def _check_half(value: Tensor, expected: Tensor, error: float, x: Tensor) -> Non
         raise Differs("the top-1 class changes although its margin exceeds the error", x)
 
 
-# ---- float16 in PyTorch ----------------------------------------------------------------------------------------
+# ---- float16 in PyTorch --------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def hooked(model: nn.Module, note: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call ``note`` with the name and result of every leaf module that runs; it may return another result."""
-    handles = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
+def half_runner(exported: nn.Module, tip: str = "") -> Forward:
+    """Return a function that runs a network as float16 would, on one input, [N, …].
 
-            def hook(_: nn.Module, __: Any, result: Any, name: str = name) -> Any:
-                return note(name, result) if isinstance(result, Tensor) else None
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def half_runner(exported: nn.Module, tip: str = "") -> Run:
-    """Return a function that runs a network with its weights and every layer's result rounded to float16.
-
-    Sums are computed in float32, as GPUs do.
+    Its weights and every layer's result are rounded to float16; sums are computed in float32, as
+    GPUs do. The function returns the outputs in float64.
 
     Args:
         exported: the network; not changed.
         tip: the tip of the error if a layer overflows.
 
     Raises:
-        EquivalenceError: raised by the returned function if a layer's result exceeds float16's range.
+        EquivalenceError: raised by the returned function if a layer's result exceeds float16's
+            range.
     """
     model = copy.deepcopy(exported).float().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
 
-    def note(name: str, result: Tensor) -> Tensor | None:
-        if not result.is_floating_point():
+    def note(name: str, result: Any) -> Tensor | None:
+        if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         rounded = result.half()
         if not bool(rounded.isfinite().all()):
             raise EquivalenceError(
-                f"fp16 overflows in {layer_title(name)}: its largest result is {_largest(result):.1e}, but float16 "
-                "ends at 65504",
+                f"fp16 overflows in {layer_title(name)}: its largest result is "
+                f"{_largest(result):.1e}, but float16 ends at 65504",
                 tip,
             )
         return rounded.float()
 
     def run(x: Tensor) -> list[Tensor]:
-        with torch.no_grad(), hooked(model, note):
+        with torch.no_grad(), watched(leaves(model), after=note):
             outputs = model(x.half().float() if x.is_floating_point() else x)
         return [t.double() for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     return run
 
 
-# ---- the first layer that differs ------------------------------------------------------------------------------
+# ---- the first layer that differs ----------------------------------------------------------------
 
 #: What the names of modules and weights begin with in the wrapped network (``wrapping.py``).
 PREFIX = "network."
@@ -278,9 +284,15 @@ def layer_title(name: str) -> str:
 
 
 def first_difference(
-    model: onnx.ModelProto, layers: Mapping[str, str], exported: nn.Module, x: Tensor, precision: str
+    model: onnx.ModelProto,
+    layers: Mapping[str, str],
+    exported: nn.Module,
+    x: Tensor,
+    precision: str,
 ) -> str:
-    """Say in words which layer is the first whose result in the file differs from the exported network's on ``x``.
+    """Say in words which layer is the first whose result in the file differs on ``x``.
+
+    It is compared with the layer's result in the exported network.
 
     Args:
         model: the graph; not changed.
@@ -289,23 +301,41 @@ def first_difference(
         x: an input, [N, …].
         precision: ``fp32`` or ``fp16``, which decides above which relative error results differ.
     """
-    made = {output for node in model.graph.node if node.op_type in LAYER_OPERATORS for output in node.output[:1]}
-    names = [name for node in model.graph.node for name in node.output[:1] if name in made and name in layers]
+    made = {
+        output
+        for node in model.graph.node
+        if node.op_type in LAYER_OPERATORS
+        for output in node.output[:1]
+    }
+    names = [
+        name
+        for node in model.graph.node
+        for name in node.output[:1]
+        if name in made and name in layers
+    ]
     expected = _module_results(exported, x)
     paths = [layers[name] for name in names]
-    names = [n for n, path in zip(names, paths, strict=True) if paths.count(path) == len(expected.get(path, ()))]
+    names = [
+        n
+        for n, path in zip(names, paths, strict=True)
+        if paths.count(path) == len(expected.get(path, ()))
+    ]
     if not names:
         return "no layer's result could be compared"
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     present = {output.name for output in probe.graph.output}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    probe.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in names if name not in present
+    )
     for name, got in zip(names, runner(probe.SerializeToString(), names)(x), strict=True):
         reference = expected[layers[name]].pop(0)
         error = _largest(got - reference) if got.shape == reference.shape else math.inf
         if error > LAYER_TOLERANCE[precision] * _largest(reference):
             return f"the first layer that differs is {layer_title(layers[name])}"
-    return f"all {len(names)} layers agree, so the difference is in an operation between or after them"
+    return (
+        f"all {len(names)} layers agree, so the difference is in an operation between or after them"
+    )
 
 
 def _module_results(exported: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
@@ -313,9 +343,10 @@ def _module_results(exported: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
     model = copy.deepcopy(exported).double().eval()
     results: dict[str, list[Tensor]] = {}
 
-    def note(name: str, result: Tensor) -> None:
-        results.setdefault(name, []).append(result.clone())  # the next module may change it in place
+    def note(name: str, result: Any) -> None:
+        if isinstance(result, Tensor):  # the next module may change it in place
+            results.setdefault(name, []).append(result.clone())
 
-    with torch.no_grad(), hooked(model, note):
+    with torch.no_grad(), watched(leaves(model), after=note):
         model(x.double() if x.is_floating_point() else x)
     return results

@@ -1,18 +1,21 @@
-"""What surrounds a network in the graph: preprocessing, the choice of outputs, a softmax; and parts that never run."""
+"""What surrounds a network in the graph: preprocessing, the choice of outputs, a softmax.
+
+Parts of the network that never run are handled here, too.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pathconvert.conversion.calls import watched
 from pathconvert.conversion.modules import computed_tensors
 from pathconvert.errors import PathconvertError, first_line
 from pathconvert.networks.preprocessing import Preprocessing
@@ -23,21 +26,30 @@ class Exported(nn.Module):
 
     Args:
         network: the network.
-        keys: keys of the dictionary that the network returns, in the order of the graph's outputs; empty if it returns
-            a tensor.
-        preprocessing: the normalisation to put into the graph, uint8 [N, 3, H, W] → float; None for none.
+        keys: keys of the dictionary that the network returns, in the order of the graph's outputs;
+            empty if it returns a tensor.
+        preprocessing: the normalisation to put into the graph, uint8 [N, 3, H, W] → float; None for
+            none.
         softmax: whether to add a softmax over the classes, dimension 1.
     """
 
     def __init__(
-        self, network: nn.Module, keys: tuple[str, ...], preprocessing: Preprocessing | None, *, softmax: bool
+        self,
+        network: nn.Module,
+        keys: tuple[str, ...],
+        preprocessing: Preprocessing | None,
+        *,
+        softmax: bool,
     ) -> None:
         super().__init__()
         self.network, self.keys, self.softmax = network, keys, softmax
         self.normalises = preprocessing is not None
         if preprocessing is not None:
             # (pixel / 255 − mean) / std = pixel · scale + shift
-            mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocessing.mean, preprocessing.std))
+            mean, std = (
+                torch.tensor(v, dtype=torch.float64)
+                for v in (preprocessing.mean, preprocessing.std)
+            )
             self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1))
             self.register_buffer("shift", (-mean / std).view(1, -1, 1, 1))
 
@@ -66,14 +78,21 @@ class Wrapper:
         return Exported(network, self.keys, self.preprocessing, softmax=self.softmax).eval()
 
     def raw(self, x: Tensor) -> Tensor:
-        """Normalised [N, …] → the input of the graph: the same values in float32, or uint8 pixels."""
+        """Normalised [N, …] → the input of the graph.
+
+        These are the same values in float32, or uint8 pixels.
+        """
         if self.preprocessing is None:
-            return x.detach().float().contiguous()  # for channels-last inputs the exporter adds nodes
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.preprocessing.mean, self.preprocessing.std))
+            # for channels-last inputs the exporter adds nodes
+            return x.detach().float().contiguous()
+        mean, std = (
+            torch.tensor(v).view(1, -1, 1, 1)
+            for v in (self.preprocessing.mean, self.preprocessing.std)
+        )
         return ((x.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-# ---- the outputs of a network ----------------------------------------------------------------------------------
+# ---- the outputs of a network --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,10 @@ class Outputs:
     """What a network returns in evaluation mode.
 
     Attributes:
-        keys: keys of the dictionary that it returns, only those that are wanted; empty if it returns a tensor.
-        idle: the parts that do not run in evaluation mode, such as auxiliary heads. Their weights are not exported.
+        keys: keys of the dictionary that it returns, only those that are wanted; empty if it
+            returns a tensor.
+        idle: the parts that do not run in evaluation mode, such as auxiliary heads. Their weights
+            are not exported.
     """
 
     keys: tuple[str, ...]
@@ -100,32 +121,36 @@ def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax
         softmax: whether a softmax will follow.
 
     Raises:
-        PathconvertError: the network takes or returns something else than tensors (detectors do), cannot run on this
-            input, or has no classes for a softmax.
+        PathconvertError: the network takes or returns something else than tensors (detectors do),
+            cannot run on this input, or has no classes for a softmax.
     """
     name = type(model).__name__
     if not isinstance(example_input, Tensor):
         raise PathconvertError(
-            f"{name} takes a {type(example_input).__name__}, not one tensor: detectors are not exported, because the "
-            "number of boxes depends on the image, which a graph of standard operators cannot follow",
+            f"{name} takes a {type(example_input).__name__}, not one tensor: detectors are not"
+            " exported, because the number of boxes depends on the image, which a graph of"
+            " standard operators cannot follow",
             "Export only the backbone: export_onnx(model.backbone, …).",
         )
     runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
     x = example_input[:1].float()
+    called: set[str] = set()
     try:
-        with _names_of_calls(runner) as called:
+        with watched(dict(runner.named_modules()), before=lambda name, _: called.add(name)):
             result = runner(x)
     except (RuntimeError, ValueError) as error:
         size = "×".join(map(str, example_input.shape[1:]))
         raise PathconvertError(
-            f"{name} cannot run on inputs of size {size}: {first_line(error)}", "Give another size: --input-size."
+            f"{name} cannot run on inputs of size {size}: {first_line(error)}",
+            "Give another size: --input-size.",
         ) from error
     keys: tuple[str, ...] = ()
     if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):
         keys = ("out", "aux") if auxiliary and "aux" in result else ("out",)
     elif not isinstance(result, Tensor):
         raise PathconvertError(
-            f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with the key 'out'",
+            f"{name} returns a {type(result).__name__}, not one tensor or a dictionary with the key"
+            " 'out'",
             "Export a module that returns the wanted tensor.",
         )
 
@@ -135,44 +160,42 @@ def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax
     scores = scores_of(result).clone()
     if softmax and scores.dim() < 2:
         raise PathconvertError(
-            f"{name} gives an output of size {list(scores.shape)}, which has no classes for a softmax",
+            f"{name} gives an output of size {list(scores.shape)}, which has no classes for a"
+            " softmax",
             "Leave --with-softmax out.",
         )
-    return Outputs(keys, _idle_parts(runner, called, lambda: torch.equal(scores_of(runner(x)), scores)))
+    return Outputs(
+        keys, _idle_parts(runner, called, lambda: torch.equal(scores_of(runner(x)), scores))
+    )
 
 
-@contextlib.contextmanager
-def _names_of_calls(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the names of the modules that are called inside the context."""
-    called: set[str] = set()
-    handles = [
-        module.register_forward_hook(lambda _, __, ___, name=name: called.add(name))
-        for name, module in model.named_modules()
-    ]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _idle_parts(runner: nn.Module, called: set[str], unchanged: Callable[[], bool]) -> tuple[str, ...]:
+def _idle_parts(
+    runner: nn.Module, called: set[str], unchanged: Callable[[], bool]
+) -> tuple[str, ...]:
     """The largest parts with weights that were not called.
 
-    Code may read the weights of a module without calling it. The weights of all these parts are therefore set to NaN,
-    and if that changes the output, as ``unchanged`` tells, no part counts as idle.
+    Code may read the weights of a module without calling it. The weights of all these parts are
+    therefore set to NaN, and if that changes the output, as ``unchanged`` tells, no part counts as
+    idle.
 
     Args:
         runner: the network; it is changed.
         called: names of the modules that were called.
         unchanged: whether ``runner`` still gives the same output.
     """
-    # a module is busy if it was called, or if one inside it was: "a.b.c" makes "a", "a.b" and "a.b.c" busy
-    busy = {""} | {name[:end] for name in called for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
+    # a module is busy if it was called, or if one inside it was: "a.b.c" makes "a", "a.b" and
+    # "a.b.c" busy
+    busy = {""} | {
+        name[:end]
+        for name in called
+        for end in (*(m.start() for m in re.finditer(r"\.", name)), None)
+    }
     idle = [
         name
         for name, module in runner.named_modules()
-        if name not in busy and name.rpartition(".")[0] in busy and next(module.parameters(), None) is not None
+        if name not in busy
+        and name.rpartition(".")[0] in busy
+        and next(module.parameters(), None) is not None
     ]
     for name in idle:
         for parameter in runner.get_submodule(name).parameters():

@@ -13,7 +13,7 @@ ONNX = "an ONNX file"
 
 
 def runtime_line(error: BaseException) -> str:
-    """An error of ONNX Runtime in one line, without its prefix, C++ signatures and source locations."""
+    """An error of ONNX Runtime in one line: no prefix, C++ signatures and source locations."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", first_line(error))
     return re.sub(r"/?\S*onnxruntime_src\S*:\d+ .*?\) (?=[A-Z])", "", text)[:300]
 
@@ -32,7 +32,10 @@ def check_is_onnx(path: Path) -> None:
             return
         tip = "" if "checkpoint" in error.tip else error.tip
         raise CheckpointError(f"{what}; {EXPECTED}.", tip) from None
-    raise CheckpointError(f"{path} is a PyTorch checkpoint; {EXPECTED}.", f"Export it first: pathconvert export {path}")
+    raise CheckpointError(
+        f"{path} is a PyTorch checkpoint; {EXPECTED}.",
+        f"Export it first: pathconvert export {path}",
+    )
 
 
 def explain_load_failure(path: Path, error: Exception) -> CheckpointError:
@@ -56,24 +59,35 @@ def explain_load_failure(path: Path, error: Exception) -> CheckpointError:
         )
     if "external data" in text.lower() or "External data" in text:
         return CheckpointError(
-            f"{path} keeps its weights in another file, which is missing or damaged: {runtime_line(error)}",
-            "Put that file beside it under its original name (often .onnx.data), or export to a single file.",
+            f"{path} keeps its weights in another file, which is missing or damaged: "
+            f"{runtime_line(error)}",
+            "Put that file beside it under its original name (often .onnx.data), or export to a "
+            "single file.",
         )
     return CheckpointError(
-        f"{path} cannot be loaded by ONNX Runtime: {runtime_line(error)}", "Export the network again."
+        f"{path} cannot be loaded by ONNX Runtime: {runtime_line(error)}",
+        "Export the network again.",
     )
 
 
 def _too_new(path: Path, text: str) -> CheckpointError:
-    """The error for a file whose opset or format this ONNX Runtime is too old for; ``text`` is its own error."""
+    """The refusal of a file whose opset or format is too new for this ONNX Runtime.
+
+    Args:
+        path: the file.
+        text: the error that ONNX Runtime raised.
+    """
     opset = re.search(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", text, re.DOTALL)
     version = re.search(r"IR version: (\d+), max supported IR version: (\d+)", text)
     if opset:
         what = f"opset {opset[1]}; this ONNX Runtime knows opsets up to {opset[2]}"
     elif version:
-        what = f"ONNX's file format {version[1]}; this ONNX Runtime reads formats up to {version[2]}"
+        what = (
+            f"ONNX's file format {version[1]}; this ONNX Runtime reads formats up to {version[2]}"
+        )
     else:
         what = f"an opset that this ONNX Runtime does not support: {text.splitlines()[0][-200:]}"
     return CheckpointError(
-        f"{path} is written in {what}.", "Update onnxruntime, or export the network with a lower --opset."
+        f"{path} is written in {what}.",
+        "Update onnxruntime, or export the network with a lower --opset.",
     )

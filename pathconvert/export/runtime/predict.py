@@ -1,8 +1,8 @@
 """Classify images with the preprocessing and labels that are recorded for a network.
 
-For an ``.onnx`` file that pathconvert wrote, they are in its model card; for a checkpoint, they are what torchvision's
-weights of that network expect. If nothing is recorded, the pixels are resized to the input's size and scaled to [0, 1],
-and the report says so: normalisation is never guessed.
+For an ``.onnx`` file that pathconvert wrote, they are in its model card; for a checkpoint, they are
+what torchvision's weights of that network expect. If nothing is recorded, the pixels are resized to
+the input's size and scaled to [0, 1], and the report says so: normalisation is never guessed.
 """
 
 from __future__ import annotations
@@ -17,20 +17,31 @@ import numpy as np
 from torch import Tensor
 
 from pathconvert.errors import CheckpointError, PathconvertError
-from pathconvert.export.runtime.classifiers import Array, Classifier, session_classifier, torch_classifier
-from pathconvert.export.runtime.providers import open_session
+from pathconvert.export.runtime.engines import Array, Engine, open_engine
+from pathconvert.export.runtime.image_classifier import ImageClassifier, as_classifier, is_scores
 from pathconvert.export.runtime.scoring import look_like_probabilities
 from pathconvert.export.runtime.session import shape_text
 from pathconvert.networks.images import Picture, folder_images, read_image
 from pathconvert.networks.loading import LoadedNetwork, open_network
 from pathconvert.networks.preprocessing import Preprocessing, whole_levels
 
-NOTHING_RECORDED = "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], not normalised"
+#: Images per call if the file does not fix their number.
+BATCH_SIZE = 8
+NOTHING_RECORDED = (
+    "no preprocessing is recorded: pixels were resized to {size} and scaled to [0, 1], "
+    "not normalised"
+)
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A class: its index in the output, its label (None if no labels are recorded) and its probability."""
+    """A class that an image may belong to.
+
+    Attributes:
+        index: of the class in the output.
+        label: its name; None if no labels are recorded.
+        probability: in [0, 1].
+    """
 
     index: int
     label: str | None
@@ -98,38 +109,41 @@ def predict(
         images: files, or folders of them.
         top: number of classes per image; fewer if the network has fewer.
         device: auto, cuda, tensorrt (``.onnx`` files only) or cpu.
-        input_size: size of one input, without the batch dimension; needed if the file does not record it.
+        input_size: size of one input, without the batch dimension; needed if the file does not
+            record it.
         load: opens a checkpoint; default: :func:`pathconvert.networks.loading.open_network`.
 
     Raises:
-        CheckpointError: the file cannot be read, none of the images can be read, or the network is not an image
-            classifier.
+        CheckpointError: the file cannot be read, none of the images can be read, or the network is
+            not an image classifier.
         RuntimeUnavailable: the device that was asked for cannot be used.
-        PathconvertError: an input size is missing or does not fit, the network's outputs are not finite, or there are
-            no images.
+        PathconvertError: an input size is missing or does not fit, the network's outputs are not
+            finite, or there are no images.
     """
     if top < 1:
         raise PathconvertError(
-            f"the number of classes to show is {top}, but must be 1 or more", "Give --top 1 or more."
+            f"the number of classes to show is {top}, but must be 1 or more",
+            "Give --top 1 or more.",
         )
     paths = [path for image in images for path in _paths(Path(image))]
     if not paths:
-        raise PathconvertError("there are no images to classify", "Give image files, or folders of images.")
-    if Path(model).suffix.lower() == ".onnx":
-        classifier = session_classifier(open_session(model, device), input_size)
-    else:
-        load = load or (lambda source: open_network(source, input_size=input_size))
-        classifier = torch_classifier(str(model), load(str(model)), device)
+        raise PathconvertError(
+            "there are no images to classify", "Give image files, or folders of images."
+        )
+    load = load or (lambda source: open_network(source, input_size=input_size))
+    engine = open_engine(model, device, load=load)
+    classifier = as_classifier(engine, input_size)
     notes: dict[str, None] = {}  # an ordered set
     if classifier.preprocessing is None:
         notes[NOTHING_RECORDED.format(size=shape_text(classifier.input_size[1:]))] = None
     unread: list[Unread] = []
-    predictions = tuple(_predictions(classifier, _pictures(paths, classifier.input_size[0], unread), top, notes))
+    pictures = _pictures(paths, classifier.input_size[0], unread)
+    predictions = tuple(_predictions(classifier, pictures, top, notes))
     return PredictReport(
         model=str(model),
-        engine=classifier.engine,
-        device=classifier.device,
-        fallback=classifier.fallback,
+        engine=engine.library,
+        device=engine.device,
+        fallback=engine.fallback,
         preprocessing=classifier.preprocessing,
         notes=tuple(notes),
         predictions=predictions,
@@ -141,7 +155,9 @@ def _paths(image: Path) -> list[Path]:
     return folder_images(image) if image.is_dir() else [image]
 
 
-def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterator[tuple[Path, Picture]]:
+def _pictures(
+    paths: list[Path], channels: int, unread: list[Unread]
+) -> Iterator[tuple[Path, Picture]]:
     """Read images one after the other; those that cannot be read are added to ``unread``.
 
     Raises:
@@ -161,60 +177,78 @@ def _pictures(paths: list[Path], channels: int, unread: list[Unread]) -> Iterato
 
 
 def _predictions(
-    classifier: Classifier, pictures: Iterator[tuple[Path, Picture]], top: int, notes: dict[str, None]
+    classifier: ImageClassifier,
+    pictures: Iterator[tuple[Path, Picture]],
+    top: int,
+    notes: dict[str, None],
 ) -> Iterator[Prediction]:
     """Classify images batch by batch; remarks are added to ``notes``."""
-    while part := list(itertools.islice(pictures, classifier.batch)):
-        batch = [prepare(picture.pixels, classifier) for _, picture in part]
-        if classifier.fixed_batch:
-            batch += [batch[-1]] * (classifier.batch - len(batch))
-        scores = classifier.run(np.stack(batch))[: len(part)]
-        for (path, picture), row in zip(part, _probabilities(classifier, scores, notes), strict=True):
+    while part := list(itertools.islice(pictures, classifier.engine.fixed_batch or BATCH_SIZE)):
+        inputs = np.stack([prepare(picture.pixels, classifier) for _, picture in part])
+        probabilities = _probabilities(classifier.engine, classifier.scores(inputs), notes)
+        for (path, picture), row in zip(part, probabilities, strict=True):
             order = np.argsort(-row, kind="stable")[:top]
-            labels = _labels(classifier, len(row), notes)
-            classes = tuple(Guess(int(i), labels[i] if labels else None, float(row[i])) for i in order)
+            labels = _labels(classifier.engine.labels, len(row), notes)
+            classes = tuple(
+                Guess(int(i), labels[i] if labels else None, float(row[i])) for i in order
+            )
             yield Prediction(str(path), classes, picture.notes)
 
 
-def _labels(classifier: Classifier, count: int, notes: dict[str, None]) -> tuple[str, ...] | None:
-    """The labels of ``count`` outputs; None, and a remark in ``notes``, if another number of labels is recorded."""
-    if classifier.labels and len(classifier.labels) != count:
-        remark = f"{len(classifier.labels)} labels are recorded, but there are {count} outputs, so labels are not shown"
+def _labels(
+    labels: tuple[str, ...] | None, count: int, notes: dict[str, None]
+) -> tuple[str, ...] | None:
+    """The labels of ``count`` outputs; None, and a remark in ``notes``, if it is another number."""
+    if labels and len(labels) != count:
+        remark = (
+            f"{len(labels)} labels are recorded, but there are {count} outputs, so labels are not "
+            "shown"
+        )
         notes[remark] = None
         return None
-    return classifier.labels
+    return labels
 
 
-def _probabilities(classifier: Classifier, scores: Array, notes: dict[str, None]) -> Array:
+def _probabilities(engine: Engine, scores: Array, notes: dict[str, None]) -> Array:
     """Turn scores [N, classes] into probabilities in float64; remarks are added to ``notes``.
 
     Raises:
         CheckpointError: the outputs are not class scores.
         PathconvertError: the scores are not finite.
     """
-    values = scores.astype(np.float64)
-    values = values.reshape(values.shape[:2]) if values.ndim > 2 and set(values.shape[2:]) == {1} else values
-    if values.ndim != 2:
-        raise CheckpointError(f"{classifier.name} gives outputs of size {shape_text(scores.shape)}, not class scores")
+    if not is_scores(scores.shape):
+        raise CheckpointError(
+            f"{engine.name} gives outputs of size {shape_text(scores.shape)}, not class scores"
+        )
+    values = scores.reshape(scores.shape[:2]).astype(np.float64)
     if not np.isfinite(values).all():
         raise PathconvertError(
-            f"{classifier.name} gives outputs that are not finite", "fp16 may overflow; try a network in fp32."
+            f"{engine.name} gives outputs that are not finite",
+            "fp16 may overflow; try a network in fp32.",
         )
-    are = classifier.gives_probabilities
-    if are is None:
-        are = look_like_probabilities(values)
-        kind = "probabilities" if are else "logits"
+    are_probabilities = engine.gives_probabilities
+    if are_probabilities is None:
+        are_probabilities = look_like_probabilities(values)
+        kind = "probabilities" if are_probabilities else "logits"
         notes[f"the file does not record what its outputs are; they were taken for {kind}"] = None
-    if are:
+    if are_probabilities:
         return values
     powers = np.exp(values - values.max(1, keepdims=True))
     normalised: Array = powers / powers.sum(1, keepdims=True)
     return normalised
 
 
-def prepare(pixels: Tensor, classifier: Classifier) -> Array:
-    """Turn pixels [C, H, W] in [0, 1] into an input [C, height, width]: uint8 if the graph normalises, else float32."""
+def prepare(pixels: Tensor, classifier: ImageClassifier) -> Array:
+    """Turn the pixels of an image into an input of a classifier.
+
+    Args:
+        pixels: [C, H, W] in [0, 1].
+        classifier: its preprocessing is used, or plain resizing if it has none.
+
+    Returns:
+        [C, height, width]: uint8 if the graph normalises, else normalised float32.
+    """
     recipe = classifier.preprocessing or Preprocessing.plain(classifier.input_size)
     placed = recipe.place(whole_levels(pixels))
-    array: Array = (placed if classifier.takes_pixels else recipe.normalise(placed)).numpy()
+    array: Array = (placed if classifier.engine.takes_pixels else recipe.normalise(placed)).numpy()
     return array

@@ -1,9 +1,10 @@
 """Open ONNX Runtime sessions on a device, and explain why a device cannot be used.
 
-When a provider does not load, ONNX Runtime only logs it and runs on the CPU. Here, a device that was asked for is
-either used, or refused with the name of the missing library; only ``auto`` falls back to the CPU, and the session says
-why. Whether a device works is read off the session and the nodes that were assigned to it, because
-``get_available_providers()`` only lists what the package was built with.
+When a provider does not load, ONNX Runtime only logs it and runs on the CPU. Here, a device that
+was asked for is either used, or refused with the name of the missing library; only ``auto`` falls
+back to the CPU, and the session says why. Whether a device works is read off the session and the
+nodes that were assigned to it, because ``get_available_providers()`` only lists what the package
+was built with.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import onnx
 
+from pathconvert.choices import Device
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable
 from pathconvert.export.card import read_card
 from pathconvert.export.runtime.diagnosis import explain_load_failure
 from pathconvert.export.runtime.session import RUNTIME_ERRORS, Port, Session, ort, session_options
 
-Device = Literal["auto", "cuda", "tensorrt", "cpu"]
 DEVICES: tuple[str, ...] = get_args(Device)
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "cpu": CPU}
-#: Operations that are expensive enough to need a GPU; cheap ones, which compute shapes, may stay on the CPU.
+#: Operations that are expensive enough to need a GPU; cheap ones, which compute shapes, may stay on
+#: the CPU.
 HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv")
 
 
@@ -51,45 +53,68 @@ def open_session(
         path: the file.
         device: auto (a GPU if one works, else the CPU), cuda, tensorrt or cpu.
         threads: number of CPU threads; None for ONNX Runtime's default of one per core.
-        cuda_graph: capture the kernels once and replay them. Needs fixed shapes and all nodes on the GPU; implies
-            ``io_binding``.
+        cuda_graph: capture the kernels once and replay them. Needs fixed shapes and all nodes on
+            the GPU; implies ``io_binding``.
         io_binding: keep inputs and outputs on the device (see :meth:`Session.runner`).
         optimize: whether ONNX Runtime may optimise the graph; False runs it as it is written.
-        take_turns: let idle threads sleep at once, so that they do not slow down other sessions that run in turn.
-        tf32: whether CUDA may round the factors of float32 products to 10 bits, as ONNX Runtime does by default. A
-            comparison with float32's own noise needs False.
+        take_turns: let idle threads sleep at once, so that they do not slow down other sessions
+            that run in turn.
+        tf32: whether CUDA may round the factors of float32 products to 10 bits, as ONNX Runtime
+            does by default. A comparison with float32's own noise needs False.
 
     Raises:
-        CheckpointError: the file is missing or damaged, is not an ONNX file, or is newer than this ONNX Runtime.
-        RuntimeUnavailable: the device that was asked for cannot be used; the message names the reason.
+        CheckpointError: the file is missing or damaged, is not an ONNX file, or is newer than this
+            ONNX Runtime.
+        RuntimeUnavailable: the device that was asked for cannot be used; the message names the
+            reason.
     """
     path = Path(path)
-    if device not in DEVICES:
-        raise RuntimeUnavailable(f"there is no device {device!r}", f"Devices: {', '.join(DEVICES)}.")
+    require_device(device)
     if cuda_graph and device == "cpu":
-        raise RuntimeUnavailable("CUDA graphs need a GPU, but the device is cpu", "Leave --cuda-graph out.")
+        raise RuntimeUnavailable(
+            "CUDA graphs need a GPU, but the device is cpu", "Leave --cuda-graph out."
+        )
     options = _options(threads, optimize=optimize, take_turns=take_turns)
     missing = ""
     if device != "cpu":
         chosen = "cuda" if device == "auto" else device
         made, missing = _on_gpu(path, chosen, options, cuda_graph=cuda_graph, tf32=tf32)
         if made is not None:
-            return _session(path, chosen, made, None, io_binding=io_binding or cuda_graph, cuda_graph=cuda_graph)
+            return _session(
+                path, chosen, made, None, io_binding=io_binding or cuda_graph, cuda_graph=cuda_graph
+            )
         if device != "auto":
             raise _unavailable(chosen, missing)
         if cuda_graph:
-            raise RuntimeUnavailable(f"CUDA graphs need a GPU: {missing}", "Leave --cuda-graph out.")
+            raise RuntimeUnavailable(
+                f"CUDA graphs need a GPU: {missing}", "Leave --cuda-graph out."
+            )
     made, _ = _load(path, options, [CPU])
     fallback = f"CUDA: {missing}" if missing else None
     return _session(path, "cpu", made, fallback, io_binding=io_binding, cuda_graph=False)
 
 
+def require_device(device: str) -> None:
+    """Refuse a word that names no device.
+
+    Raises:
+        RuntimeUnavailable: it is not in :data:`DEVICES`, which the tip lists.
+    """
+    if device not in DEVICES:
+        raise RuntimeUnavailable(
+            f"there is no device {device!r}", f"Devices: {', '.join(DEVICES)}."
+        )
+
+
 def require_size(session: Session, size: tuple[int, ...]) -> None:
-    """Refuse an input so small that a feature map would be empty: a kernel would divide by zero and end the process.
+    """Refuse an input so small that a feature map would be empty.
+
+    A kernel would divide by zero and end the process.
 
     Args:
         session: the network; its file is read again.
-        size: size of one input, without the batch dimension. It is not checked if the graph fixes all sides.
+        size: size of one input, without the batch dimension. It is not checked if the graph fixes
+            all sides.
 
     Raises:
         PathconvertError: a feature map would be empty.
@@ -110,7 +135,10 @@ def require_size(session: Session, size: tuple[int, ...]) -> None:
     except onnx.shape_inference.InferenceError as error:
         raise too_small from error
     for info in (*inferred.graph.value_info, *inferred.graph.output):
-        if any(dim.HasField("dim_value") and dim.dim_value <= 0 for dim in info.type.tensor_type.shape.dim):
+        if any(
+            dim.HasField("dim_value") and dim.dim_value <= 0
+            for dim in info.type.tensor_type.shape.dim
+        ):
             raise too_small
 
 
@@ -124,7 +152,9 @@ def _options(threads: int | None, *, optimize: bool, take_turns: bool) -> Any:
     return options
 
 
-def _on_gpu(path: Path, device: str, options: Any, *, cuda_graph: bool, tf32: bool) -> tuple[Any | None, str]:
+def _on_gpu(
+    path: Path, device: str, options: Any, *, cuda_graph: bool, tf32: bool
+) -> tuple[Any | None, str]:
     """Open a session on the GPU.
 
     Returns:
@@ -154,7 +184,10 @@ def _on_gpu(path: Path, device: str, options: Any, *, cuda_graph: bool, tf32: bo
 
 
 class _ProviderFailed(Exception):
-    """ONNX Runtime failed with a GPU provider. Loading on the CPU shows whether the file is the cause."""
+    """ONNX Runtime failed with a GPU provider.
+
+    Loading on the CPU shows whether the file is the cause.
+    """
 
 
 def _load(path: Path, options: Any, providers: list[Any]) -> tuple[Any, str]:
@@ -169,11 +202,14 @@ def _load(path: Path, options: Any, providers: list[Any]) -> tuple[Any, str]:
     """
     with _stderr_held() as log:
         try:
-            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False), log.text()
+            session = ort.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=False
+            )
         except RUNTIME_ERRORS as error:
             if providers != [CPU]:
                 raise _ProviderFailed(f"{log.text()} {error}") from None
             raise explain_load_failure(path, error) from None
+        return session, log.text()
 
 
 def _reason(log: str) -> str:
@@ -198,9 +234,15 @@ def _unavailable(device: str, reason: str) -> RuntimeUnavailable:
     elif "libnvinfer" in reason or "nvinfer" in reason:
         tip = "Install TensorRT and put its libraries on LD_LIBRARY_PATH, or use --device cuda."
     elif "missing" in reason:
-        tip = "Install CUDA's libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'; or run on --device cpu."
+        tip = (
+            "Install CUDA's libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'; "
+            "or run on --device cpu."
+        )
     elif "this build" in reason:
-        tip = "Run pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'; or run on --device cpu."
+        tip = (
+            "Run pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'; "
+            "or run on --device cpu."
+        )
     else:
         tip = "Run on --device cpu."
     return RuntimeUnavailable(f"ONNX Runtime cannot use {device}: {reason}", tip)
@@ -249,9 +291,12 @@ def _session(
     provider = PROVIDERS[device]
     gpu = {name for name in PROVIDERS.values() if name != CPU}
     if device != "cpu" and nodes and not gpu & set(nodes):
-        raise RuntimeUnavailable(f"{provider} has no kernel for any node of {path}", "Run on --device cpu.")
+        raise RuntimeUnavailable(
+            f"{provider} has no kernel for any node of {path}", "Run on --device cpu."
+        )
     if device != "cpu" and left:
-        fallback = f"the CPU runs {left.total()} heavy nodes: " + ", ".join(f"{n} {op}" for op, n in left.items())
+        counts = ", ".join(f"{count} {operation}" for operation, count in left.items())
+        fallback = f"the CPU runs {left.total()} heavy nodes: {counts}"
     try:
         card = read_card(made.get_modelmeta().custom_metadata_map)
     except CheckpointError as error:
@@ -279,7 +324,8 @@ def _assignment(made: Any) -> tuple[dict[str, int], Counter[str]]:
     """How the nodes of a session were assigned.
 
     Returns:
-        Execution provider → number of nodes; and heavy operation → number of nodes that the CPU runs.
+        Execution provider → number of nodes; and heavy operation → number of nodes that the CPU
+        runs.
     """
     nodes: Counter[str] = Counter()
     heavy: Counter[str] = Counter()

@@ -1,4 +1,8 @@
-"""What a classifier's outputs mean: how many classes, and logits or probabilities; and which preprocessing it needs."""
+"""What a classifier's outputs mean, and which preprocessing it still needs.
+
+The outputs are logits or probabilities of a number of classes. A graph that takes uint8 pixels
+normalises them itself.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pathconvert.errors import PathconvertError
-from pathconvert.export.runtime.classifiers import Array, Classifier
+from pathconvert.export.runtime.engines import Array, Engine
+from pathconvert.export.runtime.image_classifier import ImageClassifier, is_scores
 from pathconvert.export.runtime.session import shape_text
 from pathconvert.networks.preprocessing import Preprocessing
 
-#: How far the sum of a row of probabilities may be from 1. Rounding to float16 changes it by at most 2⁻¹¹, about 5e-4,
-#: and 2⁻²⁵ for every subnormal value.
+#: How far the sum of a row of probabilities may be from 1. Rounding to float16 changes it by at
+#: most 2⁻¹¹, about 5e-4, and 2⁻²⁵ for every subnormal value.
 SUM_TOLERANCE = 1e-3
 
 
@@ -24,53 +29,59 @@ def look_like_probabilities(scores: Array) -> bool:
     return bool((scores >= 0).all() and (abs(scores.sum(1) - 1) < SUM_TOLERANCE).all())
 
 
-def number_of_classes(classifier: Classifier) -> int:
+def number_of_classes(classifier: ImageClassifier) -> int:
     """The number of scores per image, found by running the classifier on zeros.
 
     Raises:
         PathconvertError: the outputs are not class scores.
     """
-    batch = classifier.batch if classifier.fixed_batch else 1
-    dtype = np.uint8 if classifier.takes_pixels else np.float32
-    shape = classifier.run(np.zeros((batch, *classifier.input_size), dtype)).shape
-    if len(shape) < 2 or any(side != 1 for side in shape[2:]):
-        raise PathconvertError(f"{classifier.name} gives outputs of size {shape_text(shape)}, not class scores")
+    engine = classifier.engine
+    dtype = np.uint8 if engine.takes_pixels else np.float32
+    shape = engine.run(np.zeros((engine.fixed_batch or 1, *classifier.input_size), dtype)).shape
+    if not is_scores(shape):
+        raise PathconvertError(
+            f"{engine.name} gives outputs of size {shape_text(shape)}, not class scores"
+        )
     return int(shape[1])
 
 
-def remaining_preprocessing(classifier: Classifier, recipe: Preprocessing, *, given: bool) -> Preprocessing:
+def remaining_preprocessing(engine: Engine, recipe: Preprocessing, *, given: bool) -> Preprocessing:
     """``recipe`` without the normalisation, if the graph contains it.
 
     Args:
-        classifier: what takes the images.
+        engine: what takes the images.
         recipe: the preprocessing of the network.
         given: whether the user gave a mean or a standard deviation.
 
     Raises:
         PathconvertError: the graph normalises its input, but ``given`` is True.
     """
-    if not classifier.takes_pixels:
+    if not engine.takes_pixels:
         return recipe
     if given:
-        raise PathconvertError(f"{classifier.name} normalises its input itself", "Leave --mean and --std out.")
+        raise PathconvertError(
+            f"{engine.name} normalises its input itself", "Leave --mean and --std out."
+        )
     return replace(recipe, mean=(0.0,) * len(recipe.mean), std=(1.0,) * len(recipe.std))
 
 
-def logits_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
+def logits_of(classifier: ImageClassifier) -> Callable[[Tensor], Tensor]:
     """A function from images [N, C, H, W] to float32 logits [N, classes].
 
-    If the classifier gives probabilities, their logarithms are returned, which have the same softmax.
+    The images are prepared as :func:`remaining_preprocessing` says. If the classifier gives
+    probabilities, their logarithms are returned, which have the same softmax.
     """
 
+    engine = classifier.engine
+
     def classify(images: Tensor) -> Tensor:
-        missing = classifier.batch - len(images) if classifier.fixed_batch else 0
-        inputs = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
-        if classifier.takes_pixels:
-            inputs = (inputs * 255).round().to(torch.uint8)
-        scores = torch.from_numpy(classifier.run(inputs.numpy()))[: len(images)].float()
-        are_probabilities = classifier.gives_probabilities
+        inputs = (images * 255).round().to(torch.uint8) if engine.takes_pixels else images
+        scores = torch.from_numpy(classifier.scores(inputs.numpy())).float()
+        are_probabilities = engine.gives_probabilities
         if are_probabilities is None:
             are_probabilities = look_like_probabilities(scores.numpy())
-        return scores.clamp_min(torch.finfo(torch.float32).tiny).log() if are_probabilities else scores
+        if not are_probabilities:
+            return scores
+        return scores.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     return classify

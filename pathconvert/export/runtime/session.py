@@ -1,8 +1,8 @@
 """A network that ONNX Runtime has loaded: its inputs and outputs, and how to run it.
 
-Every import of ``onnxruntime`` in the package goes through this module, as ``ort``, because its telemetry has to be
-switched off before it is imported. It stays off unless the environment variable ``ORT_DISABLE_TELEMETRY`` is
-already set to another value.
+Every import of ``onnxruntime`` in the package goes through this module, as ``ort``, because its
+telemetry has to be switched off before it is imported. It stays off unless the environment variable
+``ORT_DISABLE_TELEMETRY`` is already set to another value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Port:
 
     Attributes:
         name: the graph's name for it.
-        shape: one entry per dimension: its size if it is fixed, else its name, or None if it has no name.
+        shape: one entry per dimension: its size if it is fixed, else its name, or None if it has no
+            name.
         kind: ONNX Runtime's name of the type, such as ``tensor(float)``.
     """
 
@@ -71,7 +72,8 @@ class Session:
         path: the file.
         device: where the network runs: cuda, tensorrt or cpu.
         providers: the execution providers of the session, in order of preference.
-        fallback: why ``auto`` chose the CPU, or which heavy nodes run on the CPU beside a GPU; else None.
+        fallback: why ``auto`` chose the CPU, or which heavy nodes run on the CPU beside a GPU; else
+            None.
         nodes: execution provider → number of nodes that were assigned to it.
         card: what pathconvert recorded in the file; None if another tool wrote it.
         inputs, outputs: the inputs and outputs of the graph.
@@ -91,7 +93,9 @@ class Session:
     io_binding: bool
     cuda_graph: bool
     inference: Any
-    _captured: dict[tuple[int, ...], _Captured] = field(default_factory=dict, repr=False, compare=False)
+    _captured: dict[tuple[int, ...], _Captured] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def input_shape(self) -> tuple[int | str | None, ...]:
@@ -107,10 +111,13 @@ class Session:
         """The dtype of the graph's only input.
 
         Raises:
-            CheckpointError: the graph does not have exactly one input, or the input's type is not in :data:`DTYPES`.
+            CheckpointError: the graph does not have exactly one input, or the input's type is not
+                in :data:`DTYPES`.
         """
         if self._input.kind not in DTYPES:
-            raise CheckpointError(f"{self.path} takes a {self._input.kind} named {self._input.name}, not images")
+            raise CheckpointError(
+                f"{self.path} takes a {self._input.kind} named {self._input.name}, not images"
+            )
         return DTYPES[self._input.kind]
 
     @property
@@ -118,7 +125,8 @@ class Session:
         if len(self.inputs) != 1:
             names = ", ".join(port.name for port in self.inputs) or "none"
             raise CheckpointError(
-                f"{self.path} has {len(self.inputs)} inputs ({names}), but only one input is supported",
+                f"{self.path} has {len(self.inputs)} inputs ({names}), but only one input is "
+                "supported",
                 "Export it with its images as the only input.",
             )
         return self.inputs[0]
@@ -127,7 +135,8 @@ class Session:
         """Return all outputs for one batch.
 
         Raises:
-            PathconvertError: the array does not fit the input, or ONNX Runtime fails (for example, out of memory).
+            PathconvertError: the array does not fit the input, or ONNX Runtime fails (for example,
+                out of memory).
         """
         if self.io_binding:
             binding, call = self._bound(array)
@@ -138,12 +147,14 @@ class Session:
             return [np.asarray(value) for value in self.inference.run(None, feed)]
 
     def runner(self, array: np.ndarray[Any, Any]) -> Callable[[], None]:
-        """Return a function that runs ``array`` and returns once the outputs are computed; for timing.
+        """Return a function to time: it runs ``array``, and returns once the outputs are there.
 
-        With ``io_binding`` the input is copied to the device now, and the outputs stay on the device.
+        With ``io_binding`` the input is copied to the device now, and the outputs stay on the
+        device.
 
         Raises:
-            PathconvertError: the array does not fit the input. The returned function raises it if ONNX Runtime fails.
+            PathconvertError: the array does not fit the input. The returned function raises it if
+                ONNX Runtime fails.
         """
         if self.io_binding:
             return self._bound(array)[1]
@@ -158,8 +169,8 @@ class Session:
     def _bound(self, array: np.ndarray[Any, Any]) -> tuple[Any, Callable[[], None]]:
         """Bind the inputs and outputs to memory on the device.
 
-        A CUDA graph always reads and writes the addresses that it was captured with. One binding per input shape is
-        therefore kept, and a new array of that shape is copied into its input.
+        A CUDA graph always reads and writes the addresses that it was captured with. One binding
+        per input shape is therefore kept, and a new array of that shape is copied into its input.
 
         Returns:
             The binding, and a function that runs it.
@@ -183,7 +194,9 @@ class Session:
                     binding.bind_output(port.name, device)
                 else:
                     dtype = DTYPES[port.kind]
-                    output = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
+                    output = ort.OrtValue.ortvalue_from_shape_and_type(
+                        list(shape), dtype, device, 0
+                    )
                     binding.bind_ortvalue_output(port.name, output)
             binding.synchronize_inputs()
 
@@ -200,12 +213,15 @@ class Session:
         """Convert the array to the input's dtype; refuse it if its shape does not fit."""
         shape = self.input_shape
         fits = len(shape) == array.ndim and all(
-            not isinstance(want, int) or want == have for want, have in zip(shape, array.shape, strict=True)
+            not isinstance(want, int) or want == have
+            for want, have in zip(shape, array.shape, strict=True)
         )
         if not fits:
             raise PathconvertError(
-                f"{self.path} takes inputs of size {shape_text(shape)}, not {shape_text(array.shape)}",
-                "Give inputs of that size, or export the network again with --dynamic-size or --batch dynamic.",
+                f"{self.path} takes inputs of size {shape_text(shape)}, "
+                f"not {shape_text(array.shape)}",
+                "Give inputs of that size, or export the network again with --dynamic-size or "
+                "--batch dynamic.",
             )
         dtype = self.input_dtype
         if (dtype == np.uint8) != (array.dtype == np.uint8):
@@ -256,6 +272,6 @@ def shape_text(shape: Sequence[int | str | None]) -> str:
 
 
 def _sized(shape: tuple[int | str | None, ...], batch: int) -> tuple[int, ...] | None:
-    """The shape of an output at a batch size; None if a dimension other than the first one is free."""
+    """The shape of an output at a batch size; None if another dimension than the first is free."""
     rest = [side for side in shape[1:] if isinstance(side, int)]
     return (batch, *rest) if shape and len(rest) == len(shape) - 1 else None

@@ -1,6 +1,7 @@
-"""From stored pixels to inputs: the recorded preprocessing, and the random augmentation of training images.
+"""From stored pixels to inputs.
 
-Each image is first brought to the input's size, as uint8 pixels; then whole batches are normalised with one call.
+The recorded preprocessing, and the random augmentation of training images. Each image is first
+brought to the input's size, as uint8 pixels; then whole batches are normalised with one call.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from pathconvert.choices import Augmentation
 from pathconvert.errors import DataError
 from pathconvert.networks.inputs import size_of
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training.data.labelled import Data
-from pathconvert.training.settings import Augmentation
 
-AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 #: The largest input size, in pixels, for which ``auto`` is ``crop-flip``.
 SMALL = 64
 #: Padding on every side, as a share of the size: CIFAR's recipe pads images of 32 pixels by 4.
@@ -34,9 +34,10 @@ class Transform:
 
     Attributes:
         preprocessing: the network's preprocessing; its crop is the input's size.
-        augmentation: ``none`` is the transform of evaluation. ``crop-flip`` pads the preprocessed image by 4 pixels in
-            32, takes a random crop and flips it at random. ``resized-crop`` resizes a random part of 8 % to 100 % of
-            the image and flips it at random. ``auto`` is ``crop-flip`` up to ``SMALL`` pixels, else ``resized-crop``.
+        augmentation: ``none`` is the transform of evaluation. ``crop-flip`` pads the preprocessed
+            image by 4 pixels in 32, takes a random crop and flips it at random. ``resized-crop``
+            resizes a random part of 8 % to 100 % of the image and flips it at random. ``auto`` is
+            ``crop-flip`` up to ``SMALL`` pixels, else ``resized-crop``.
 
     Raises:
         DataError: the augmentation is unknown, or the preprocessing has no crop.
@@ -46,13 +47,15 @@ class Transform:
     augmentation: Augmentation = "none"
 
     def __post_init__(self) -> None:
-        if self.augmentation not in AUGMENTATIONS:
+        if self.augmentation not in get_args(Augmentation):
             raise DataError(
-                f"there is no augmentation {self.augmentation!r}", f"Choose one of {', '.join(AUGMENTATIONS)}."
+                f"there is no augmentation {self.augmentation!r}",
+                f"Choose one of {', '.join(get_args(Augmentation))}.",
             )
         if self.preprocessing.crop is None:
             raise DataError(
-                "preprocessing without a crop gives inputs of different sizes", "Give a size, such as --size 224."
+                "preprocessing without a crop gives inputs of different sizes",
+                "Give a size, such as --size 224.",
             )
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -60,20 +63,26 @@ class Transform:
         return self.many([pixels])[0]
 
     def many(self, pixels: Sequence[Tensor], seeds: Sequence[int] | None = None) -> Tensor:
-        """Transform many images, which may differ in size, into one batch, float32 [N, C, height, width].
+        """Transform many images into one batch, float32 [N, C, height, width].
+
+        The images may differ in size.
 
         Args:
             pixels: the images, uint8 [C, H, W] each.
-            seeds: one seed per image, which alone determines its augmentation; they are set in torch's default
-                generator. None draws from that generator as it is.
+            seeds: one seed per image, which alone determines its augmentation; they are set in
+                torch's default generator. None draws from that generator as it is.
         """
         placed = self._placed(pixels) if self._chosen != "resized-crop" else pixels
-        varied = [self._varied(image, None if seeds is None else seeds[i]) for i, image in enumerate(placed)]
+        varied = [
+            self._varied(image, None if seeds is None else seeds[i])
+            for i, image in enumerate(placed)
+        ]
         return self.preprocessing.normalise(torch.stack(varied))
 
     def _placed(self, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
         """Images resized and cropped to the input's size, uint8 [C, height, width] each."""
-        if len({image.shape for image in pixels}) == 1:  # one call instead of N, with the same values
+        # one call instead of N, with the same values
+        if len({image.shape for image in pixels}) == 1:
             return self.preprocessing.place(torch.stack(list(pixels))).unbind()
         return [self.preprocessing.place(image) for image in pixels]
 
@@ -105,7 +114,12 @@ class Transform:
         height, width = self.size
         if self._chosen == "resized-crop":
             interpolation = InterpolationMode(self.preprocessing.interpolation)
-            return v2.Compose([v2.RandomResizedCrop(self.size, interpolation=interpolation), v2.RandomHorizontalFlip()])
+            return v2.Compose(
+                [
+                    v2.RandomResizedCrop(self.size, interpolation=interpolation),
+                    v2.RandomHorizontalFlip(),
+                ]
+            )
         if self._chosen == "crop-flip":
             padding = [round(PADDING * width), round(PADDING * height)]
             return v2.Compose([v2.RandomCrop(self.size, padding), v2.RandomHorizontalFlip()])
@@ -114,7 +128,10 @@ class Transform:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A preprocessing, and a note for the user on how it was chosen; empty where it is simply the network's own."""
+    """A preprocessing, and a note for the user on how it was chosen.
+
+    The note is empty where the preprocessing is simply the network's own.
+    """
 
     preprocessing: Preprocessing
     note: str = ""
@@ -140,15 +157,20 @@ def preprocessing_of(
         DataError: the network does not take images, or ``mean`` or ``std`` is not usable.
         PathconvertError: the network's input size is not known.
     """
-    input_size = size_of(network.architecture) if size is None else (_channels(network, data), *size)
+    input_size = (
+        size_of(network.architecture) if size is None else (_channels(network, data), *size)
+    )
     if len(input_size) != 3 or input_size[0] not in (1, 3):
         shown = "x".join(map(str, input_size))
         raise DataError(
-            f"{network.architecture.name} takes inputs of size {shown}, which are not images", "Give another network."
+            f"{network.architecture.name} takes inputs of size {shown}, which are not images",
+            "Give another network.",
         )
     channels, height, width = input_size
     whole = None if data is None or network.was_trained_here else data.image_size
-    return choose_preprocessing(network.preprocessing, (channels, height, width), image_size=whole, mean=mean, std=std)
+    return choose_preprocessing(
+        network.preprocessing, (channels, height, width), image_size=whole, mean=mean, std=std
+    )
 
 
 def _channels(network: LoadedNetwork, data: Data | None) -> int:
@@ -164,14 +186,18 @@ def choose_preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Chosen:
-    """Choose a preprocessing: the recorded one at the input's size, or else resizing and scaling to [0, 1].
+    """Choose a preprocessing: the recorded one at the input's size, or a plain one.
+
+    The plain one resizes, and scales to [0, 1].
 
     Args:
         recorded: the preprocessing that is recorded for the network; None where there is none.
         input_size: channels, height and width of the input.
-        image_size: height and width of the images. Images that are no larger than the input are resized to it whole,
-            where the recipe would resize them further and cut the edges off. None keeps the recipe.
-        mean, std: one value, or one per channel, for pixels in [0, 1]; they replace those of the preprocessing.
+        image_size: height and width of the images. Images that are no larger than the input are
+            resized to it whole, where the recipe would resize them further and cut the edges off.
+            None keeps the recipe.
+        mean, std: one value, or one per channel, for pixels in [0, 1]; they replace those of the
+            preprocessing.
 
     Raises:
         DataError: ``mean`` or ``std`` has the wrong number of values, or values out of range.
@@ -180,9 +206,18 @@ def choose_preprocessing(
     chosen, notes = (recorded or Preprocessing.plain(input_size)).at(size), []
     if chosen.crop is None:
         chosen = replace(chosen, resize=max(size), crop=size)
-    if recorded and image_size and image_size[0] <= size[0] and image_size[1] <= size[1] and chosen.resize != max(size):
+    if (
+        recorded
+        and image_size
+        and image_size[0] <= size[0]
+        and image_size[1] <= size[1]
+        and chosen.resize != max(size)
+    ):
         chosen = replace(chosen, resize=max(size))
-        notes.append(f"images of {_shown(image_size)} are resized to {_shown(size)}, and no edges are cut off")
+        notes.append(
+            f"images of {_shown(image_size)} are resized to {_shown(size)}, and no edges are"
+            " cut off"
+        )
     if mean is not None or std is not None:
         chosen = replace(
             chosen,
@@ -191,25 +226,36 @@ def choose_preprocessing(
         )
         if min(chosen.std) <= 0:
             raise DataError(
-                f"--std must be positive, not {min(chosen.std):g}", "Give positive numbers, such as --std 0.25."
+                f"--std must be positive, not {min(chosen.std):g}",
+                "Give positive numbers, such as --std 0.25.",
             )
     elif recorded is None:
         notes.append(
-            f"no preprocessing is recorded: images are resized to {_shown(size)} and scaled to [0, 1], not normalised"
+            f"no preprocessing is recorded: images are resized to {_shown(size)} and scaled to [0,"
+            " 1], not normalised"
         )
     return Chosen(chosen, "; ".join(notes))
 
 
 def _values(given: Sequence[float] | None, option: str, channels: int) -> tuple[float, ...] | None:
-    """One value per channel, from an option that gives one value or as many; None where it is not given."""
+    """One value per channel, from an option that gives one value or as many.
+
+    None where it is not given.
+    """
     if given is None:
         return None
     values = tuple(map(float, given)) * (channels if len(given) == 1 else 1)
     if not all(abs(value) < 1e6 for value in values):
         shown = ",".join(f"{value:g}" for value in given)
-        raise DataError(f"{option} {shown} is out of range", f"Give values for pixels in [0, 1], such as {option} 0.5.")
+        raise DataError(
+            f"{option} {shown} is out of range",
+            f"Give values for pixels in [0, 1], such as {option} 0.5.",
+        )
     if len(values) != channels:
-        raise DataError(f"{option} has {len(given)} values for {channels} channels", f"Give one value, or {channels}.")
+        raise DataError(
+            f"{option} has {len(given)} values for {channels} channels",
+            f"Give one value, or {channels}.",
+        )
     return values
 
 

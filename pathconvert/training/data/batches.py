@@ -1,8 +1,10 @@
-"""Batches of one epoch, or of the rest of an epoch, which do not depend on the number of processes that make them.
+"""Batches of one epoch, or of the rest of an epoch.
 
-The order is that of :class:`torch.utils.data.DistributedSampler`. The augmentation of sample i in epoch e follows from
-(seed, e, i) alone, so that a run that is resumed in the middle of an epoch continues bit for bit, with any number of
-workers. This module does not draw from torch's default generator, and leaves its state unchanged.
+They do not depend on the number of processes that make them. The order is that of
+:class:`torch.utils.data.DistributedSampler`. The augmentation of sample i in epoch e follows from
+(seed, e, i) alone, so that a run that is resumed in the middle of an epoch continues bit for bit,
+with any number of workers. This module does not draw from torch's default generator, and leaves its
+state unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +29,9 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Iterates over batches: images float32 [N, C, H, W] and labels int64 [N]. Each iteration reads the images anew.
+    """Iterates over batches: images float32 [N, C, H, W] and labels int64 [N].
+
+    Each iteration reads the images anew.
 
     Attributes:
         samples: the indices of the images in each batch.
@@ -56,7 +60,7 @@ class Batches:
                 yield batch
 
 
-def batches(
+def epoch_batches(
     dataset: Images,
     transform: Transform,
     *,
@@ -80,11 +84,11 @@ def batches(
         epoch: every epoch has its own order and augmentation.
         start_batch: number of batches to skip without reading them.
         seed: of the order and the augmentation, not negative.
-        shuffle: False keeps the dataset's order; then no image occurs twice, and a process may have one batch less than
-            another.
-        rank, world_size: the number of this process, and of all. With ``shuffle`` all processes have equally many
-            batches: images from the start of the epoch fill the gaps, or, with ``drop_last``, surplus images are
-            left out.
+        shuffle: False keeps the dataset's order; then no image occurs twice, and a process may have
+            one batch less than another.
+        rank, world_size: the number of this process, and of all. With ``shuffle`` all processes
+            have equally many batches: images from the start of the epoch fill the gaps, or, with
+            ``drop_last``, surplus images are left out.
         workers: processes that read images, with one thread each; 0 reads in this process.
         drop_last: leave an incomplete last batch out.
         pin_memory: put batches into pinned memory, from which copies to a GPU are faster.
@@ -92,7 +96,7 @@ def batches(
     Raises:
         DataError: ``drop_last`` is set, and the images are too few for one batch.
     """
-    order = _order(len(dataset), seed, epoch, rank, world_size, shuffle=shuffle, drop_last=drop_last)
+    order = _order(dataset, seed, epoch, rank, world_size, shuffle=shuffle, drop_last=drop_last)
     whole = len(order) - len(order) % batch_size if drop_last else len(order)
     if drop_last and whole == 0:
         raise DataError(
@@ -101,49 +105,53 @@ def batches(
         )
     samples = [order[i : i + batch_size] for i in range(0, whole, batch_size)][start_batch:]
     loader = DataLoader(
-        _Prepared(dataset, transform, seed, epoch),
+        _WholeBatches(dataset, transform, seed, epoch),
         batch_sampler=samples,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         # forked processes share what is decoded; the default elsewhere
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # the loader draws a number from it, and would else draw it from torch's default
+        # the loader draws a number from it, and would else draw it from torch's default
+        generator=torch.Generator(),
     )
     return Batches(samples, loader)
 
 
 def _order(
-    count: int, seed: int, epoch: int, rank: int, world_size: int, *, shuffle: bool, drop_last: bool
+    dataset: Images,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool,
 ) -> list[int]:
-    """Indices of the images that one process gets."""
-    numbers: Dataset[int] = _Numbers(count)
-    sampler: DistributedSampler[int] = DistributedSampler(
-        numbers, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last and shuffle
+    """Indices of the images that one process gets, in the order in which it gets them."""
+    sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(
+        dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last and shuffle
     )
     sampler.set_epoch(epoch)
-    order = [int(index) for index in sampler]
-    if not shuffle and rank + world_size * (len(order) - 1) >= count:
+    order = list(cast(Iterator[int], iter(sampler)))  # its type says items, but it yields indices
+    if not shuffle and rank + world_size * (len(order) - 1) >= len(dataset):
         order.pop()  # the sampler repeats an image to give all processes equally many
     return order
 
 
-class _Numbers(Dataset[int]):
-    """A dataset that only has a length, which is all that the sampler needs."""
+class _WholeBatches(Dataset[Batch]):
+    """A dataset whose items are whole batches of transformed images.
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-
-class _Prepared(Dataset[Batch]):
-    """Gives out whole batches. Errors are returned as values: the loader would wrap a raised one in many lines."""
+    Errors are returned as values, because the loader would wrap a raised one in many lines.
+    """
 
     def __init__(self, images: Images, transform: Transform, seed: int, epoch: int) -> None:
         self._images, self._transform = images, transform
-        self._seeds = np.random.SeedSequence((seed, epoch)).generate_state(len(images)) if transform.is_random else None
+        self._seeds = (
+            np.random.SeedSequence((seed, epoch)).generate_state(len(images))
+            if transform.is_random
+            else None
+        )
 
     def __getitems__(self, indices: Sequence[int]) -> Batch | PathconvertError:
         try:

@@ -1,8 +1,9 @@
-"""Labelled images as they are stored, before any resizing: uint8 [C, H, W], from files or from an array in memory.
+"""Labelled images as they are stored, before any resizing: uint8 [C, H, W].
 
-Small files are decoded only once: their pixels stay in memory that worker processes share with the process that forked
-them. This is an anonymous mapping: a container's small ``/dev/shm`` does not limit it, and it takes up only the pages
-that are written.
+They come from files, or from an array in memory. Small files are decoded only once: their pixels
+stay in memory that worker processes share with the process that forked them. This is an anonymous
+mapping: a container's small ``/dev/shm`` does not limit it, and it takes up only the pages that are
+written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class Images(Dataset[tuple[Tensor, int]]):
     @staticmethod
     def of(names: Sequence[str], labels: Sequence[int] | Tensor, reader: Reader) -> Images:
         """All images of a reader, in its order."""
-        return Images(tuple(names), torch.as_tensor(labels, dtype=torch.int64), torch.arange(len(names)), reader)
+        return Images(
+            tuple(names),
+            torch.as_tensor(labels, dtype=torch.int64),
+            torch.arange(len(names)),
+            reader,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +93,11 @@ class Files:
         if self._known is not None and self._pixels is not None and self._known[number]:
             return self._pixels[number]
         pixels = whole_levels(read_image(self._paths[number], self._channels).pixels)
-        if self._known is not None and self._pixels is not None and pixels.shape == self._pixels.shape[1:]:
+        if (
+            self._known is not None
+            and self._pixels is not None
+            and pixels.shape == self._pixels.shape[1:]
+        ):
             self._pixels[number] = pixels
             self._known[number] = 1
         return pixels

@@ -24,7 +24,9 @@ class MatchedLabels:
     note: str
 
 
-def match_labels(data: Data, network: str, labels: tuple[str, ...] | None, classes: int) -> MatchedLabels:
+def match_labels(
+    data: Data, network: str, labels: tuple[str, ...] | None, classes: int
+) -> MatchedLabels:
     """Match the data's classes to the outputs of a network: by name if possible, else by position.
 
     Args:
@@ -34,18 +36,25 @@ def match_labels(data: Data, network: str, labels: tuple[str, ...] | None, class
         classes: the number of the network's classes.
 
     Raises:
-        PathconvertError: the data has another number of classes than the network, and not all their names are known.
+        PathconvertError: the data has another number of classes than the network, and not all their
+            names are known.
     """
     names = labels if labels and len(labels) == classes else None
     if names == data.classes:
         return MatchedLabels(data.val.labels, "")
-    if names and all(names.count(name) == 1 for name in data.classes):  # ImageNet has two classes named crane
-        return MatchedLabels(torch.tensor([names.index(name) for name in data.classes])[data.val.labels], "")
+    # ImageNet has two classes named crane
+    if names and all(names.count(name) == 1 for name in data.classes):
+        return MatchedLabels(
+            torch.tensor([names.index(name) for name in data.classes])[data.val.labels], ""
+        )
     if len(data.classes) == classes:
         unknown = next((name for name in data.classes if name not in (names or data.classes)), None)
-        note = f"the network has no class {unknown!r}, so the data's classes were matched by position"
+        note = (
+            f"the network has no class {unknown!r}, so the data's classes were matched by position"
+        )
         return MatchedLabels(data.val.labels, note if unknown else "")
     raise PathconvertError(
         f"{data.name} has {len(data.classes)} classes, but {network} has {classes}",
-        "Give the data that the network was trained for: as many class folders, or folders named after its classes.",
+        "Give the data that the network was trained for: as many class folders, or folders named"
+        " after its classes.",
     )

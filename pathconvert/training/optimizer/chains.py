@@ -1,22 +1,24 @@
 """Chains: which parameters hold the path coordinates of a network in path space.
 
-The pivots of a conversion link units: the pivot of unit i ends in another unit, the *next* one. Units linked this way
-form a *chain*. They share one path-value d, that of the chain's *start weight*, and a weight w' that leaves a unit of
-chain k has the path-value d_k · w' (PBN-A D.1; docs/design.md, "G-SGD"). Where several pivots end in one unit, only the
-first of their units hands its chain on; a unit that no chain is handed on to begins a chain, as its *head*.
+The pivots of a conversion link units: the pivot of unit i ends in another unit, the *next* one.
+Units linked this way form a *chain*. They share one path-value d, that of the chain's *start
+weight*, and a weight w' that leaves a unit of chain k has the path-value d_k · w' (PBN-A D.1;
+docs/design.md, "G-SGD"). Where several pivots end in one unit, only the first of their units hands
+its chain on; a unit that no chain is handed on to begins a chain, as its *head*.
 
-====================  =============================================================================================
-start ``weight``      the papers: the weight of the row that makes the first unit, at the kernel's centre; column
-                      k mod width for row k with pivot rule ``diagonal``, else the row's largest. A BatchNorm between
-                      two units does not end a chain
-start ``bn``          γ of the BatchNorm that makes the first unit, where there is one. An ordinary BatchNorm ends a
-                      chain, as it normalises the scale away; Path-BN's skip carries it on
-====================  =============================================================================================
+================  ==================================================================================
+start ``weight``  the papers: the weight of the row that makes the first unit, at the kernel's
+                  centre; column k mod width for row k with pivot rule ``diagonal``, else the row's
+                  largest. A BatchNorm between two units does not end a chain
+start ``bn``      γ of the BatchNorm that makes the first unit, where there is one. An ordinary
+                  BatchNorm ends a chain, as it normalises the scale away; Path-BN's skip carries it
+                  on
+================  ==================================================================================
 
-In the gauge ``unit`` all pivots are ±1. In the gauge ``pow2`` they are not; there S_i is the product of the
-magnitudes of all pivots that follow one another from unit i on. A weight w from unit c to unit r would be
-w · S_r / S_c in the gauge ``unit``. Path-values are always those of the gauge ``unit``, so that no rescaling of the
-network changes a step.
+In the gauge ``unit`` all pivots are ±1. In the gauge ``pow2`` they are not; there S_i is the
+product of the magnitudes of all pivots that follow one another from unit i on. A weight w from unit
+c to unit r would be w · S_r / S_c in the gauge ``unit``. Path-values are always those of the gauge
+``unit``, so that no rescaling of the network changes a step.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pathconvert.choices import Start
 from pathconvert.errors import RecordError
-from pathconvert.training.settings import Start
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class PathTensor:
     Index tensors have the parameter's rank and size 1 along dimensions where they are constant.
 
     Attributes:
-        chain: the chain that the element's column leaves, int64; the number of chains where it leaves none.
-        row_unit: the unit of the element's row; the number of units where there is none, or where a BatchNorm
-            normalises the row.
-        column_unit: the unit that the element's column leaves, in the shape of ``chain``; the number of units where
-            there is none.
-        skeleton: places of the pivots, which do not move, counted in row-major order, int64 [pivots].
-        transposed: whether it is the weight of a transposed convolution, [in, out / groups, *kernel].
+        chain: the chain that the element's column leaves, int64; the number of chains where it
+            leaves none.
+        row_unit: the unit of the element's row; the number of units where there is none, or where a
+            BatchNorm normalises the row.
+        column_unit: the unit that the element's column leaves, in the shape of ``chain``; the
+            number of units where there is none.
+        skeleton: places of the pivots, which do not move, counted in row-major order, int64
+            [pivots].
+        transposed: whether it is the weight of a transposed convolution, [in, out / groups,
+            *kernel].
     """
 
     chain: Tensor
@@ -62,13 +67,17 @@ class Chains:
     Attributes:
         start: ``bn`` or ``weight``.
         tensors: every parameter with rows or columns that are units with a pivot, by name.
-        parameter: name of the parameter that holds the start of each chain, [chains]; in the order of their heads.
-        element: the place of the start in its parameter, counted in row-major order, int64 [chains].
-        parent: the chain that the start weight leaves, int64 [chains]; the number of chains where it leaves none.
+        parameter: name of the parameter that holds the start of each chain, [chains]; in the order
+            of their heads.
+        element: the place of the start in its parameter, counted in row-major order, int64
+            [chains].
+        parent: the chain that the start weight leaves, int64 [chains]; the number of chains where
+            it leaves none.
         scale: S_r / S_c of the start weight, float64 [chains].
-        gauge: S of every unit, float64 [units + 1], the last 1; None where all are 1 (gauge ``unit``).
-        balance: 1 / σ of every unit, float64 [units + 1], the last 1. σ is the |γ| of the BatchNorm that makes the
-            unit, or else the largest |path-value| of the weights that make it.
+        gauge: S of every unit, float64 [units + 1], the last 1; None where all are 1 (gauge
+            ``unit``).
+        balance: 1 / σ of every unit, float64 [units + 1], the last 1. σ is the |γ| of the BatchNorm
+            that makes the unit, or else the largest |path-value| of the weights that make it.
         units: number of units that are on chains.
         left: name of a layer → why units whose pivots it holds are on no chain.
     """
@@ -118,12 +127,16 @@ class Chains:
             tensor, shape = self.tensors[name], shapes[name]
             parent[mine] = _read(tensor.chain, shape, element[mine])
             if self.gauge is not None:
-                before, after = (self.gauge[_read(tensor.column_unit, shape, e[mine])] for e in (self.element, element))
+                before, after = (
+                    self.gauge[_read(tensor.column_unit, shape, e[mine])]
+                    for e in (self.element, element)
+                )
                 scale[mine] *= before / after
         found = dataclasses.replace(self, element=element.clone(), parent=parent, scale=scale)
         if found.has_circle():
             raise RecordError(
-                "a saved start weight leaves its own chain, so that the state is damaged", "Load another checkpoint."
+                "a saved start weight leaves its own chain, so that the state is damaged",
+                "Load another checkpoint.",
             )
         return found
 
@@ -149,6 +162,11 @@ class Chains:
 
 
 def _read(per_element: Tensor, shape: torch.Size, element: Tensor) -> Tensor:
-    """Values of an index tensor of :class:`PathTensor` for elements that are counted in row-major order."""
+    """Values of an index tensor of :class:`PathTensor` for some elements.
+
+    The elements are counted in row-major order.
+    """
     places = torch.unravel_index(element, shape)
-    return per_element[tuple(i if size > 1 else i * 0 for i, size in zip(places, per_element.shape, strict=True))]
+    return per_element[
+        tuple(i if size > 1 else i * 0 for i, size in zip(places, per_element.shape, strict=True))
+    ]

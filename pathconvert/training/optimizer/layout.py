@@ -1,4 +1,7 @@
-"""Chains in the form that steps use: few long vectors on the parameters' device, for the parameters with gradients."""
+"""Chains in the form that steps use: few long vectors on the parameters' device.
+
+Only the parameters with gradients are covered.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ class StartPlace:
     Attributes:
         name: the parameter's name.
         chain: the chains that start here, int64 [starts].
-        index: where the starts are in the parameter; None where they are all of its elements, in order.
+        index: where the starts are in the parameter; None where they are all of its elements, in
+            order.
         trained: whether the parameter has a gradient.
     """
 
@@ -38,21 +42,24 @@ class Layout:
 
     Args:
         chains: the network's chains.
-        gauge: S of every unit, float64 [units + 1], or other factors in its place: coordinates are multiplied by the
-            factor of their row and divided by that of their column. None where all are 1.
+        gauge: S of every unit, float64 [units + 1], or other factors in its place: coordinates are
+            multiplied by the factor of their row and divided by that of their column. None where
+            all are 1.
         params: the group's parameters by name, all on one device; not kept.
         trained: names of the parameters that have gradients; all others are constants.
 
     Attributes:
         count: number of chains.
         weights: the trained weights that leave chains or hold pivots.
-        metric: 1 / S_r² of the trained parameters where it is not 1, by name, broadcastable, in the parameter's dtype.
+        metric: 1 / S_r² of the trained parameters where it is not 1, by name, broadcastable, in the
+            parameter's dtype.
         chain: the chain that every column of ``weights`` leaves, int64 [columns of all weights].
         column_gauge: S_c of every column, float64 [columns of all weights]; None where it is 1.
         starts: the starts, grouped by the parameter that holds them.
         order: chains in the order of ``starts``, [chains]; ``place`` is its inverse.
         scale, ancestors: as in :class:`~pathconvert.training.optimizer.chains.Chains`.
-        home: the chain that each chain moves with, [chains + 1]: itself, or its parent's home if its start is constant.
+        home: the chain that each chain moves with, [chains + 1]: itself, or its parent's home if
+            its start is constant.
         home_of_parent: ``home`` of every chain's parent, [chains].
         trained: whether each chain's start is trained, bool [chains]; None where all are.
     """
@@ -83,8 +90,12 @@ class Layout:
         device: torch.device,
     ) -> None:
         """Set ``weights``, ``chain`` and ``column_gauge``."""
-        tensors = {name: tensor for name, tensor in on_chains.items() if self._has_columns(tensor, gauge)}
-        self.weights = [_weight_place(name, tensor, params[name]) for name, tensor in tensors.items()]
+        tensors = {
+            name: tensor for name, tensor in on_chains.items() if self._has_columns(tensor, gauge)
+        }
+        self.weights = [
+            _weight_place(name, tensor, params[name]) for name, tensor in tensors.items()
+        ]
         columns = [w.columns for w in self.weights]
         self.chain = _joined([t.chain for t in tensors.values()], columns, torch.int64).to(device)
         self.column_gauge = None
@@ -93,17 +104,29 @@ class Layout:
             self.column_gauge = gauge[units].to(device)
 
     def _place_starts(
-        self, chains: Chains, params: Mapping[str, Tensor], trained: frozenset[str], device: torch.device
+        self,
+        chains: Chains,
+        params: Mapping[str, Tensor],
+        trained: frozenset[str],
+        device: torch.device,
     ) -> None:
         """Set ``starts``, ``order`` and ``place``."""
         held: dict[str, list[int]] = {}
         for chain, name in enumerate(chains.parameter):
             held.setdefault(name, []).append(chain)
         self.starts = [
-            _start_place(name, torch.tensor(mine), chains.element[mine], params[name], trained=name in trained)
+            _start_place(
+                name,
+                torch.tensor(mine),
+                chains.element[mine],
+                params[name],
+                trained=name in trained,
+            )
             for name, mine in held.items()
         ]
-        self.order = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *(s.chain for s in self.starts)])
+        self.order = torch.cat(
+            [torch.zeros(0, dtype=torch.int64, device=device), *(s.chain for s in self.starts)]
+        )
         self.place = torch.argsort(self.order)
 
     def _find_homes(self, chains: Chains, trained: frozenset[str], device: torch.device) -> None:
@@ -111,7 +134,8 @@ class Layout:
         moves = torch.tensor([name in trained for name in chains.parameter] + [True])
         parent = torch.cat([chains.parent, torch.tensor([self.count])])
         home = torch.where(moves, torch.arange(self.count + 1), parent)
-        for _ in self.ancestors:  # each round doubles how far up a chain has looked, as each of the ancestors does
+        # each round doubles how far up a chain has looked, as each of the ancestors does
+        for _ in self.ancestors:
             home = home[home]
         self.home, self.home_of_parent = home.to(device), home[chains.parent].to(device)
         self.trained = None if bool(moves.all()) else moves[:-1].to(device)
@@ -122,16 +146,25 @@ class Layout:
         return scaled or bool((tensor.chain < self.count).any()) or tensor.skeleton.numel() > 0
 
     def gather(self, parts: list[Tensor]) -> Tensor:
-        """Values per parameter of ``starts``, [its starts] each → values per chain, float64 [chains]."""
+        """Values per parameter of ``starts`` → values per chain, float64 [chains].
+
+        The first are given as [its starts] for each parameter.
+        """
         return torch.cat(parts)[self.place].double() if parts else self.scale
 
     def scatter(self, per_chain: Tensor) -> tuple[Tensor, ...]:
-        """Values per chain → values per parameter of ``starts``: the inverse of :meth:`gather`; keeps the dtype."""
+        """Values per chain → values per parameter of ``starts``: the inverse of :meth:`gather`.
+
+        Keeps the dtype.
+        """
         parts: tuple[Tensor, ...] = per_chain[self.order].split([len(s.chain) for s in self.starts])
         return parts
 
     def of_those_that_move(self, flow: Tensor) -> Tensor:
-        """Sums over the weights that leave each chain, [chains + 1] → over all that move with the chain, [chains]."""
+        """Sums over the weights that move with each chain, [chains].
+
+        They are made of ``flow``, [chains + 1]: sums over the weights that leave each chain.
+        """
         if self.trained is not None:
             flow = torch.zeros_like(flow).index_add_(0, self.home, flow)
         return flow[:-1]
@@ -144,7 +177,9 @@ def _metric(
     if gauge is None:
         return {}
     rows = {name: gauge[tensor.row_unit] for name, tensor in on_chains.items()}
-    return {name: (row**-2).to(params[name]) for name, row in rows.items() if bool((row != 1).any())}
+    return {
+        name: (row**-2).to(params[name]) for name, row in rows.items() if bool((row != 1).any())
+    }
 
 
 def _weight_place(name: str, tensor: PathTensor, weight: Tensor) -> WeightPlace:
@@ -160,20 +195,29 @@ def _weight_place(name: str, tensor: PathTensor, weight: Tensor) -> WeightPlace:
 
 
 def _columns(chain: torch.Size, weight: torch.Size) -> tuple[int, ...]:
-    """The shape of a weight's columns: that of its chains, repeated along the kernel where that takes little memory.
+    """The shape of a weight's columns.
 
-    To multiply a weight by a vector as long as its rows is several times as fast as by one value per kernel.
+    It is that of its chains, repeated along the kernel where that takes little memory. To multiply
+    a weight by a vector as long as its rows is several times as fast as by one value per kernel.
     """
     return (1, *weight[1:]) if chain[0] == 1 and len(weight) > 1 else tuple(chain)
 
 
 def _joined(parts: list[Tensor], columns: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
-    """``parts``, each broadcast to the columns of its weight, joined into one vector [columns of all weights]."""
-    flat = [part.to(dtype).broadcast_to(shape).reshape(-1) for part, shape in zip(parts, columns, strict=True)]
+    """``parts`` joined into one vector [columns of all weights].
+
+    Each is first broadcast to the columns of its weight.
+    """
+    flat = [
+        part.to(dtype).broadcast_to(shape).reshape(-1)
+        for part, shape in zip(parts, columns, strict=True)
+    ]
     return torch.cat([torch.zeros(0, dtype=dtype), *flat])
 
 
-def _start_place(name: str, chain: Tensor, element: Tensor, param: Tensor, *, trained: bool) -> StartPlace:
+def _start_place(
+    name: str, chain: Tensor, element: Tensor, param: Tensor, *, trained: bool
+) -> StartPlace:
     """Where a parameter holds the starts of ``chain``, given their places in row-major order."""
     whole = param.dim() == 1 and torch.equal(element, torch.arange(len(param)))
     index = None if whole else tuple(torch.unravel_index(element.to(param.device), param.shape))

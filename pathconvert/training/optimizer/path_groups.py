@@ -1,4 +1,7 @@
-"""Parameter groups in path space: what lives on chains, the ordinary rest, and a group's chains during training."""
+"""Parameter groups in path space.
+
+What lives on chains, the ordinary rest, and a group's chains during training.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from pathconvert.choices import Start
 from pathconvert.conversion.reparameterize import Conversion
 from pathconvert.errors import PathconvertError
 from pathconvert.training.optimizer.chains import Chains
 from pathconvert.training.optimizer.finder import find_chains
 from pathconvert.training.optimizer.layout import Layout
-from pathconvert.training.settings import Start
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ def path_parameter_groups(
     ordinary_momentum: float | None = None,
     ordinary_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`~pathconvert.training.GSGD`: what lives on chains, and the ordinary rest.
+    """Make parameter groups for :class:`~pathconvert.training.GSGD`.
+
+    One has what lives on chains, the other the ordinary rest.
 
     Args:
-        model: a network in path or Path-BN form, which carries its record; or the conversion itself. Wrap it (DDP,
-            ``torch.compile``) afterwards.
-        ordinary_lr, ordinary_momentum, ordinary_weight_decay: settings of the ordinary parameters (BatchNorm, biases,
-            shortcuts, a classifier that reads no chain); None takes the optimizer's own.
+        model: a network in path or Path-BN form, which carries its record; or the conversion
+            itself. Wrap it (DDP, ``torch.compile``) afterwards.
+        ordinary_lr, ordinary_momentum, ordinary_weight_decay: settings of the ordinary parameters
+            (BatchNorm, biases, shortcuts, a classifier that reads no chain); None takes the
+            optimizer's own.
 
     Returns:
         Two groups, the path group first. A group without parameters is left out.
@@ -60,10 +66,18 @@ def path_parameter_groups(
     touched = set().union(*(found.parameters() for found in chains.values()))
     named = dict(model.named_parameters())
     names = tuple(name for name in named if name in touched)
-    given = {"lr": ordinary_lr, "momentum": ordinary_momentum, "weight_decay": ordinary_weight_decay}
+    given = {
+        "lr": ordinary_lr,
+        "momentum": ordinary_momentum,
+        "weight_decay": ordinary_weight_decay,
+    }
     path = {"params": [named[name] for name in names], "path": PathGroup(names, chains)}
     ordinary: dict[str, Any] = {"params": [p for name, p in named.items() if name not in touched]}
-    return [group for group in (path, ordinary | {k: v for k, v in given.items() if v is not None}) if group["params"]]
+    return [
+        group
+        for group in (path, ordinary | {k: v for k, v in given.items() if v is not None})
+        if group["params"]
+    ]
 
 
 class GroupChains:
@@ -89,7 +103,8 @@ class GroupChains:
     def begin_at(self, start: Start, element: Tensor) -> None:
         """Take the start weights that a checkpoint saved.
 
-        The largest weights were chosen as starts, and other weights may have become the largest since.
+        The largest weights were chosen as starts, and other weights may have become the largest
+        since.
 
         Args:
             start: the choice of start that the saved group has.
@@ -104,10 +119,13 @@ class GroupChains:
             self._layout = None
 
     def layout(self, group: Mapping[str, Any]) -> Layout:
-        """The layout for the gradients that the group's parameters have now; made anew only when something changed.
+        """The layout for the gradients that the group's parameters have now.
+
+        Made anew only when something changed.
 
         Raises:
-            PathconvertError: the parameters are on several devices, or have other shapes than at first.
+            PathconvertError: the parameters are on several devices, or have other shapes than at
+                first.
         """
         params = dict(zip(self.names, group["params"], strict=True))
         trained = frozenset(name for name, p in params.items() if p.grad is not None)
@@ -118,7 +136,11 @@ class GroupChains:
         return self._layout[2]
 
     def _make_layout(
-        self, params: Mapping[str, Tensor], gauge: Tensor | None, start: Start, trained: frozenset[str]
+        self,
+        params: Mapping[str, Tensor],
+        gauge: Tensor | None,
+        start: Start,
+        trained: frozenset[str],
     ) -> Layout:
         devices = {p.device for p in params.values()}
         if len(devices) > 1:
@@ -130,8 +152,8 @@ class GroupChains:
         for name, p in params.items():
             if p.shape != self._shapes[name]:
                 raise PathconvertError(
-                    f"{name} had the shape {list(self._shapes[name])} and has {list(p.shape)} now: GSGD needs whole "
-                    "parameters, not sharded or flattened ones",
+                    f"{name} had the shape {list(self._shapes[name])} and has {list(p.shape)} now:"
+                    " GSGD needs whole parameters, not sharded or flattened ones",
                     "Train it with DistributedDataParallel.",
                 )
         return Layout(self.chains[start], gauge, params, trained)
@@ -140,7 +162,8 @@ class GroupChains:
 def refuse_transposed(chains: Chains) -> None:
     """Refuse transposed convolutions on chains, which ``weight_norm`` cannot handle.
 
-    It needs the norm of every row, and the rows of a transposed convolution are not the weight's first dimension.
+    It needs the norm of every row, and the rows of a transposed convolution are not the weight's
+    first dimension.
 
     Raises:
         PathconvertError: a transposed convolution lies on a chain.
@@ -154,7 +177,9 @@ def refuse_transposed(chains: Chains) -> None:
 
 
 def refuse_special(params: Mapping[str, Tensor]) -> None:
-    """Refuse tensor subclasses such as FSDP's DTensor: path coordinates are read from whole parameters.
+    """Refuse tensor subclasses such as FSDP's DTensor.
+
+    Path coordinates are read from whole parameters.
 
     Raises:
         PathconvertError: a parameter is neither a Tensor nor a Parameter.
@@ -162,7 +187,8 @@ def refuse_special(params: Mapping[str, Tensor]) -> None:
     for name, p in params.items():
         if type(p) not in (Tensor, nn.Parameter):
             raise PathconvertError(
-                f"{name} is a {type(p).__name__}: GSGD needs whole parameters, not sharded or other special ones",
+                f"{name} is a {type(p).__name__}: GSGD needs whole parameters, not sharded or other"
+                " special ones",
                 "Train it with DistributedDataParallel.",
             )
 

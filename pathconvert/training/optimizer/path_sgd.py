@@ -1,13 +1,17 @@
-"""Path-SGD (Neyshabur, Salakhutdinov and Srebro, NIPS 2015): approximate steepest descent in the path norm.
+"""Path-SGD: approximate steepest descent in the path norm.
 
-π(w) = Σ Π w² over all paths from an input, or a bias, to an output. A weight's step is divided by κ, the sum over all
-paths through it of the product of the other squared weights (their eq. 9, section 4)::
+It is from Neyshabur, Salakhutdinov and Srebro, NIPS 2015.
+
+π(w) = Σ Π w² over all paths from an input, or a bias, to an output. A weight's step is divided by
+κ, the sum over all paths through it of the product of the other squared weights (their eq. 9,
+section 4)::
 
     w ← w − η · ∂loss/∂w / κ(w)        κ(w) = ∂π / ∂(w²)
 
-π is the network's output for an input of ones if all weights are squared and BatchNorm is left out (all activations are
-positive then, so that ReLU changes none). So κ costs one forward and one backward pass of a single input. Max pooling
-passes on the largest of its paths. Parameters that no path goes through (γ, β) take plain steps.
+π is the network's output for an input of ones if all weights are squared and BatchNorm is left out
+(all activations are positive then, so that ReLU changes none). So κ costs one forward and one
+backward pass of a single input. Max pooling passes on the largest of its paths. Parameters that no
+path goes through (γ, β) take plain steps.
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
-from torch.optim.sgd import sgd
 
 from pathconvert.conversion.modules import mode_of
 from pathconvert.errors import PathconvertError
 from pathconvert.path_bn.layer import PathBN
+from pathconvert.training.optimizer.plain import loss_of, require_in_range, step_plain
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class PathSGD(Optimizer):
-    """SGD whose gradients are divided by κ (see the module's docstring); for multilayer perceptrons and small CNNs.
+    """SGD whose gradients are divided by κ (see the module's docstring).
+
+    For multilayer perceptrons and small CNNs.
 
     Args:
         model: ReLU network of convolutions and linear layers, with or without BatchNorm or Path-BN.
@@ -48,11 +54,11 @@ class PathSGD(Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in (("learning rate", lr), ("momentum value", momentum), ("weight_decay value", weight_decay)):
-            if not value >= 0.0:
-                raise ValueError(f"Invalid {name}: {value}")
+        require_in_range(lr, momentum, weight_decay)
         self._model, self._input_size = model, input_size
-        super().__init__(model.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            model.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_model": self._model, "_input_size": self._input_size}
@@ -71,14 +77,22 @@ class PathSGD(Optimizer):
         with mode_of(model, training=False), torch.enable_grad():
             output = functional_call(model, squared | self._neutral(norms), (ones,))
             found = torch.autograd.grad(output.sum(), list(squared.values()), allow_unused=True)
-        return {name: kappa for name, kappa in zip(squared, found, strict=True) if kappa is not None}
+        return {
+            name: kappa for name, kappa in zip(squared, found, strict=True) if kappa is not None
+        }
 
     def _neutral(self, norms: set[str]) -> dict[str, Tensor]:
-        """Parameters and buffers that turn BatchNorms into the identity, and the squares of Path-BN's pivot factors."""
+        """Parameters and buffers that turn BatchNorms into the identity.
+
+        Also the squares of Path-BN's pivot factors.
+        """
         found: dict[str, Tensor] = {}
         for name in norms:
             bn: Any = self._model.get_submodule(name)
-            one, zero = torch.ones_like(bn.running_var, dtype=torch.float64), torch.zeros_like(bn.running_var).double()
+            one, zero = (
+                torch.ones_like(bn.running_var, dtype=torch.float64),
+                torch.zeros_like(bn.running_var).double(),
+            )
             found |= {f"{name}.running_mean": zero, f"{name}.running_var": one - bn.eps}
             found |= {f"{name}.weight": one, f"{name}.bias": zero} if bn.affine else {}
         for name, module in self._model.named_modules():
@@ -91,32 +105,23 @@ class PathSGD(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss and its gradients again; None uses the gradients that are there.
+            closure: computes the loss and its gradients again; None uses the gradients that are
+                there.
 
         Returns:
             The loss that ``closure`` computed; None without it.
 
         Raises:
-            PathconvertError: κ leaves the range of float64, because the network is too deep or too wide.
+            PathconvertError: κ leaves the range of float64, because the network is too deep or too
+                wide.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         kappa = self.path_sums()
         names = {id(p): name for name, p in self._model.named_parameters()}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             gradients = [self._divided(p, kappa.get(names[id(p)])) for p in params]
-            buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
-            sgd(
-                params, gradients, buffers,
-                has_sparse_grad=False, foreach=False, fused=False, weight_decay=group["weight_decay"],
-                momentum=group["momentum"], lr=group["lr"], dampening=0.0, nesterov=False, maximize=False,
-            )  # fmt: skip
-            for p, buffer in zip(params, buffers, strict=True):
-                if buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
+            step_plain(params, gradients, group, self.state)
         return loss
 
     def _divided(self, p: Tensor, kappa: Tensor | None) -> Tensor:
@@ -127,6 +132,7 @@ class PathSGD(Optimizer):
         if not bool(torch.isfinite(kappa).all()):
             raise PathconvertError(
                 f"the path norm of this {type(self._model).__name__} leaves the range of float64",
-                "Path-SGD is meant for multilayer perceptrons and small CNNs; use --optimizer gsgd.",
+                "Path-SGD is meant for multilayer perceptrons and small CNNs; use --optimizer"
+                " gsgd.",
             )
         return torch.where(kappa > 0, grad / kappa, 0.0).to(grad.dtype)

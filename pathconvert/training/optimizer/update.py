@@ -1,22 +1,27 @@
-"""One step of SGD on path-values, written as an update of the weights (PBN-A eq. 20-21; docs/design.md, "G-SGD").
+"""One step of SGD on path-values, written as an update of the weights.
+
+It follows PBN-A eq. 20-21; docs/design.md, "G-SGD", derives it.
 
 A chain k has the coordinate d_k, and a weight w that leaves one of its units the coordinate v::
 
     v   = w · D              with D = d_k · S_r / S_c  (d_k = 1 for a weight that leaves no chain)
     w_s = d_k / (d_p · S)    for the start weight of chain k, which leaves chain p
 
-With g = ∂loss/∂w, and the sum over all trained weights that leave units of chain k, it follows that::
+With g = ∂loss/∂w, and the sum over all trained weights that leave units of chain k, it follows
+that::
 
     ∂loss/∂v   = g / D
     ∂loss/∂d_k = (w_s · g_s − Σ w · g) / d_k
 
-The coordinates of every chain may be divided by a constant ρ_k, its anchor: then d_k stands for d_k / ρ_k, and nothing
-else changes. S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A momentum buffer holds the momentum of the
-coordinate, divided by S_r: so S_r is needed only in the *step gradient* g / S_r², and weights that leave no chain take
-plain steps along it. Values of chains are float64; weights keep their own dtype.
+The coordinates of every chain may be divided by a constant ρ_k, its anchor: then d_k stands for
+d_k / ρ_k, and nothing else changes. S_r and S_c are 1 in the gauge ``unit`` (``chains.py``). A
+momentum buffer holds the momentum of the coordinate, divided by S_r: so S_r is needed only in the
+*step gradient* g / S_r², and weights that leave no chain take plain steps along it. Values of
+chains are float64; weights keep their own dtype.
 
-The chain is the same along most dimensions of a weight. The *columns* of a weight are the elements that remain if those
-dimensions have size 1. The columns of all weights are joined into one vector, so that one operation handles them all.
+The chain is the same along most dimensions of a weight. The *columns* of a weight are the elements
+that remain if those dimensions have size 1. The columns of all weights are joined into one vector,
+so that one operation handles them all.
 """
 
 from __future__ import annotations
@@ -28,7 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: A step divides a chain's value by at most this: the weights of a chain explode as its value comes near zero.
+#: A step divides a chain's value by at most this: the weights of a chain explode as its value comes
+#: near zero.
 LARGEST_SHRINK = 10.0
 
 
@@ -87,11 +93,14 @@ def with_one(per_chain: Tensor) -> Tensor:
 
 
 def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, *, foreach: bool) -> Tensor:
-    """Σ w · g over the trained weights that leave units of each chain, float64 [chains + 1], the last for no chain.
+    """Σ w · g over the trained weights that leave units of each chain.
+
+    The sums are float64 [chains + 1], the last for no chain.
 
     Args:
         weights: all trained weights that leave chains.
-        chain: the chain that every column leaves, int64 [columns of all weights]; ``count`` for none.
+        chain: the chain that every column leaves, int64 [columns of all weights]; ``count`` for
+            none.
         count: the number of chains.
         foreach: multiply all weights with one call.
     """
@@ -108,7 +117,10 @@ def flow(weights: Sequence[PathWeight], chain: Tensor, count: int, *, foreach: b
 
 
 def _sum_by_column(product: Tensor, place: WeightPlace) -> Tensor:
-    """Sums of ``product`` over each column, without the pivots, flat; sets the pivots of ``product`` to 0."""
+    """Sums of ``product`` over each column, without the pivots, flat.
+
+    Sets the pivots of ``product`` to 0.
+    """
     if place.skeleton is not None:
         product[place.skeleton] = 0
     if not place.summed:
@@ -126,8 +138,8 @@ def step_chains(d: Tensor, gradient: Tensor, lr: float | Tensor) -> tuple[Tensor
         lr: the learning rate.
 
     Returns:
-        d after the step divided by d before, at least 1 / ``LARGEST_SHRINK``, float64 [chains]; and which chains' steps
-        were shortened to this, bool [chains].
+        d after the step divided by d before, at least 1 / ``LARGEST_SHRINK``, float64 [chains]; and
+        which chains' steps were shortened to this, bool [chains].
     """
     ratio = 1 - lr * gradient / d
     shortened = ratio < 1 / LARGEST_SHRINK
@@ -146,7 +158,8 @@ def step_weights(
 ) -> None:
     """One step of SGD on the coordinates v of ``weights``.
 
-    With momentum μ and decay λ, as ``torch.optim.SGD`` has them: buffer ← μ · buffer + ∂loss/∂v + λ v.
+    With momentum μ and decay λ, as ``torch.optim.SGD`` has them: buffer ← μ · buffer + ∂loss/∂v + λ
+    v.
 
     Args:
         weights: their values and momentum buffers are changed in place.
@@ -162,7 +175,11 @@ def step_weights(
     if momentum == 0:  # v − lr (g / D + λ v), divided by the new D
         steps, keep, take = gradients, (1 - lr * weight_decay) / ratio, lr / (d * d * ratio)
     else:
-        steps, keep, take = [w.momentum for w in weights if w.momentum is not None], 1 / ratio, lr / (d * ratio)
+        steps, keep, take = (
+            [w.momentum for w in weights if w.momentum is not None],
+            1 / ratio,
+            lr / (d * ratio),
+        )
         _multiply_and_add(steps, momentum, gradients, _split(1 / d, weights), 1.0, foreach)
         if weight_decay:
             _multiply_and_add(steps, None, values, _split(weight_decay * d, weights), 1.0, foreach)
@@ -173,12 +190,17 @@ def step_weights(
 
 
 def _split(columns: Tensor, weights: Sequence[PathWeight]) -> list[Tensor]:
-    """A vector over the columns of all weights, as one tensor per weight: broadcastable to it, in its dtype."""
+    """Split a vector over the columns of all weights into one tensor per weight.
+
+    Each is broadcastable to its weight, in the weight's dtype.
+    """
     dtypes = {w.value.dtype for w in weights}
     if len(dtypes) == 1:
         columns = columns.to(dtypes.pop())
     parts = columns.split([math.prod(w.place.columns) for w in weights])
-    return [part.view(w.place.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)]
+    return [
+        part.view(w.place.columns).to(w.value.dtype) for part, w in zip(parts, weights, strict=True)
+    ]
 
 
 def _multiply_and_add(
@@ -189,7 +211,10 @@ def _multiply_and_add(
     sign: float,
     foreach: bool,
 ) -> None:
-    """targets ← keep · targets + sign · take · steps. ``keep`` and ``take`` are broadcast; ``keep`` None means 1."""
+    """targets ← keep · targets + sign · take · steps. ``keep`` and ``take`` are broadcast.
+
+    ``keep`` None means 1.
+    """
     if foreach:
         if keep is not None:
             torch._foreach_mul_(targets, keep)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch.distributed
 from lightning_fabric import Fabric
 
+from pathconvert.choices import TrainingDevice
+from pathconvert.conversion.record import record_of
 from pathconvert.networks.loading import LoadedNetwork, open_network, trained_file
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training.data.labelled import Data, open_data
@@ -41,7 +43,7 @@ def begin(
     settings: Settings,
     path: Path,
     *,
-    device: str = "auto",
+    device: TrainingDevice = "auto",
     force: bool = False,
     dry_run: bool = False,
 ) -> Run:
@@ -59,7 +61,8 @@ def begin(
         TrainingError: the device, the precision or the number of processes cannot be used.
         DataError: the data set is missing, empty or inconsistent, or does not fit the network.
         OutputError: the folder cannot be made, or holds something.
-        PathconvertError: the network is not a classifier of images, or options contradict one another.
+        PathconvertError: the network is not a classifier of images, or options contradict one
+            another.
     """
     fabric = _launched(settings, device, None if dry_run else path)
     data = load_data(network, settings)
@@ -76,13 +79,16 @@ def begin(
 
 
 def _resolved(run: Run) -> str:
-    """The text of ``config.yaml``: the settings, below comments with what followed from the network and the data."""
+    """The text of ``config.yaml``.
+
+    These are the settings, below comments with what followed from the network and the data.
+    """
     prepared, recipe = run.prepared, run.prepared.preprocessing
     architecture, source = prepared.network.architecture, prepared.network.checkpoint
-    record = getattr(prepared.model, "path_record", {})
-    conversion = [f"{name} {record[name]}" for name in ("scope", "pivot", "gauge") if name in record]
-    if "path_bn" in record:
-        conversion.append(f"skip scale {record['path_bn']['skip_scale']:g}")
+    record = None if prepared.form == "plain" else record_of(prepared.model)
+    conversion = [f"{name} {choice}" for name, choice in record.choices.items()] if record else []
+    if record and record.path_bn:
+        conversion.append(f"skip scale {record.path_bn.skip_scale:g}")
     remarks = {
         "source": source.path if source else "torchvision's weights",
         "architecture": architecture.name,
@@ -96,7 +102,7 @@ def _resolved(run: Run) -> str:
     return "".join(f"# {name}: {text}\n" for name, text in remarks.items()) + run.settings.to_yaml()
 
 
-def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
+def resume(path: Path, *, device: TrainingDevice = "auto", data: str | None = None) -> Run:
     """Resume the run in a folder from its last checkpoint.
 
     Args:
@@ -118,7 +124,9 @@ def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
     preprocessing = network.preprocessing
     assert isinstance(preprocessing, Preprocessing)
     head = tuple((network.training or {}).get("head", ()))
-    prepared = Prepared(network.model, network, preprocessing, network.labels or found.classes, head, ())
+    prepared = Prepared(
+        network.model, network, preprocessing, network.labels or found.classes, head, ()
+    )
     run = Run(prepared, found, settings, folder, fabric)
     state = folder.load()
     if state is not None:
@@ -128,13 +136,14 @@ def resume(path: Path, *, device: str = "auto", data: str | None = None) -> Run:
     return run
 
 
-def _launched(settings: Settings, device: str, path: Path | None) -> Fabric:
+def _launched(settings: Settings, device: TrainingDevice, path: Path | None) -> Fabric:
     """Launch Fabric, with TensorBoard logs in the folder ``path``; None writes no logs."""
     fabric = make_fabric(settings, device, None if path is None else RunFolder(path))
     fabric.launch()
     if fabric.world_size > 1:
-        # Fabric leaves only NCCL groups. A gloo group that is still alive when the interpreter ends aborts the process
-        # now and then ("terminate called without an active exception"), and torchrun reports a failure
+        # Fabric leaves only NCCL groups. A gloo group that is still alive when the interpreter ends
+        # aborts the process now and then ("terminate called without an active exception"), and
+        # torchrun reports a failure
         atexit.register(_leave_process_group)
     return fabric
 

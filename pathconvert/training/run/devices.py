@@ -9,13 +9,18 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+from pathconvert.choices import TrainingDevice
 from pathconvert.errors import TrainingError
 from pathconvert.training.run.folder import RunFolder
 from pathconvert.training.settings import Settings
 
 
-def make_fabric(settings: Settings, device: str, folder: RunFolder | None = None) -> Fabric:
-    """Set up devices, precision and processes; the processes are those of the environment that ``torchrun`` sets.
+def make_fabric(
+    settings: Settings, device: TrainingDevice, folder: RunFolder | None = None
+) -> Fabric:
+    """Set up devices, precision and processes.
+
+    The processes are those of the environment that ``torchrun`` sets.
 
     Args:
         settings: the run's settings.
@@ -23,11 +28,13 @@ def make_fabric(settings: Settings, device: str, folder: RunFolder | None = None
         folder: where the TensorBoard logs go; None for no logs.
 
     Raises:
-        TrainingError: there is no GPU and one was asked for, fp16 is asked for on the CPU, or the batch size is not a
-            multiple of the number of processes.
+        TrainingError: there is no GPU and one was asked for, fp16 is asked for on the CPU, or the
+            batch size is not a multiple of the number of processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: torch finds no usable GPU", "Leave --device out to train on the CPU.")
+        raise TrainingError(
+            "--device cuda: torch finds no usable GPU", "Leave --device out to train on the CPU."
+        )
     accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     precision: Any = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.amp]

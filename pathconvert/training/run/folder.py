@@ -1,13 +1,15 @@
 """The folder of a run, which holds::
 
-    config.yaml                   the run's settings, in the format that --config reads
-    initial.path.safetensors      the network that training began with (initial.safetensors if it is not converted)
-    last.ckpt                     what --resume needs: weights, optimizer, average, schedule, position, history
-    best.path.safetensors         the network with the best validation so far (best.safetensors if it is not converted)
-    metrics.csv, curves.png       the measurements of every epoch
-    tensorboard/                  the same for TensorBoard, and the loss and learning rate of every step
+    config.yaml                the run's settings, in the format that --config reads
+    initial.path.safetensors   the network that training began with
+    last.ckpt                  what --resume needs: weights, optimizer, average, schedule,
+                               position, history
+    best.path.safetensors      the network with the best validation so far
+    metrics.csv, curves.png    the measurements of every epoch
+    tensorboard/               the same for TensorBoard, and loss and learning rate of every step
 
-All files are written atomically. ``last.ckpt`` has its own, versioned format.
+The two networks are named ``initial.safetensors`` and ``best.safetensors`` if they are not
+converted. All files are written atomically. ``last.ckpt`` has its own, versioned format.
 """
 
 from __future__ import annotations
@@ -63,12 +65,16 @@ class RunFolder:
         if used and not force:
             raise OutputError(
                 f"The folder {path} is not empty.",
-                f"Give another --output-dir; resume the run in it with --resume {path}; or overwrite it with --force.",
+                f"Give another --output-dir; resume the run in it with --resume {path}; or"
+                " overwrite it with --force.",
             )
         folder = RunFolder(path)
-        networks = (folder.network(name, form) for name in ("initial", "best") for form in ("plain", "path"))
+        networks = (
+            folder.network(name, form) for name in ("initial", "best") for form in ("plain", "path")
+        )
         for file in (*(path / name for name in (CONFIG, LAST, METRICS, CURVES)), *networks):
-            file.unlink(missing_ok=True)  # so that no file of an earlier run is taken for one of this run
+            # so that no file of an earlier run is taken for one of this run
+            file.unlink(missing_ok=True)
         return folder
 
     @staticmethod
@@ -79,8 +85,12 @@ class RunFolder:
             CheckpointError: the folder is missing, or no run has begun in it.
         """
         if not (path / CONFIG).is_file():
-            what = "has no config.yaml, so no run began there" if path.is_dir() else "is not a folder"
-            raise CheckpointError(f"{path} {what}", "Give the folder that finetune wrote to (its --output-dir).")
+            what = (
+                "has no config.yaml, so no run began there" if path.is_dir() else "is not a folder"
+            )
+            raise CheckpointError(
+                f"{path} {what}", "Give the folder that finetune wrote to (its --output-dir)."
+            )
         return RunFolder(path)
 
     def network(self, name: str, form: str) -> Path:
@@ -90,7 +100,9 @@ class RunFolder:
             name: ``initial`` or ``best``.
             form: ``plain``, ``path`` or ``path-bn``.
         """
-        return self.path / (f"{name}.safetensors" if form == "plain" else f"{name}.path.safetensors")
+        return self.path / (
+            f"{name}.safetensors" if form == "plain" else f"{name}.path.safetensors"
+        )
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the folder."""
@@ -119,12 +131,13 @@ class RunFolder:
         Raises:
             OutputError: the file cannot be written; an earlier one stays.
         """
-        stored = {"format_version": FORMAT_VERSION, "tool": f"pathconvert {__version__}"} | dict(state)
+        stored = {"format_version": FORMAT_VERSION, "tool": f"pathconvert {__version__}"} | dict(
+            state
+        )
 
         def write(path: Path) -> None:
-            with path.open(
-                "wb"
-            ) as file:  # given a path, torch.save hides the system's error; given a file, it does not
+            # given a path, torch.save hides the system's error; given a file, it does not
+            with path.open("wb") as file:
                 torch.save(stored, file)
 
         self._write(LAST, write, state["model"])
@@ -148,8 +161,15 @@ class RunFolder:
         require_format(state, FORMAT_VERSION, f"{path} has", CheckpointError)
         return state
 
-    def _write(self, name: str, write: Callable[[Path], object], tensors: Mapping[str, Tensor] | None = None) -> None:
-        path = prepare_output(self.path / name, force=True, source=None, suffixes=(Path(name).suffix,))
+    def _write(
+        self,
+        name: str,
+        write: Callable[[Path], object],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        path = prepare_output(
+            self.path / name, force=True, source=None, suffixes=(Path(name).suffix,)
+        )
         write_atomically(path, tensors or {}, write, lambda _: None, force=True)
 
 

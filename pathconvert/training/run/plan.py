@@ -15,9 +15,13 @@ from pathconvert.training.run.preparation import Prepared
 
 
 def plan(run: Run) -> dict[str, Any]:
-    """The numbers of parameters, chains, pivots, images and steps, and the memory that training needs, as JSON."""
+    """The plan of a training run, as JSON.
+
+    It holds the numbers of parameters, chains, pivots, images and steps, and the memory that
+    training needs.
+    """
     model, settings = run.prepared.model, run.settings
-    optimizer = run.raw_optimizer
+    optimizer = run.learner.raw_optimizer
     named = dict(model.named_parameters())
     kinds = {"frozen": sum(p.numel() for p in named.values() if not p.requires_grad)}
     chains: dict[str, Any] = {}
@@ -26,12 +30,23 @@ def plan(run: Run) -> dict[str, Any]:
     if isinstance(optimizer, GSGD) and optimizer.chains:
         found = optimizer.chains[0]
         pivots += sum(len(tensor.skeleton) for tensor in found.tensors.values())
-        trained = {name: tensor for name, tensor in found.tensors.items() if named[name].requires_grad}
+        trained = {
+            name: tensor for name, tensor in found.tensors.items() if named[name].requires_grad
+        }
         starts = [name for name in found.parameter if named[name].requires_grad]
         fixed = sum(len(tensor.skeleton) for tensor in trained.values())
-        on_chains = sum(named[name].numel() for name in trained) - fixed - sum(name in trained for name in starts)
+        on_chains = (
+            sum(named[name].numel() for name in trained)
+            - fixed
+            - sum(name in trained for name in starts)
+        )
         kinds |= {"on chains": on_chains, "starts": len(starts), "pivots that do not move": fixed}
-        chains = {"start": found.start, "chains": found.count, "units": found.units, "left": dict(found.left)}
+        chains = {
+            "start": found.start,
+            "chains": found.count,
+            "units": found.units,
+            "left": dict(found.left),
+        }
     kinds["ordinary"] = sum(p.numel() for p in named.values()) - sum(kinds.values())
     local_batch = max(1, settings.batch_size // run.fabric.world_size)
     return {
@@ -44,7 +59,7 @@ def plan(run: Run) -> dict[str, Any]:
         "val_images": len(run.data.val),
         "classes": len(run.data.classes),
         "steps": run.total_steps,
-        "epochs": -(-run.total_steps // run.steps_an_epoch),
+        "epochs": -(-run.total_steps // run.steps_per_epoch),
         "device": str(run.fabric.device),
         "memory_bytes": _memory(
             run.prepared, local_batch, momentum=bool(settings.momentum), average=bool(settings.ema)
@@ -54,7 +69,11 @@ def plan(run: Run) -> dict[str, Any]:
 
 
 def _memory(prepared: Prepared, batch: int, *, momentum: bool, average: bool) -> dict[str, int]:
-    """Bytes of the weights with their gradients and buffers, and of the activations kept for the backward pass."""
+    """Bytes of the weights and of the activations.
+
+    Gradients and buffers count with the weights; the activations are those kept for the backward
+    pass.
+    """
     model = prepared.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -63,7 +82,10 @@ def _memory(prepared: Prepared, batch: int, *, momentum: bool, average: bool) ->
 
 
 def _kept_by_autograd(prepared: Prepared, model: nn.Module) -> int:
-    """Bytes that autograd keeps per image, without parameters and buffers; measured with a batch of two images."""
+    """Bytes that autograd keeps per image, without parameters and buffers.
+
+    Measured with a batch of two images.
+    """
     own = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
     seen: dict[int, int] = {}
 
@@ -73,7 +95,9 @@ def _kept_by_autograd(prepared: Prepared, model: nn.Module) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    example = random_input(prepared.network.architecture, batch=2).to(next(model.parameters()).device)
+    example = random_input(prepared.network.architecture, batch=2).to(
+        next(model.parameters()).device
+    )
     state = {name: tensor.clone() for name, tensor in model.named_buffers()}
     training = model.training
     try:

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 class Progress(Protocol):
     """What wants to be told while the loop runs."""
 
-    def step(self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int) -> None:
+    def step(
+        self, epoch: int, done: int, total: int, loss: float, accuracy: float, images: int
+    ) -> None:
         """Called after every batch.
 
         Args:
@@ -45,6 +47,18 @@ class Position:
     best: tuple[float, float] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Position:
+        """The position that a checkpoint holds, as :func:`dataclasses.asdict` wrote it."""
+        best = state["best"]
+        return Position(**{**state, "best": None if best is None else tuple(best)})
+
+    def begin_next_epoch(self) -> None:
+        """Count the current epoch as finished, and reset what was summed over it."""
+        self.epoch += 1
+        self.batch, self.correct, self.images = 0, 0, 0
+        self.loss_sum = self.seconds = 0.0
+
 
 @dataclass(frozen=True)
 class Result:
@@ -53,7 +67,8 @@ class Result:
     Attributes:
         history: what was measured, one row per epoch.
         best: the row of the epoch with the best validation.
-        shortened: number of steps of chains that were shortened; None for other optimizers than G-SGD.
+        shortened: number of steps of chains that were shortened; None for other optimizers than
+            G-SGD.
     """
 
     history: list[dict[str, Any]]

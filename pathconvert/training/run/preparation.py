@@ -1,4 +1,7 @@
-"""Preparing a network of any form for training: its head, its conversion, the statistics of Path-BN."""
+"""Preparing a network of any form for training.
+
+This makes its head, its conversion and the statistics of Path-BN.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathconvert.conversion.record import form_of, record_of
+from pathconvert.conversion.calls import watched
+from pathconvert.conversion.record import Record, form_of, record_of
 from pathconvert.conversion.reparameterize import reparameterize
 from pathconvert.errors import DataError, PathconvertError
 from pathconvert.networks import architectures
@@ -22,7 +26,7 @@ from pathconvert.path_bn.entering import to_path_bn
 from pathconvert.path_bn.form import leave_path_bn
 from pathconvert.path_bn.restoring import restore
 from pathconvert.training.data.augmentation import Transform, preprocessing_of
-from pathconvert.training.data.batches import batches
+from pathconvert.training.data.batches import epoch_batches
 from pathconvert.training.data.labelled import Data
 from pathconvert.training.settings import Settings
 
@@ -42,8 +46,10 @@ class Prepared:
     """A network ready to be trained.
 
     Attributes:
-        model: the network to train, float32, in evaluation mode; it carries its record unless its form is ``plain``.
-        network: the network that it comes from, with the architecture that has the head for the data.
+        model: the network to train, float32, in evaluation mode; it carries its record unless its
+            form is ``plain``.
+        network: the network that it comes from, with the architecture that has the head for the
+            data.
         preprocessing: how images are turned into inputs.
         labels: names of the classes, one for every output.
         head: names of the classifier's parameters.
@@ -72,8 +78,10 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
         settings: the run's settings.
 
     Raises:
-        DataError: the data has more classes than ``--num-classes``, or the network's head cannot be replaced.
-        PathconvertError: the network is not a classifier of images, or options contradict one another.
+        DataError: the data has more classes than ``--num-classes``, or the network's head cannot be
+            replaced.
+        PathconvertError: the network is not a classifier of images, or options contradict one
+            another.
     """
     architecture = network.architecture
     if architecture.task not in ("classification", "other"):
@@ -82,7 +90,9 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
             "finetune trains classifiers; give a network whose outputs are class scores.",
         )
     if settings.norm == "bn" and settings.skip_scale is not None:
-        raise PathconvertError("--skip-scale has no effect with --norm bn", "Leave it out, or give --norm path-bn.")
+        raise PathconvertError(
+            "--skip-scale has no effect with --norm bn", "Leave it out, or give --norm path-bn."
+        )
     chosen = preprocessing_of(
         network,
         data,
@@ -96,29 +106,35 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
     network = dataclasses.replace(
         network,
         model=copy.deepcopy(network.model).float(),
-        architecture=dataclasses.replace(architecture, input_size=(len(chosen.preprocessing.mean), *crop)),
+        architecture=dataclasses.replace(
+            architecture, input_size=(len(chosen.preprocessing.mean), *crop)
+        ),
     )
     labels = _labels(data, settings)
     network, head, note = _with_head_for(network, record, labels, settings)
-    model = _in_form(network.model, network, record, data, settings, Transform(chosen.preprocessing))
+    model = _in_form(
+        network.model, network, record, data, settings, Transform(chosen.preprocessing)
+    )
     notes = [chosen.note, note] if chosen.note else [note]
     return Prepared(model.eval(), network, chosen.preprocessing, labels, head, tuple(notes))
 
 
 def _with_head_for(
-    network: LoadedNetwork, record: Mapping[str, Any] | None, labels: tuple[str, ...], settings: Settings
+    network: LoadedNetwork, record: Record | None, labels: tuple[str, ...], settings: Settings
 ) -> tuple[LoadedNetwork, tuple[str, ...], str]:
     """Give a network a classifier for ``labels``, unless its own is for just these.
 
     Returns:
-        The network, whose model is plain if its classifier is new; the names of the classifier's parameters; and a note
-        that says whether it is new.
+        The network, whose model is plain if its classifier is new; the names of the classifier's
+        parameters; and a note that says whether it is new.
     """
     model = network.model
     classes = _class_count(model, network)
     other_labels = network.labels is not None and tuple(network.labels) != labels
     if classes == len(labels) and not settings.new_head and not other_labels:
-        head = tuple(f"{_layers_that_run(model, network)[-1]}.{leaf}" for leaf in ("weight", "bias"))
+        head = tuple(
+            f"{_layers_that_run(model, network)[-1]}.{leaf}" for leaf in ("weight", "bias")
+        )
         return network, head, f"the classifier is kept: it has {classes} classes, as the data has"
     plain = restore(model, record) if record else model
     architecture, model, head = _with_head(network, plain, classes, len(labels), settings.seed)
@@ -140,7 +156,7 @@ def _labels(data: Data, settings: Settings) -> tuple[str, ...]:
 def _in_form(
     model: nn.Module,
     network: LoadedNetwork,
-    record: Mapping[str, Any] | None,
+    record: Record | None,
     data: Data,
     settings: Settings,
     transform: Transform,
@@ -156,14 +172,19 @@ def _in_form(
         transform: the transform of the calibration images.
 
     Raises:
-        PathconvertError: ``--pivot`` or ``--scope`` is given, and the file was converted with another.
+        PathconvertError: ``--pivot`` or ``--scope`` is given, and the file was converted with
+            another.
     """
-    asked = {name: getattr(settings, name) for name in ("pivot", "scope") if getattr(settings, name) is not None}
+    asked = {
+        name: getattr(settings, name)
+        for name in ("pivot", "scope")
+        if getattr(settings, name) is not None
+    }
     _require_same_choices(record, asked)
     form, wanted = form_of(model), TRAINED_FORM[settings.norm, settings.optimizer]
-    stored = (record or {}).get("path_bn", {})
-    skip_scale = settings.skip_scale or stored.get("skip_scale", 1.0)
-    if form == wanted and (form != "path-bn" or skip_scale == stored["skip_scale"]):
+    stored = record.path_bn.skip_scale if record and record.path_bn else None
+    skip_scale = settings.skip_scale or stored or 1.0
+    if form == wanted and (form != "path-bn" or skip_scale == stored):
         return model
     if wanted == "plain":
         return restore(model, record_of(model))
@@ -173,34 +194,46 @@ def _in_form(
             return model
     plain = model if form == "plain" else restore(model, record_of(model))
     example = random_input(network.architecture)
-    options: dict[str, Any] = {name: (record or {}).get(name) for name in ("scope", "pivot", "gauge")}
-    conversion = reparameterize(plain, example, **{k: v for k, v in (options | asked).items() if v is not None})
+    options: dict[str, Any] = (record.choices if record else {}) | asked
+    conversion = reparameterize(plain, example, **options)
     if wanted == "path":
         return conversion.model
-    # begin="evaluation" keeps what the network computes in evaluation mode: its error on new data is 1 % lower
-    # (benchmarks/README.md)
-    return to_path_bn(conversion, example, _calibration(data, settings, transform), skip_scale, begin="evaluation")
+    # begin="evaluation" keeps what the network computes in evaluation mode: its error on new data
+    # is 1 % lower (benchmarks/README.md)
+    return to_path_bn(
+        conversion, example, _calibration(data, settings, transform), skip_scale, begin="evaluation"
+    )
 
 
-def _require_same_choices(record: Mapping[str, Any] | None, asked: Mapping[str, str]) -> None:
+def _require_same_choices(record: Record | None, asked: Mapping[str, str]) -> None:
     """Refuse choices of a conversion that differ from those in its record.
 
     Raises:
         PathconvertError: there is a record, and it holds another choice.
     """
-    stored = {name: record[name] for name in asked} if record else asked
+    stored = {name: record.choices[name] for name in asked} if record else asked
     if stored != asked:
         raise PathconvertError(
-            f"the source is converted already, with {', '.join(f'{k} {v}' for k, v in stored.items())}",
+            "the source is converted already, with"
+            f" {', '.join(f'{k} {v}' for k, v in stored.items())}",
             "Leave --pivot and --scope out, or start from the plain checkpoint.",
         )
 
 
 def _calibration(data: Data, settings: Settings, transform: Transform) -> Iterator[Tensor]:
-    """The first ``calibration_images`` of the shuffled training images, without augmentation, in batches."""
+    """The first ``calibration_images`` of the shuffled training images, in batches.
+
+    They are not augmented.
+    """
     left = settings.calibration_images
-    for images, _ in batches(
-        data.train, transform, batch_size=32, epoch=0, seed=settings.seed, shuffle=True, drop_last=False
+    for images, _ in epoch_batches(
+        data.train,
+        transform,
+        batch_size=32,
+        epoch=0,
+        seed=settings.seed,
+        shuffle=True,
+        drop_last=False,
     ):
         yield images[:left]
         left -= len(images)
@@ -218,7 +251,8 @@ def _class_count(model: nn.Module, network: LoadedNetwork) -> int:
         output = model.eval()(random_input(network.architecture, batch=1))
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise PathconvertError(
-            f"the outputs of {network.architecture.name} are not class scores", "finetune trains only classifiers."
+            f"the outputs of {network.architecture.name} are not class scores",
+            "finetune trains only classifiers.",
         )
     return output.shape[1]
 
@@ -230,7 +264,8 @@ def _with_head(
 
     Args:
         network: tells the architecture.
-        plain: the network, whose weights are kept but for the classifiers', which are initialised anew.
+        plain: the network, whose weights are kept but for the classifiers', which are initialised
+            anew.
         before, classes: its number of outputs, and the number that it gets.
         seed: of the initialisation.
 
@@ -249,10 +284,16 @@ def _with_head(
         for name, tensor in fresh.state_dict().items()
     }
     odd = [
-        name for name, tensor in fresh.state_dict().items() if kept[name].shape != tensor.shape or name not in tensors
+        name
+        for name, tensor in fresh.state_dict().items()
+        if kept[name].shape != tensor.shape or name not in tensors
     ]
     if odd or not layers:
-        what = f"{odd[0]} would change too" if odd else "no layer has as many outputs as there are classes"
+        what = (
+            f"{odd[0]} would change too"
+            if odd
+            else "no layer has as many outputs as there are classes"
+        )
         raise DataError(
             f"the classifier of {old.name} cannot be replaced by one of {classes} classes: {what}",
             "Its builder must take num_classes, and use it for the classifier alone.",
@@ -266,8 +307,12 @@ def _with_head(
     return architecture, model.float(), tuple(names)
 
 
-def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, before: int, after: int) -> set[str]:
-    """Names of the classifiers: of the last layer that runs and of auxiliary layers, those with one row per class.
+def _classifiers(
+    fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, before: int, after: int
+) -> set[str]:
+    """Names of the classifiers: layers with one row per class.
+
+    Only the last layer that runs and auxiliary layers count.
 
     Args:
         fresh: the network with ``after`` classes.
@@ -276,24 +321,28 @@ def _classifiers(fresh: nn.Module, plain: nn.Module, network: LoadedNetwork, bef
         before, after: numbers of classes.
     """
     order = _layers_that_run(plain, network)
-    layers = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = {
+        name for name, module in plain.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     auxiliary = layers - set(order)  # auxiliary classifiers run only in training mode
-    rows = {name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh)) for name in layers}
+    rows = {
+        name: tuple(len(model.get_parameter(f"{name}.weight")) for model in (plain, fresh))
+        for name in layers
+    }
     return {name for name in {order[-1], *auxiliary} if rows[name] == (before, after)}
 
 
 def _layers_that_run(model: nn.Module, network: LoadedNetwork) -> list[str]:
-    """Names of linear layers and convolutions, in the order in which they run in evaluation mode."""
+    """Names of linear layers and convolutions, in the order in which they run.
+
+    They run in evaluation mode.
+    """
     order: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: order.append(name))
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    try:
-        with torch.no_grad():
-            model.eval()(random_input(network.architecture, batch=1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    }
+    with torch.no_grad(), watched(layers, before=lambda name, _: order.append(name)):
+        model.eval()(random_input(network.architecture, batch=1))
     return order

@@ -1,4 +1,7 @@
-"""BatchNorm over all processes: torch's SyncBatchNorm on GPUs, and an equal layer on the CPU, where torch has none."""
+"""BatchNorm over all processes.
+
+On GPUs it is torch's SyncBatchNorm; on the CPU, where torch has none, an equal layer.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = squares / total[-1]
         with torch.no_grad():
             self.num_batches_tracked += 1
-            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            momentum = (
+                self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            )
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(squares / (total[-1] - 1), momentum)
         result = (input - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
@@ -46,13 +51,16 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 def _sum_over_processes(x: Tensor) -> Tensor:
     """The sum of ``x`` over all processes; differentiable."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch recommends a private function in its place
+        # torch recommends a private function in its place
+        warnings.simplefilter("ignore", FutureWarning)
         total: Tensor = all_reduce(x)
     return total
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make all BatchNorms of ``model``, those in Path-BN layers too, compute statistics over all processes.
+    """Make all BatchNorms of ``model`` compute statistics over all processes.
+
+    Those in Path-BN layers are included.
 
     Args:
         model: changed in place.

@@ -45,7 +45,11 @@ def folded_exactly(model, x, left=()):
         (nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(6), (2, 3, 8, 8)),
         (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6, eps=1e-3), (2, 4, 8, 8)),
         (nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), (2, 6, 8, 8)),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(6), (2, 4, 8, 8)),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2),
+            nn.BatchNorm2d(6),
+            (2, 4, 8, 8),
+        ),
         (nn.ConvTranspose1d(3, 5, 4), nn.BatchNorm1d(5), (2, 3, 8)),
         (nn.Conv1d(3, 5, 3, padding="same"), nn.BatchNorm1d(5), (2, 3, 8)),
         (nn.Conv3d(3, 5, 3), nn.BatchNorm3d(5), (2, 3, 4, 5, 6)),
@@ -88,7 +92,9 @@ def test_gammas_that_are_negative_zero_and_tiny():
     ],
 )
 def test_a_batch_norm_before_a_layer_folds_only_where_nothing_is_padded(layer, takes):
-    folded_exactly(nn.Sequential(nn.BatchNorm2d(3), layer, nn.ReLU()), MAPS, () if takes else ("0",))
+    folded_exactly(
+        nn.Sequential(nn.BatchNorm2d(3), layer, nn.ReLU()), MAPS, () if takes else ("0",)
+    )
 
 
 def test_a_batch_norm_before_a_linear_layer():
@@ -96,15 +102,23 @@ def test_a_batch_norm_before_a_linear_layer():
 
 
 def test_batch_norms_in_a_row_and_on_both_sides():
-    folded_exactly(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), MAPS)
+    folded_exactly(
+        nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        MAPS,
+    )
 
 
 def test_a_batch_norm_between_two_layers_that_could_take_it_folds_once():
-    folded_exactly(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), MAPS)
+    folded_exactly(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        MAPS,
+    )
 
 
 def test_a_relu_between_keeps_both_batch_norms_but_the_one_after_the_layer():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)
+    )
     folded_exactly(model, MAPS, ("0", "4"))
 
 
@@ -232,13 +246,19 @@ def test_shared_parametrized_hooked_and_subclassed_layers_are_left():
 
 
 def test_without_running_statistics_a_batch_norm_is_left():
-    folded_exactly(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)), MAPS, ("1",))
+    folded_exactly(
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)),
+        MAPS,
+        ("1",),
+    )
 
 
 def test_a_module_under_two_names_and_dtypes_stay():
     block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
     folded_exactly(nn.Sequential(block, block), MAPS, ("0.1",))
-    half = fold(randomise(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))).half(), MAPS)
+    half = fold(
+        randomise(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))).half(), MAPS
+    )
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
@@ -246,7 +266,9 @@ def test_a_folded_weight_that_does_not_fit_the_dtype_is_refused():
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.0))).half()
     model[1].running_var.fill_(6e-8)
     model[1].weight.data.fill_(6e4)
-    with pytest.raises(PathconvertError, match=r"^0\.weight does not fit float16 once its BatchNorm is folded in$"):
+    with pytest.raises(
+        PathconvertError, match=r"^0\.weight does not fit float16 once its BatchNorm is folded in$"
+    ):
         fold(model, MAPS)
 
 
@@ -280,7 +302,9 @@ def test_a_network_that_cannot_run_in_float64_is_refused():
         def forward(self, x):
             return self.n(self.a(x.float()))
 
-    with pytest.raises(TraceError, match=r"Input type .float. and bias type .double. should be the same"):
+    with pytest.raises(
+        TraceError, match=r"Input type .float. and bias type .double. should be the same"
+    ):
         fold(Narrow(), MAPS)
 
 

@@ -1,4 +1,7 @@
-"""Timing: the turns, the ratios, and which networks can be compared. Speeds themselves are not tested."""
+"""Timing: the turns, the ratios, and which networks can be compared.
+
+Speeds themselves are not tested.
+"""
 
 # ruff: noqa: ARG001 - fixtures are asked for what they do: `here` is the current folder
 
@@ -16,9 +19,9 @@ from sample_networks import network
 
 from pathconvert.cli import run
 from pathconvert.errors import PathconvertError, RuntimeUnavailable
-from pathconvert.export.runtime import bench, contenders
-from pathconvert.export.runtime.bench import measure, quartiles, time_contenders, turns_of
-from pathconvert.export.runtime.contenders import Contender
+from pathconvert.export.runtime import bench, engines
+from pathconvert.export.runtime.bench import measure, quartiles, time_engines, turns_of
+from pathconvert.export.runtime.engines import Engine
 
 GPU = torch.cuda.is_available()
 BUILDER = """
@@ -32,7 +35,9 @@ def tiny(num_classes=5):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with ``a.onnx`` and ``tiny.pt`` (built by ``builders:tiny``), which both take inputs of 3x4x4."""
+    """A folder with ``a.onnx`` and ``tiny.pt`` (built by ``builders:tiny``), which both take inputs
+    of 3x4x4.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(bench, "TURN_SECONDS", 1e-4)
@@ -45,7 +50,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-TINY = ["--arch", "builders:tiny", "--input-size", "3x4x4", "--repeats", "3", "--threads", "1", "--device", "cpu"]
+TINY = [
+    "--arch",
+    "builders:tiny",
+    "--input-size",
+    "3x4x4",
+    "--repeats",
+    "3",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 class Clock:
@@ -66,8 +82,8 @@ def clock(monkeypatch):
     return clock
 
 
-def worker(name: str, seconds: float, clock: Clock, calls: list[str]) -> Contender:
-    """A contender that takes ``seconds`` per image, and notes that it was called."""
+def worker(name: str, seconds: float, clock: Clock, calls: list[str]) -> Engine:
+    """An engine that takes ``seconds`` per image, and notes that it was called."""
 
     def start(batch: np.ndarray):
         def call() -> None:
@@ -76,17 +92,19 @@ def worker(name: str, seconds: float, clock: Clock, calls: list[str]) -> Contend
 
         return call
 
-    return Contender(name, "count", "cpu", (1,), None, start)
+    return Engine(
+        name, "torch eager", "cpu", torch.nn.Identity(), (1,), None, run=np.abs, runner=start
+    )
 
 
 def test_everyone_has_a_turn_in_every_round(clock):
     calls: list[str] = []
     workers = [worker(name, bench.TURN_SECONDS, clock, calls) for name in "ab"]
-    turns = turns_of([one.start(np.zeros((1, 1))) for one in workers], rounds=6)
+    turns = turns_of([one.runner(np.zeros((1, 1))) for one in workers], rounds=6)
     assert [len(own) for own in turns] == [6, 6]
     warm = ["a"] * bench.WARM_UP + ["b"] * bench.WARM_UP
     assert calls[: len(warm)] == warm
-    # every contender has an untimed and a timed call (one call fills a turn); the order of contenders varies
+    # every engine has an untimed and a timed call (one call fills a turn); the order varies
     rest = "".join(calls[len(warm) :])
     assert {rest[i : i + 4] for i in range(0, len(rest), 4)} == {"aabb", "bbaa"}
     assert len(rest) == 6 * 4
@@ -94,7 +112,9 @@ def test_everyone_has_a_turn_in_every_round(clock):
 
 def test_a_quick_call_fills_its_turn(clock):
     calls: list[str] = []
-    (turns,) = turns_of([worker("a", bench.TURN_SECONDS / 8, clock, calls).start(np.zeros((1, 1)))], rounds=1)
+    (turns,) = turns_of(
+        [worker("a", bench.TURN_SECONDS / 8, clock, calls).runner(np.zeros((1, 1)))], rounds=1
+    )
     assert turns == [bench.TURN_SECONDS / 8]
     assert len(calls) == bench.WARM_UP + 1 + 8
 
@@ -102,10 +122,12 @@ def test_a_quick_call_fills_its_turn(clock):
 def test_ratios_are_of_one_round(clock):
     calls: list[str] = []
     workers = [worker("a", 0.25, clock, calls), worker("b", 0.5, clock, calls)]
-    first, second = time_contenders(workers, 2, (1,), rounds=3)
+    first, second = time_engines(workers, 2, (1,), rounds=3)
     assert (first.ratio, first.ratio_low, first.ratio_high) == (1, 1, 1)
     assert (second.ratio, second.ratio_low, second.ratio_high) == (2, 2, 2)
-    assert (first.low_ms, first.median_ms, first.high_ms, first.fastest_ms, first.first_ms) == (500,) * 5
+    assert (first.low_ms, first.median_ms, first.high_ms, first.fastest_ms, first.first_ms) == (
+        500,
+    ) * 5
     assert (first.throughput, second.throughput) == (4, 2)
 
 
@@ -169,8 +191,9 @@ def test_options_of_a_checkpoint(here, capsys):
     assert printed.err == "wrapped.pt: taking the weights under 'ema'\n"
     assert {t["engine"] for t in json.loads(printed.out)["timings"]} == {"torch eager"}
     assert run(["bench", "a.onnx", "--key", "ema", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err == (
-        "error: --key is for checkpoints, but a.onnx is an ONNX file\ntip: Leave --key out.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --key is for checkpoints, but a.onnx is an ONNX file\ntip: Leave --key out.\n"
     )
 
 
@@ -185,8 +208,10 @@ def test_without_a_gpu(here, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ONNX Runtime cannot use cuda: the library ")
-    with pytest.raises(RuntimeUnavailable, match="squeezenet1_1 cannot run on cuda: torch finds no GPU here"):
-        contenders.torch_contender("squeezenet1_1", loaded("squeezenet1_1"), "cuda")
+    with pytest.raises(
+        RuntimeUnavailable, match="squeezenet1_1 cannot run on cuda: torch finds no GPU here"
+    ):
+        engines.torch_engine("squeezenet1_1", loaded("squeezenet1_1"), "cuda")
 
 
 def loaded(name: str):
@@ -194,13 +219,22 @@ def loaded(name: str):
     from pathconvert.networks.architectures import Architecture
     from pathconvert.networks.loading import LoadedNetwork
 
-    return LoadedNetwork(network(name), Architecture(name, {}, (3, 64, 64), "classification"), None, ())
+    return LoadedNetwork(
+        network(name), Architecture(name, {}, (3, 64, 64), "classification"), None, ()
+    )
 
 
 def test_compile_adds_a_row(here, monkeypatch):
-    monkeypatch.setattr(contenders.torch, "compile", lambda model: model)  # compiling takes longer than all tests here
+    # compiling takes longer than all tests here
+    monkeypatch.setattr(engines.torch, "compile", lambda model: model)
     report = measure(
-        ["sq"], [1], device="cpu", threads=1, rounds=1, compile=True, load=lambda _: loaded("squeezenet1_1")
+        ["sq"],
+        [1],
+        device="cpu",
+        threads=1,
+        rounds=1,
+        compile=True,
+        load=lambda _: loaded("squeezenet1_1"),
     )
     assert [t.engine for t in report.timings] == ["torch eager", "torch.compile"]
 
@@ -209,10 +243,17 @@ def test_a_compiler_that_fails(here, monkeypatch):
     def fail(_: torch.Tensor) -> None:
         raise RuntimeError("no C++ compiler\nand so on")
 
-    monkeypatch.setattr(contenders.torch, "compile", lambda _: fail)
-    monkeypatch.setattr(contenders, "run_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(engines.torch, "compile", lambda _: fail)
     with pytest.raises(PathconvertError, match=r"^torch.compile fails on sq: no C\+\+ compiler$"):
-        measure(["sq"], [1], device="cpu", threads=1, rounds=1, compile=True, load=lambda _: loaded("squeezenet1_1"))
+        measure(
+            ["sq"],
+            [1],
+            device="cpu",
+            threads=1,
+            rounds=1,
+            compile=True,
+            load=lambda _: loaded("squeezenet1_1"),
+        )
 
 
 def test_fixed_batches(here):
@@ -225,22 +266,32 @@ def test_fixed_batches(here):
 
 def test_uint8_beside_float(here):
     save_linear(here / "bytes.onnx", kind=TensorProto.UINT8)
-    assert len(measure(["a.onnx", "bytes.onnx"], [1], device="cpu", threads=1, rounds=1).timings) == 2
+    assert (
+        len(measure(["a.onnx", "bytes.onnx"], [1], device="cpu", threads=1, rounds=1).timings) == 2
+    )
 
 
 def test_free_sizes(here):
     save_linear(here / "free.onnx", ("batch", 3, "height", "width"))
     with pytest.raises(PathconvertError, match=r"^free.onnx takes inputs of any size \(3x\?x\?\)$"):
         measure(["free.onnx"], device="cpu")
-    assert measure(["free.onnx"], [1], device="cpu", rounds=1, input_size=(3, 6, 6)).input_size == (3, 6, 6)
+    assert measure(["free.onnx"], [1], device="cpu", rounds=1, input_size=(3, 6, 6)).input_size == (
+        3,
+        6,
+        6,
+    )
     assert measure(["free.onnx", "a.onnx"], [1], device="cpu", rounds=1).input_size == (3, 4, 4)
 
 
 def test_networks_of_other_sizes(here):
     save_linear(here / "b.onnx", ("batch", 3, 8, 8))
-    with pytest.raises(PathconvertError, match=r"^b.onnx takes inputs of size 3x8x8; a.onnx says 3x4x4$"):
+    with pytest.raises(
+        PathconvertError, match=r"^b.onnx takes inputs of size 3x8x8; a.onnx says 3x4x4$"
+    ):
         measure(["a.onnx", "b.onnx"], device="cpu")
-    with pytest.raises(PathconvertError, match=r"^a.onnx takes inputs of size 3x4x4; --input-size says 3x8x8$"):
+    with pytest.raises(
+        PathconvertError, match=r"^a.onnx takes inputs of size 3x4x4; --input-size says 3x8x8$"
+    ):
         measure(["a.onnx", "b.onnx"], device="cpu", input_size=(3, 8, 8))
 
 
@@ -249,12 +300,21 @@ def test_networks_of_other_sizes(here):
     [
         (["a.onnx", "--batch", "x"], "error: 'x' is not a list of batch sizes"),
         (["a.onnx", "--batch", "0"], "error: '0' is not a list of batch sizes"),
-        (["none.onnx", "--device", "cpu"], "error: none.onnx does not exist; expected an ONNX file."),
+        (
+            ["none.onnx", "--device", "cpu"],
+            "error: none.onnx does not exist; expected an ONNX file.",
+        ),
         (
             ["tiny.pt", "--cuda-graph"],
             "error: --cuda-graph needs ONNX Runtime, and none of the networks is an .onnx file",
         ),
-        (["nosuchnet"], "error: nosuchnet is neither a file here nor a torchvision network that pathconvert knows."),
+        (
+            ["nosuchnet"],
+            (
+                "error: nosuchnet is neither a file here nor a torchvision network that pathconvert"
+                " knows."
+            ),
+        ),
     ],
 )
 def test_refusals(here, arguments, line, capsys):
@@ -274,7 +334,13 @@ def test_help_has_an_example(capsys):
 @pytest.mark.parametrize("options", [{}, {"io_binding": True}, {"cuda_graph": True}])
 def test_on_a_gpu(here, options):
     report = measure(
-        ["a.onnx", "sq"], [1, 2], device="cuda", rounds=2, input_size=(3, 4, 4), load=lambda _: tiny(), **options
+        ["a.onnx", "sq"],
+        [1, 2],
+        device="cuda",
+        rounds=2,
+        input_size=(3, 4, 4),
+        load=lambda _: tiny(),
+        **options,
     )
     assert {t.device for t in report.timings} == {"cuda"}
     assert not report.fallbacks

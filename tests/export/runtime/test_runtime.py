@@ -1,4 +1,6 @@
-"""Sessions: the choice of the device, the reasons for refusals, and the explanation of files that do not load."""
+"""Sessions: the choice of the device, the reasons for refusals, and the explanation of files that
+do not load.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,19 @@ def images(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-# --- sessions -------------------------------------------------------------------------------------------------------
+# ---- sessions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("io_binding", [False, True])
 def test_runs_on_the_cpu(here, io_binding):
     weight = save_linear(here / "a.onnx")
     session = open_session("a.onnx", "cpu", threads=1, io_binding=io_binding)
-    assert (session.device, session.providers, session.fallback, session.card) == ("cpu", (CPU,), None, None)
+    assert (session.device, session.providers, session.fallback, session.card) == (
+        "cpu",
+        (CPU,),
+        None,
+        None,
+    )
     assert session.input_shape == ("batch", 3, 4, 4)
     assert session.nodes == {CPU: sum(session.nodes.values())}
     for batch in (1, 3):
@@ -69,7 +76,9 @@ def test_options(here):
 
 
 def test_card_is_read(here):
-    card = ModelCard(Architecture("resnet18", {}, (3, 4, 4), "classification"), labels=tuple("abcde"))
+    card = ModelCard(
+        Architecture("resnet18", {}, (3, 4, 4), "classification"), labels=tuple("abcde")
+    )
     save_linear(here / "a.onnx", card=card)
     assert open_session("a.onnx", "cpu").card == card
 
@@ -80,18 +89,24 @@ def test_damaged_card_names_the_file(here):
     entry = model.metadata_props.add()
     entry.key, entry.value = "pathconvert", "{"
     onnx.save(model, "a.onnx")
-    with pytest.raises(CheckpointError, match=r"^a\.onnx: the file has damaged pathconvert metadata"):
+    with pytest.raises(
+        CheckpointError, match=r"^a\.onnx: the file has damaged pathconvert metadata"
+    ):
         open_session("a.onnx", "cpu")
 
 
 def test_telemetry_is_off_before_the_runtime_is_loaded():
-    code = "import os, pathconvert.export.runtime.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = (
+        "import os, pathconvert.export.runtime.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "1\n"
 
 
-# --- devices --------------------------------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 
 @without_gpu
@@ -118,7 +133,9 @@ def test_auto_falls_back_and_says_why(here, capfd):
 
 def test_a_session_that_lost_its_provider_is_refused(here, monkeypatch):
     save_linear(here / "a.onnx")
-    monkeypatch.setattr(providers.ort, "preload_dlls", lambda: print("Failed to load libodd.so.3: no such file"))
+    monkeypatch.setattr(
+        providers.ort, "preload_dlls", lambda: print("Failed to load libodd.so.3: no such file")
+    )
     load = providers._load
     monkeypatch.setattr(providers, "_load", lambda path, options, _: load(path, options, [CPU]))
     with pytest.raises(RuntimeUnavailable, match=r"cannot use cuda: Failed to load libodd.so.3"):
@@ -129,16 +146,27 @@ def test_a_session_that_lost_its_provider_is_refused(here, monkeypatch):
 def test_a_build_without_the_provider(here, monkeypatch):
     save_linear(here / "a.onnx")
     monkeypatch.setattr(providers.ort, "get_available_providers", lambda: [CPU])
-    with pytest.raises(RuntimeUnavailable, match=r"this build of ONNX Runtime \(.+\) has no CUDAExecutionProvider"):
+    with pytest.raises(
+        RuntimeUnavailable, match=r"this build of ONNX Runtime \(.+\) has no CUDAExecutionProvider"
+    ):
         open_session("a.onnx", "cuda")
 
 
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        ("x with error: libcudnn.so.9: cannot open shared object file\n", "the library libcudnn.so.9 is missing"),
-        ('loading "x.dll" which depends on "cudnn64_9.dll" which is missing.', "the library cudnn64_9.dll is missing"),
-        ("a\nCUDA failure 100: no device is detected ; GPU=0", "CUDA failure 100: no device is detected"),
+        (
+            "x with error: libcudnn.so.9: cannot open shared object file\n",
+            "the library libcudnn.so.9 is missing",
+        ),
+        (
+            'loading "x.dll" which depends on "cudnn64_9.dll" which is missing.',
+            "the library cudnn64_9.dll is missing",
+        ),
+        (
+            "a\nCUDA failure 100: no device is detected ; GPU=0",
+            "CUDA failure 100: no device is detected",
+        ),
         ("\x1b[1;31modd\x1b[m\nlines", "odd lines"),
         ("", "ONNX Runtime does not say why"),
     ],
@@ -176,12 +204,19 @@ def test_node_assignment_decides(here):
     made = open_session("a.onnx", "cpu").inference
     cuda = PROVIDERS["cuda"]
     part = Assigned(made, Part(cuda, "Relu", "Conv"), Part(CPU, "Conv", "Shape", "Conv"))
-    session = providers._session(here / "a.onnx", "cuda", part, None, io_binding=False, cuda_graph=False)
+    session = providers._session(
+        here / "a.onnx", "cuda", part, None, io_binding=False, cuda_graph=False
+    )
     assert session.nodes == {cuda: 2, CPU: 3}
     assert session.fallback == "the CPU runs 2 heavy nodes: 2 Conv"
     with pytest.raises(RuntimeUnavailable, match="has no kernel for any node"):
         providers._session(
-            here / "a.onnx", "cuda", Assigned(made, Part(CPU, "Conv")), None, io_binding=False, cuda_graph=False
+            here / "a.onnx",
+            "cuda",
+            Assigned(made, Part(CPU, "Conv")),
+            None,
+            io_binding=False,
+            cuda_graph=False,
         )
 
 
@@ -189,7 +224,9 @@ def test_node_assignment_decides(here):
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.usefixtures("here")
 def test_what_the_gpu_providers_are_asked(monkeypatch, cuda_graph, tf32):
-    """A dynamic batch needs cuDNN's heuristic: the exhaustive search would start again at every batch size."""
+    """A dynamic batch needs cuDNN's heuristic: the exhaustive search would start again at every
+    batch size.
+    """
     asked = []
 
     def load(_, __, wanted):
@@ -225,7 +262,9 @@ def test_wrong_devices(here):
 
 
 def test_a_captured_graph_sees_every_new_input(here):
-    """A captured graph reads fixed addresses, so a second array of the same shape is copied over the first one."""
+    """A captured graph reads fixed addresses, so a second array of the same shape is copied over
+    the first one.
+    """
     weight = save_linear(here / "a.onnx")
     session = dataclasses.replace(open_session("a.onnx", "cpu"), io_binding=True, cuda_graph=True)
     bindings = []
@@ -251,7 +290,7 @@ def test_runs_on_cuda(here, options):
         np.testing.assert_allclose(session.run(x)[0], x.mean((2, 3)) @ weight, atol=1e-2)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def refusal(path: str, device: str = "cpu") -> str:
@@ -269,7 +308,11 @@ def test_files_that_are_no_network(here):
     (here / "noise.onnx").write_bytes(bytes([255, 254, 0, 3]) * 50)
     (here / "folder.onnx").mkdir()
     torch.save({"a": torch.zeros(3)}, here / "weights.onnx")
-    assert refusal("cut.onnx") == refusal("cut.onnx", "auto") == "cut.onnx is a truncated or damaged ONNX file."
+    assert (
+        refusal("cut.onnx")
+        == refusal("cut.onnx", "auto")
+        == "cut.onnx is a truncated or damaged ONNX file."
+    )
     assert refusal("empty.onnx") == "empty.onnx is empty (0 bytes); expected an ONNX file."
     assert refusal("page.onnx").startswith("page.onnx is a web page (HTML)")
     assert refusal("noise.onnx").startswith("noise.onnx is unknown binary data")
@@ -291,9 +334,16 @@ def test_files_from_the_future(here):
     save_linear(here / "opset.onnx", opset=99)
     save_linear(here / "format.onnx", ir_version=99)
     save_linear(here / "odd.onnx", operation="Frobnicate")
-    assert "opset.onnx is written in opset 99; this ONNX Runtime knows opsets up to " in refusal("opset.onnx")
-    assert "is written in ONNX's file format 99; this ONNX Runtime reads formats up to " in refusal("format.onnx")
-    assert refusal("odd.onnx") == "odd.onnx needs the operation acme:Frobnicate, which ONNX Runtime does not have."
+    assert "opset.onnx is written in opset 99; this ONNX Runtime knows opsets up to " in refusal(
+        "opset.onnx"
+    )
+    assert "is written in ONNX's file format 99; this ONNX Runtime reads formats up to " in refusal(
+        "format.onnx"
+    )
+    assert (
+        refusal("odd.onnx")
+        == "odd.onnx needs the operation acme:Frobnicate, which ONNX Runtime does not have."
+    )
 
 
 def test_weights_in_another_file_that_is_missing(here):
@@ -304,10 +354,12 @@ def test_weights_in_another_file_that_is_missing(here):
     onnx.save(model, "b.onnx", save_as_external_data=True, location="b.onnx.data", size_threshold=0)
     assert open_session("b.onnx", "cpu").run(images(1, 3, 4, 4))
     (here / "b.onnx.data").unlink()
-    assert refusal("b.onnx").startswith("b.onnx keeps its weights in another file, which is missing or damaged")
+    assert refusal("b.onnx").startswith(
+        "b.onnx keeps its weights in another file, which is missing or damaged"
+    )
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 4), (3, 4, 4)])
@@ -333,8 +385,13 @@ def test_a_fixed_batch_and_uint8(here):
 
 def test_several_inputs_are_refused(here):
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "abc"]
-    graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "g", ports[:2], ports[2:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), here / "a.onnx")
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["a", "b"], ["c"])], "g", ports[:2], ports[2:]
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        here / "a.onnx",
+    )
     with pytest.raises(CheckpointError, match=r"a\.onnx has 2 inputs \(a, b\)"):
         _ = open_session("a.onnx", "cpu").input_shape
 
@@ -345,9 +402,14 @@ def test_a_failing_run_is_one_line(here):
     taken = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [None, 3])
     shape = numpy_helper.from_array(np.array([-1, 3]), "shape")
     graph = helper.make_graph([node], "g", [given], [taken], [shape])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), here / "a.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        here / "a.onnx",
+    )
     session = open_session("a.onnx", "cpu")
     assert session.run(images(3, 4))[0].shape == (4, 3)
-    with pytest.raises(PathconvertError, match=r"^a\.onnx: ONNX Runtime failed on cpu: ") as refused:
+    with pytest.raises(
+        PathconvertError, match=r"^a\.onnx: ONNX Runtime failed on cpu: "
+    ) as refused:
         session.run(images(1, 4))
     assert "\n" not in str(refused.value)

@@ -27,24 +27,30 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
 
 def assert_equal(found: nn.Module, expected: dict[str, Tensor], tolerance: float) -> None:
     for name, parameter in found.named_parameters():
-        error = float((parameter.detach() - expected[name]).abs().max() / expected[name].abs().max())
+        error = float(
+            (parameter.detach() - expected[name]).abs().max() / expected[name].abs().max()
+        )
         assert error < tolerance, f"{name} differs by {error:.2e} of its largest element"
 
 
+# without biases and BatchNorm it takes no Path-BN
 CASES = [
     (name, skip_scale, start)
     for name, skip_scale, start in itertools.product(NETWORKS, (None, 1.0), ("bn", "weight"))
-    if not (name == "equal widths" and skip_scale)  # without biases and BatchNorm it takes no Path-BN
+    if not (name == "equal widths" and skip_scale)
 ]
 
 
 @pytest.mark.parametrize(("name", "skip_scale", "start"), CASES)
 @pytest.mark.parametrize("pivot", ["diagonal", "max"])
 @pytest.mark.parametrize("anchor", ["balanced", "initial", None])
-def test_step_is_sgd_on_path_coordinates(name: str, skip_scale: float | None, start: str, pivot: str, anchor) -> None:
+def test_step_is_sgd_on_path_coordinates(
+    name: str, skip_scale: float | None, start: str, pivot: str, anchor
+) -> None:
     conversion, model, layers, batches = converted(name, pivot, skip_scale=skip_scale)
     expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
-    # path-values as they are: 1 / d² multiplies the rate, and a chain's value should stay above a tenth of itself
+    # path-values as they are: 1 / d² multiplies the rate, and a chain's value should stay above a
+    # tenth of itself
     lr = 1e-4 if anchor else 1e-4 * min(expected.values) ** 2
     optimizer = GSGD(path_parameter_groups(model), lr=lr, start=start, anchor=anchor)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -63,7 +69,11 @@ def test_momentum_and_decay_act_on_path_coordinates(
     conversion, model, layers, batches = converted(name, skip_scale=skip_scale)
     settings = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1}
     expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
-    train(model, GSGD(path_parameter_groups(model), start=start, decay=decay, anchor=anchor, **settings), batches)
+    train(
+        model,
+        GSGD(path_parameter_groups(model), start=start, decay=decay, anchor=anchor, **settings),
+        batches,
+    )
     if decay == "basis_path_norm":
         assert expected.chains
     assert_equal(model, expected.train(loss, batches, decay=decay, **settings), 1e-12)
@@ -77,32 +87,51 @@ def test_weight_norm_multiplies_the_gradients_of_all_weights(
     conversion, model, layers, batches = converted(name, skip_scale=skip_scale)
     settings = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.1, "weight_norm": True}
     expected = PathCoordinates(copy.deepcopy(model), conversion, layers, start, anchor)
-    train(model, GSGD(path_parameter_groups(model), start=start, anchor=anchor, **settings), batches[:2])
+    train(
+        model,
+        GSGD(path_parameter_groups(model), start=start, anchor=anchor, **settings),
+        batches[:2],
+    )
     assert_equal(model, expected.train(loss, batches[:2], **settings), 1e-12)
 
 
-def rescaled_by_anything(conversion: pathconvert.Conversion, model: nn.Module, seed: int) -> nn.Module:
-    """``model`` rescaled by random factors from [0.1, 10] for all free units: other weights, the same function."""
+def rescaled_by_anything(
+    conversion: pathconvert.Conversion, model: nn.Module, seed: int
+) -> nn.Module:
+    """``model`` rescaled by random factors from [0.1, 10] for all free units: other weights, the
+    same function.
+    """
     generator = torch.Generator().manual_seed(seed)
     free = [group.pinned_by is None for group in conversion.groups for _ in range(group.size)]
     powers = torch.rand(len(free), generator=generator, dtype=torch.float64) * 2 - 1
-    return rescale(model, conversion.units.slots, (10**powers).where(torch.tensor(free), 1.0).numpy())
+    return rescale(
+        model, conversion.units.slots, (10**powers).where(torch.tensor(free), 1.0).numpy()
+    )
 
 
 @pytest.mark.parametrize("anchor", ["balanced", "initial"])
-@pytest.mark.parametrize(("skip_scale", "start"), [(None, "bn"), (None, "weight"), (0.5, "bn"), (1.0, "weight")])
+@pytest.mark.parametrize(
+    ("skip_scale", "start"), [(None, "bn"), (None, "weight"), (0.5, "bn"), (1.0, "weight")]
+)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None, start: str, anchor: str) -> None:
-    """With either gauge; with pivot rule diagonal, as the others may take other pivots in another rescaling.
+def test_rescalings_of_a_network_train_alike(
+    name: str, skip_scale: float | None, start: str, anchor: str
+) -> None:
+    """With either gauge.
 
-    Where Path-BN puts in BatchNorms of its own, the gauge decides what eps is beside their variance: there, unit alone.
+    With pivot rule diagonal, as the others may take other pivots in another rescaling.
+
+    Where Path-BN puts in BatchNorms of its own, the gauge decides what eps is beside their
+    variance: there, unit alone.
     """
     if name == "equal widths" and skip_scale:
         pytest.skip("without biases and BatchNorm it takes no Path-BN")
     conversion, original, _, batches = converted(name)
     start_outputs = torch.stack([original(x) for x in batches]).detach()
     has_bn = any(isinstance(module, nn.BatchNorm2d) for module in original.modules())
-    rescalings = [(None, "unit"), (1, "unit")] + [(None, "pow2"), (2, "pow2")] * (has_bn or not skip_scale)
+    rescalings = [(None, "unit"), (1, "unit")] + [(None, "pow2"), (2, "pow2")] * (
+        has_bn or not skip_scale
+    )
     outputs = []
     for seed, gauge in rescalings:
         plain = pathconvert.restore(conversion.model, conversion.record)
@@ -110,7 +139,9 @@ def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None
         c = pathconvert.reparameterize(plain.eval(), batches[0], pivot="diagonal", gauge=gauge)
         model = c.model if skip_scale is None else to_path_bn(c, batches, skip_scale)
         groups = path_parameter_groups(model.train())
-        optimizer = GSGD(groups, lr=1e-7, momentum=0.5, weight_decay=0.01, start=start, anchor=anchor)
+        optimizer = GSGD(
+            groups, lr=1e-7, momentum=0.5, weight_decay=0.01, start=start, anchor=anchor
+        )
         train(model, optimizer, list(itertools.islice(itertools.cycle(batches), 20)))
         outputs.append(torch.stack([model(x) for x in batches]).detach())
     scale = float(outputs[0].abs().max())
@@ -120,7 +151,9 @@ def test_rescalings_of_a_network_train_alike(name: str, skip_scale: float | None
         assert error < 1e-10, f"after 20 steps the functions differ by {error:.1e}"
 
 
-def to_path_bn(conversion: pathconvert.Conversion, batches: list[Tensor], skip_scale: float) -> nn.Module:
+def to_path_bn(
+    conversion: pathconvert.Conversion, batches: list[Tensor], skip_scale: float
+) -> nn.Module:
     return pathconvert.to_path_bn(conversion, batches[0], torch.cat(batches), skip_scale)
 
 
@@ -168,7 +201,12 @@ def test_foreach_equals_the_loop(name: str, weight_norm: bool, momentum: float) 
     results = []
     for foreach in (False, True):
         _, model, _, batches = converted(name)
-        settings = {"lr": 1e-3, "momentum": momentum, "weight_decay": 0.1, "weight_norm": weight_norm}
+        settings = {
+            "lr": 1e-3,
+            "momentum": momentum,
+            "weight_decay": 0.1,
+            "weight_norm": weight_norm,
+        }
         train(model, GSGD(path_parameter_groups(model), foreach=foreach, **settings), batches)
         results.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -187,17 +225,24 @@ def test_state_dict_continues_bit_for_bit() -> None:
     pickled_model, pickled = pickle.loads(pickle.dumps((model, optimizer)))
     for m, o in ((model, optimizer), (other, resumed), (pickled_model, pickled)):
         train(m, o, batches)
-    for a, b, c in zip(model.parameters(), other.parameters(), pickled_model.parameters(), strict=True):
+    for a, b, c in zip(
+        model.parameters(), other.parameters(), pickled_model.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
 
 
 def test_gradients_stay_and_none_is_left_alone() -> None:
     _, model, _, batches = converted("cnn with BatchNorm")
-    optimizer = GSGD(path_parameter_groups(model), lr=1e-3, weight_decay=0.1, weight_norm=True, maximize=True)
+    optimizer = GSGD(
+        path_parameter_groups(model), lr=1e-3, weight_decay=0.1, weight_norm=True, maximize=True
+    )
     loss(model(batches[0])).backward()
     model.get_parameter("6.weight").grad = None
-    before = {n: (p.detach().clone(), None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+    before = {
+        n: (p.detach().clone(), None if p.grad is None else p.grad.clone())
+        for n, p in model.named_parameters()
+    }
     optimizer.step()
     for name, p in model.named_parameters():
         value, grad = before[name]
@@ -224,7 +269,8 @@ def test_groups_tell_chains_from_the_rest() -> None:
     path, ordinary = path_parameter_groups(model, ordinary_lr=0.3, ordinary_momentum=0.9)
     named = {id(p): name for name, p in model.named_parameters()}
     assert {named[id(p)] for p in path["params"]} == {
-        "conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "conv2.bn.weight", "conv2.bn.bias", "conv3.weight",
+        "conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "conv2.bn.weight",
+        "conv2.bn.bias", "conv3.weight",
     }  # fmt: skip
     assert (ordinary["lr"], ordinary["momentum"]) == (0.3, 0.9)
     assert len(path["params"]) + len(ordinary["params"]) == len(list(model.parameters()))
@@ -240,7 +286,9 @@ def test_without_chains_it_is_sgd() -> None:
     batches = [torch.randn(3, 4) for _ in range(3)]
     train(first, GSGD(first.parameters(), **settings), batches)
     train(second, torch.optim.SGD(second.parameters(), **settings), batches)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 def test_refusals() -> None:
@@ -254,7 +302,10 @@ def test_refusals() -> None:
     for setting, message in (
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"momentum": -1.0}, "Invalid momentum value: -1.0"),
-        ({"anchor": "always"}, "Invalid anchor: 'always' is not one of 'balanced', 'initial', None"),
+        (
+            {"anchor": "always"},
+            "Invalid anchor: 'always' is not one of 'balanced', 'initial', None",
+        ),
         ({"start": "gamma"}, "Invalid start: 'gamma' is not one of 'bn', 'weight'"),
         ({"decay": "l1"}, "Invalid decay: 'l1' is not one of 'l2', 'basis_path_norm'"),
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
@@ -263,13 +314,15 @@ def test_refusals() -> None:
             GSGD(path_parameter_groups(model), **setting)
 
 
-# ---- going on ------------------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anchor", ["initial", "balanced", None])
 @pytest.mark.parametrize("gauge", ["unit", "pow2"])
 def test_a_state_brings_its_start_weights(gauge: str, anchor: str | None) -> None:
-    """The largest weights of rows begin chains, and training changes which weights are the largest."""
+    """The largest weights of rows begin chains, and training changes which weights are the
+    largest.
+    """
     torch.manual_seed(0)
     model, x = mlp(4, 6, 3, 7, 2, bias=True).double(), torch.randn(16, 4, dtype=torch.float64)
     wanted = torch.randn(16, 2, dtype=torch.float64)
@@ -289,7 +342,9 @@ def test_a_state_brings_its_start_weights(gauge: str, anchor: str | None) -> Non
     train(trained, optimizer, 40)
     twin = copy.deepcopy(trained)
     resumed = GSGD(path_parameter_groups(twin), **settings)
-    assert change(resumed.chains[0].element), "the test needs a start that is no longer its row's largest"
+    assert change(resumed.chains[0].element), (
+        "the test needs a start that is no longer its row's largest"
+    )
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert not change(resumed.chains[0].element)
     for field in ("parent", "scale"):
@@ -302,7 +357,9 @@ def test_a_state_brings_its_start_weights(gauge: str, anchor: str | None) -> Non
 
 def test_start_weights_of_another_network_are_refused() -> None:
     x = torch.randn(2, 4)
-    state = GSGD(path_parameter_groups(pathconvert.reparameterize(mlp(4, 6, 3, bias=True), x))).state_dict()
+    state = GSGD(
+        path_parameter_groups(pathconvert.reparameterize(mlp(4, 6, 3, bias=True), x))
+    ).state_dict()
     other = GSGD(path_parameter_groups(pathconvert.reparameterize(mlp(4, 5, 3, bias=True), x)))
     with pytest.raises(RecordError, match="6 chains were saved, and this network has 5"):
         other.load_state_dict(state)

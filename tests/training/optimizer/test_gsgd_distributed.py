@@ -1,4 +1,7 @@
-"""GSGD under DistributedDataParallel: two processes step as one; sharded parameters are refused by name."""
+"""GSGD under DistributedDataParallel: two processes step as one.
+
+Sharded parameters are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ STEPS = 3
 
 
 def network() -> tuple[nn.Module, Tensor]:
-    """A float32 network in Path-BN form, in evaluation mode, because the processes have different batches."""
+    """A float32 network in Path-BN form, in evaluation mode, because the processes have different
+    batches.
+    """
     _, model, _, batches = converted("cnn with BatchNorm", skip_scale=1.0)
     return model.float().eval(), torch.cat(batches).float()
 
@@ -66,7 +71,8 @@ def test_two_processes_step_as_one(tmp_path: Path) -> None:
     for p, b, one, two in zip(model.parameters(), before.parameters(), first, second, strict=True):
         assert torch.equal(one, two)
         scale = float(p.detach().abs().max())
-        assert float((one - p).detach().abs().max()) < 1e-6 * max(scale, 1.0)  # float32: sums in another order
+        # float32: sums in another order
+        assert float((one - p).detach().abs().max()) < 1e-6 * max(scale, 1.0)
         assert not torch.equal(p, b)
     wrapped, sharded = torch.load(tmp_path / "refused0.pt")
     assert "this DistributedDataParallel holds no conversion record" in wrapped

@@ -1,4 +1,5 @@
-"""GSGD as a ``torch.optim.Optimizer``: the kinds of test that torch runs on its own optimizers, with torch's machinery.
+"""GSGD as a ``torch.optim.Optimizer``: the kinds of test that torch runs on its own optimizers,
+with torch's machinery.
 
 On plain parameters, and on a small network in path space.
 """
@@ -8,23 +9,19 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from path_networks import converted
+from gsgd_problems import GSGD_DB, SCHEDULERS, Problem, assert_same, pairs
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import lr_scheduler
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
-    get_error_inputs_for_all_optims,
-    optims,
-)
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optims
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from pathconvert.errors import PathconvertError, RecordError
@@ -33,99 +30,17 @@ from pathconvert.training import GSGD, path_parameter_groups
 RATE = torch.tensor(0.01, dtype=torch.float64)
 
 
-def gsgd_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:  # noqa: ARG001
-    """The settings to test; torch's own tests choose the parameters."""
-    described: dict[str, dict[str, Any]] = {
-        "default": {},
-        "lr": {"lr": 1e-2},
-        "tensor lr": {"lr": torch.tensor(1e-2)},
-        "tensor lr of one element": {"lr": torch.tensor([1e-2])},
-        "momentum": {"momentum": 0.9, "lr": 1e-2},
-        "weight decay": {"weight_decay": 0.1, "lr": 1e-2},
-        "maximize": {"maximize": True, "lr": 1e-2},
-        "all": {"momentum": 0.9, "weight_decay": 0.1, "decay": "basis_path_norm", "maximize": True, "lr": 1e-2},
-        "balanced": {"anchor": "balanced", "momentum": 0.9, "weight_decay": 0.1, "lr": 1e-2},
-        "as the papers": {"anchor": None, "start": "weight", "weight_norm": True, "lr": 1e-4},
-    }
-    return [OptimizerInput(params=None, kwargs=kwargs, desc=name) for name, kwargs in described.items()]
-
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "step": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=6),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
-    ),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=10),
-    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-}
-
-GSGD_DB = [
-    OptimizerInfo(
-        GSGD,
-        optim_inputs_func=gsgd_inputs,
-        optim_error_inputs_func=get_error_inputs_for_all_optims,
-        scheduler_inputs=([make] for make in SCHEDULERS.values()),
-        supported_impls=("foreach",),
-        not_og_supported_flags=("foreach", "maximize"),
-    )
-]
-
-
-class Problem:
-    """A network, the loss to minimise, and the groups of its parameters."""
-
-    def __init__(self, on_chains: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        if on_chains:
-            _, self.model, _, _ = converted("cnn with BatchNorm", skip_scale=1.0)
-        else:
-            torch.manual_seed(0)
-            self.model = nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.Sigmoid(), nn.Linear(6, 3))
-        self.model.to(device, dtype).train()
-        self.on_chains = on_chains
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(8, 3, 6, 6, generator=generator).to(device, dtype)
-        self.y = torch.randn(8, 3, generator=generator).to(device, dtype)
-
-    @property
-    def params(self) -> list[Any]:
-        return path_parameter_groups(self.model) if self.on_chains else list(self.model.parameters())
-
-    def loss(self) -> Tensor:
-        return (self.model(self.x) - self.y).square().mean()
-
-    def backward(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss
-
-    def train(self, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-        for _ in range(steps):
-            self.backward()
-            optimizer.step()
-
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
-
-
-def pairs(info: OptimizerInfo, device: str) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """All settings, both with plain parameters and with chains."""
-    inputs = [one.kwargs for one in info.optim_inputs_func(device=device)]
-    return itertools.product((False, True), copy.deepcopy(inputs))
-
-
-def assert_same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, allow_subclasses=True)
-
-
 class TestGSGD(TestCase):
     @optims(GSGD_DB)
     def test_errors(self, device, dtype, optim_info) -> None:
         for error in optim_info.optim_error_inputs_func(device=device, dtype=dtype):
             assert error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
             given = error.optimizer_error_input
-            expect = self.assertWarnsRegex if issubclass(error.error_type, Warning) else self.assertRaisesRegex
+            expect = (
+                self.assertWarnsRegex
+                if issubclass(error.error_type, Warning)
+                else self.assertRaisesRegex
+            )
             with expect(error.error_type, error.error_regex):
                 GSGD(given.params, **given.kwargs)
 
@@ -140,7 +55,10 @@ class TestGSGD(TestCase):
             for _ in range(10):
                 optimizer.step(problem.backward)
             after = float(problem.loss().detach())
-            assert (after > before) if settings.get("maximize") else (after < before), (on_chains, settings)
+            assert (after > before) if settings.get("maximize") else (after < before), (
+                on_chains,
+                settings,
+            )
 
     @optims(GSGD_DB, dtypes=[torch.float64, torch.float32])
     def test_foreach_matches_the_loop(self, device, dtype, optim_info) -> None:
@@ -181,7 +99,9 @@ class TestGSGD(TestCase):
             before = problem.weights()
             optimizer.step()
             assert_same(problem.weights(), before)
-            assert not any(key == "momentum_buffer" for state in optimizer.state.values() for key in state)
+            assert not any(
+                key == "momentum_buffer" for state in optimizer.state.values() for key in state
+            )
             for p in (*problem.model.parameters(), empty):
                 p.grad = torch.zeros_like(p)
             optimizer.step()
@@ -206,7 +126,11 @@ class TestGSGD(TestCase):
             copied, copy_of_optimizer = copy.deepcopy((problem, optimizer))
             pickled, pickled_optimizer = pickle.loads(pickle.dumps((problem, optimizer)))
             problem.train(optimizer)
-            for one, its in ((other, resumed), (copied, copy_of_optimizer), (pickled, pickled_optimizer)):
+            for one, its in (
+                (other, resumed),
+                (copied, copy_of_optimizer),
+                (pickled, pickled_optimizer),
+            ):
                 one.train(its)
                 assert_same(one.weights(), problem.weights())
 
@@ -218,7 +142,9 @@ class TestGSGD(TestCase):
             optimizer = GSGD(problem.params, lr=0.01)
             problem.train(optimizer)
             old = copy.deepcopy(optimizer.state_dict())
-            for group, flag in itertools.product(old["param_groups"], optim_info.not_og_supported_flags):
+            for group, flag in itertools.product(
+                old["param_groups"], optim_info.not_og_supported_flags
+            ):
                 del group[flag]
             optimizer.load_state_dict(old)
             problem.train(optimizer)
@@ -243,7 +169,9 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_a_network_that_moves(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """Moves to another device, dtype or memory format after the optimizer was made, while gradients come and go."""
+        """Moves to another device, dtype or memory format after the optimizer was made, while
+        gradients come and go.
+        """
         found = []
         for moved in (False, True):
             problem = Problem(True, "cpu", torch.float64 if not moved else torch.float32)
@@ -274,7 +202,10 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_groups_of_their_own(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """Each group has its own settings; the path group may be added later; no parameter may occur twice."""
+        """Each group has its own settings; the path group may be added later.
+
+        No parameter may occur twice.
+        """
         found = []
         for later in (False, True):
             problem = Problem(True, device, dtype)
@@ -285,7 +216,9 @@ class TestGSGD(TestCase):
                 optimizer.add_param_group(path)
             problem.train(optimizer)
             found.append(problem.weights())
-            with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+            with pytest.raises(
+                ValueError, match="some parameters appear in more than one parameter group"
+            ):
                 optimizer.add_param_group(path)
             problem.train(optimizer)  # as if nothing had been asked
         assert_same(*found)
@@ -293,7 +226,9 @@ class TestGSGD(TestCase):
     @parametrize("scheduler", list(SCHEDULERS))
     @optims(GSGD_DB)
     def test_schedulers(self, device, dtype, optim_info, scheduler) -> None:  # noqa: ARG002
-        """Steps under a scheduler equal steps whose rates (and OneCycleLR's momenta) are set by hand."""
+        """Steps under a scheduler equal steps whose rates (and OneCycleLR's momenta) are set by
+        hand.
+        """
         for on_chains, tensor_lr in itertools.product((False, True), (False, True)):
             problem, by_hand = (Problem(on_chains, device, torch.float64) for _ in range(2))
             lr: Any = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
@@ -302,9 +237,13 @@ class TestGSGD(TestCase):
             reference = GSGD(by_hand.params, lr=0.01, momentum=0.9)
             rates = []
             for _ in range(6):
-                for group, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
+                for group, other in zip(
+                    optimizer.param_groups, reference.param_groups, strict=True
+                ):
                     other |= {"lr": float(group["lr"]), "momentum": group["momentum"]}
-                rates.append((float(optimizer.param_groups[0]["lr"]), optimizer.param_groups[0]["momentum"]))
+                rates.append(
+                    (float(optimizer.param_groups[0]["lr"]), optimizer.param_groups[0]["momentum"])
+                )
                 problem.train(optimizer, 1)
                 by_hand.train(reference, 1)
                 schedule.step(*([1.0] if scheduler == "plateau" else []))
@@ -331,7 +270,10 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_grad_scaler(self, device, dtype, optim_info) -> None:  # noqa: ARG002
-        """Scaled steps equal unscaled ones, as the scale is a power of two; a step with an infinity is skipped."""
+        """Scaled steps equal unscaled ones, as the scale is a power of two.
+
+        A step with an infinity is skipped.
+        """
         problem, plain = (Problem(True, device, torch.float32) for _ in range(2))
         optimizer, reference = GSGD(problem.params, lr=0.01), GSGD(plain.params, lr=0.01)
         scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=1024.0)
@@ -370,7 +312,9 @@ class TestGSGD(TestCase):
 
     @optims(GSGD_DB)
     def test_distributed_checkpoint(self, device, dtype, optim_info) -> None:
-        """``torch.distributed.checkpoint`` names states by parameter, and makes them with a step without gradients."""
+        """``torch.distributed.checkpoint`` names states by parameter, and makes them with a step
+        without gradients.
+        """
         for settings in (one.kwargs for one in optim_info.optim_inputs_func(device=device)):
             problem = Problem(True, device, dtype)
             optimizer = GSGD(problem.params, **settings)
@@ -393,13 +337,22 @@ class TestGSGD(TestCase):
         with pytest.raises(RuntimeError, match="GSGD does not support sparse gradients"):
             GSGD([plain]).step()
         compiled = torch.compile(problem.model)
-        with pytest.raises(RecordError, match=r"this OptimizedModule has no tensor 0.weight, which its record names"):
+        with pytest.raises(
+            RecordError,
+            match=r"this OptimizedModule has no tensor 0.weight, which its record names",
+        ):
             path_parameter_groups(compiled)
-        (path, *_) = problem.params
+        path, *_ = problem.params
         name = path["path"].names[0]
         for kind, message in (
-            (lambda p: p.to(torch.complex64), f"{name} is torch.complex64: path coordinates are real numbers"),
-            (lambda p: Special(p), f"{name} is a Special: GSGD needs whole parameters, not sharded or other special"),
+            (
+                lambda p: p.to(torch.complex64),
+                f"{name} is torch.complex64: path coordinates are real numbers",
+            ),
+            (
+                lambda p: Special(p),
+                f"{name} is a Special: GSGD needs whole parameters, not sharded or other special",
+            ),
         ):
             odd = [kind(p.detach()).requires_grad_() for p in path["params"]]
             with pytest.raises(PathconvertError, match=message):
@@ -410,7 +363,9 @@ class TestGSGD(TestCase):
         flat = weight.detach().flatten()
         weight.grad = None
         weight.data = flat
-        with pytest.raises(PathconvertError, match=rf"{name} had the shape \[.*\] and has \[\d+\] now"):
+        with pytest.raises(
+            PathconvertError, match=rf"{name} had the shape \[.*\] and has \[\d+\] now"
+        ):
             optimizer.step()
 
 

@@ -17,7 +17,11 @@ from pathconvert.training import PathSGD
 
 def mlp(*widths: int) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [m for into, out in itertools.pairwise(widths) for m in (nn.Linear(into, out, bias=False), nn.ReLU())]
+    layers = [
+        m
+        for into, out in itertools.pairwise(widths)
+        for m in (nn.Linear(into, out, bias=False), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-1]).double()
 
 
@@ -37,14 +41,20 @@ def enumerated(weights: list[Tensor]) -> list[Tensor]:
 def test_kappa_is_the_sum_over_all_paths() -> None:
     model = mlp(3, 4, 2, 5)
     found = PathSGD(model, (3,)).path_sums()
-    for (name, p), expected in zip(model.named_parameters(), enumerated([*model.parameters()]), strict=True):
+    for (name, p), expected in zip(
+        model.named_parameters(), enumerated([*model.parameters()]), strict=True
+    ):
         assert torch.allclose(found[name], expected, rtol=1e-12, atol=0), (name, p.shape)
 
 
 def test_a_convolution_counts_every_place() -> None:
-    """With one output channel: κ of a kernel's element is the sum over all places of its input times weights²."""
+    """With one output channel: κ of a kernel's element is the sum over all places of its input
+    times weights².
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False)).double()
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3, bias=False)
+    ).double()
     conv, linear = model[0].weight, model[3].weight
     found = PathSGD(model, (1, 3, 3)).path_sums()
     after = linear.square().sum(0).view(2, 2, 2).sum((1, 2))  # per channel, over places and outputs
@@ -70,7 +80,11 @@ def test_rescaled_networks_train_alike(momentum: float) -> None:
     first = mlp(4, 5, 3, 2)
     x = torch.randn(6, 4, dtype=torch.float64)
     units = pathconvert.reparameterize(first, x).units
-    factors = torch.rand(units.count, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 10 + 0.1
+    factors = (
+        torch.rand(units.count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        * 10
+        + 0.1
+    )
     factors[-2:] = 1  # the outputs
     second = rescale(first, units.slots, factors.numpy())
     for model in (first, second):
@@ -103,5 +117,7 @@ def test_a_network_too_deep_is_refused() -> None:
         for p in model.parameters():
             p.mul_(1e60)
     model(torch.randn(1, 2, dtype=torch.float64)).sum().backward()
-    with pytest.raises(PathconvertError, match="the path norm of this Sequential leaves the range of float64"):
+    with pytest.raises(
+        PathconvertError, match="the path norm of this Sequential leaves the range of float64"
+    ):
         PathSGD(model, (2,)).step()

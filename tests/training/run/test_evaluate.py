@@ -1,4 +1,7 @@
-"""Top-1, top-5 and loss against their definitions, over batches, processes and forms; and the command."""
+"""Top-1, top-5 and loss against their definitions, over batches, processes and forms.
+
+And the command.
+"""
 
 import json
 import math
@@ -69,15 +72,23 @@ def test_top5_of_fewer_classes():
 def test_json():
     report = EvaluationReport(0.5, 1.0, 0.7, 10, 2.0)
     assert report.to_json() == {
-        "top1": 0.5, "top5": 1.0, "loss": 0.7, "images": 10, "seconds": 2.0, "images_per_second": 5.0,
+        "top1": 0.5, "top5": 1.0, "loss": 0.7, "images": 10, "seconds": 2.0,
+        "images_per_second": 5.0,
     }  # fmt: skip
 
 
 def test_progress_and_batches_without_a_length(measured):
     seen = []
     made = batches_of(*measured, [10, 10, 5])
-    evaluate(identity, made, num_classes=12, progress=lambda done, total: seen.append((done, total)))
-    evaluate(identity, iter(made), num_classes=12, progress=lambda done, total: seen.append((done, total)))
+    evaluate(
+        identity, made, num_classes=12, progress=lambda done, total: seen.append((done, total))
+    )
+    evaluate(
+        identity,
+        iter(made),
+        num_classes=12,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(1, 3), (2, 3), (3, 3), (1, None), (2, None), (3, None)]
 
 
@@ -99,7 +110,11 @@ def test_outputs_with_two_sides_of_one(measured):
     [
         (identity, [0, 3], "an image has class 3, but the network has 3 classes, 0 to 2"),
         (identity, [0, -1], "an image has class -1, but the network has 3 classes, 0 to 2"),
-        (lambda x: x[:, :2], [0, 1], "the network's outputs have the size 2×2, not 2×3 as class scores have"),
+        (
+            lambda x: x[:, :2],
+            [0, 1],
+            "the network's outputs have the size 2×2, not 2×3 as class scores have",
+        ),
         (lambda x: (x,), [0, 1], "the network returns a tuple, not a tensor of class scores"),
         (lambda x: x * math.nan, [0, 1], "the network's outputs are not finite"),
     ],
@@ -130,7 +145,9 @@ def test_no_gradients_are_kept():
 def share(rank: int, logits: Tensor, labels: Tensor, file: str, results) -> None:
     """One of two processes, which has three of the images or the other five."""
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     mine = slice(0, 3) if rank == 0 else slice(3, 8)
     report = evaluate(identity, [(logits[mine], labels[mine])], num_classes=12)
     results[rank] = (report.top1, report.top5, report.loss, report.images)
@@ -144,7 +161,9 @@ def test_two_processes_measure_all_images_together(measured, tmp_path):
     with context.Manager() as manager:
         results = manager.dict()
         processes = [
-            context.Process(target=share, args=(rank, logits, labels, str(tmp_path / "meet"), results))
+            context.Process(
+                target=share, args=(rank, logits, labels, str(tmp_path / "meet"), results)
+            )
             for rank in (0, 1)
         ]
         for process in processes:
@@ -153,10 +172,11 @@ def test_two_processes_measure_all_images_together(measured, tmp_path):
             process.join(60)
         together = dict(results)
     assert together[0] == together[1]
-    assert together[0] == pytest.approx((alone.top1, alone.top5, alone.loss, 8), rel=1e-7)  # float32 sums
+    # float32 sums
+    assert together[0] == pytest.approx((alone.top1, alone.top5, alone.loss, 8), rel=1e-7)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def class_folders(folder: Path, names: tuple[str, ...], count: int = 2) -> Path:
@@ -178,11 +198,16 @@ def result(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def expected(data: Data, weight: np.ndarray, recipe: Preprocessing, places: list[int]) -> tuple[float, float]:
+def expected(
+    data: Data, weight: np.ndarray, recipe: Preprocessing, places: list[int]
+) -> tuple[float, float]:
     """Top-1 and loss of the network of ``onnx_files.save_linear``, computed image by image."""
     right, loss = 0, 0.0
     for pixels, label in (data.val[i] for i in range(len(data.val))):
-        scores = recipe.normalise(recipe.place(pixels)).double().mean((1, 2)) @ torch.from_numpy(weight).double()
+        scores = (
+            recipe.normalise(recipe.place(pixels)).double().mean((1, 2))
+            @ torch.from_numpy(weight).double()
+        )
         right += int(scores.argmax()) == places[label]
         loss += float(cross_entropy(scores, torch.tensor(places[label]))) / len(data.val)
     return right / len(data.val), loss
@@ -196,34 +221,59 @@ def test_every_form_is_measured_alike(here, capsys):
     for arguments in (
         ["reparam", "sq.pt", "--input-size", "3x64x64"],
         ["reparam", "sq.path.safetensors", "--form", "path-bn", "--calibrate", "photos"],
-        ["export", "sq.pt", "-o", "sq.onnx", "--input-size", "3x64x64", "--with-softmax", "--batch", "4"],
+        [
+            "export",
+            "sq.pt",
+            "-o",
+            "sq.onnx",
+            "--input-size",
+            "3x64x64",
+            "--with-softmax",
+            "--batch",
+            "4",
+        ],
     ):
         assert run(arguments) == 0
     plain = result(capsys, "sq.pt", "--data", "d", *size)
-    assert (plain["images"], plain["classes"], plain["engine"], plain["data"]) == (10, 5, "torch", "d")
+    assert (plain["images"], plain["classes"], plain["engine"], plain["data"]) == (
+        10,
+        5,
+        "torch",
+        "d",
+    )
     assert plain["top1"] <= plain["top5"] == 1
     for other in ("sq.path.safetensors", "sq.path-bn.safetensors", "sq.onnx"):
         found = result(capsys, other, "--data", "d", "--batch-size", "3")
         assert (found["top1"], found["images"]) == (plain["top1"], 10), other
-        assert found["loss"] == pytest.approx(plain["loss"], rel=1e-3), other  # float32 through other roundings
+        # float32 through other roundings
+        assert found["loss"] == pytest.approx(plain["loss"], rel=1e-3), other
 
 
 def test_against_the_definition(here, capsys):
     class_folders(here / "d", NAMES, 3)
     data = open_data(here / "d")
-    for card, recipe in ((ModelCard(RESNET, preprocessing=RECIPE), RECIPE), (None, Preprocessing.plain((3, 4, 4)))):
+    for card, recipe in (
+        (ModelCard(RESNET, preprocessing=RECIPE), RECIPE),
+        (None, Preprocessing.plain((3, 4, 4))),
+    ):
         weight = save_linear(here / "l.onnx", card=card)
         top1, loss = expected(data, weight, recipe, [0, 1, 2, 3, 4])
         found = result(capsys, "l.onnx", "--data", "d")
-        assert (found["top1"], found["loss"]) == (pytest.approx(top1), pytest.approx(loss, rel=1e-5))
+        assert (found["top1"], found["loss"]) == (
+            pytest.approx(top1),
+            pytest.approx(loss, rel=1e-5),
+        )
     card = ModelCard(RESNET, preprocessing=RECIPE, preprocessing_in_graph=True)
     weight = save_linear(here / "bytes.onnx", kind=TensorProto.UINT8, card=card)
-    pixels = Preprocessing(6, (4, 4), (0.0,) * 3, (1 / 255,) * 3)  # what goes in where the graph would normalise
+    # what goes in where the graph would normalise
+    pixels = Preprocessing(6, (4, 4), (0.0,) * 3, (1 / 255,) * 3)
     loss = expected(data, weight, pixels, [0, 1, 2, 3, 4])[1]
     assert result(capsys, "bytes.onnx", "--data", "d")["loss"] == pytest.approx(loss, rel=1e-5)
     flagged = Preprocessing(4, (4, 4), (0.5,) * 3, (0.25, 0.5, 1.0))
     found = result(capsys, "l.onnx", "--data", "d", "--mean", "0.5", "--std", "0.25,0.5,1")
-    assert found["loss"] == pytest.approx(expected(data, weight, flagged, [0, 1, 2, 3, 4])[1], rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        expected(data, weight, flagged, [0, 1, 2, 3, 4])[1], rel=1e-5
+    )
     assert result(capsys, "l.onnx", "--data", "d", "--workers", "1")["images"] == 15
     assert result(capsys, "l.onnx", "--data", "d", "--limit", "7")["images"] == 7
 
@@ -231,7 +281,9 @@ def test_against_the_definition(here, capsys):
 def test_classes_are_found_by_their_names(here, capsys):
     """The data has fewer classes than the network, in another order."""
     names = ("bee", "eel")
-    weight = save_linear(here / "l.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=NAMES))
+    weight = save_linear(
+        here / "l.onnx", card=ModelCard(RESNET, preprocessing=RECIPE, labels=NAMES)
+    )
     data = open_data(class_folders(here / "d", names, 4))
     top1, loss = expected(data, weight, RECIPE, [1, 4])
     found = result(capsys, "l.onnx", "--data", "d")
@@ -263,7 +315,10 @@ def test_the_table_and_its_notes(here, capsys):
         "top-1", "top-5", "loss", "images", "engine", "time",
     ]  # fmt: skip
     assert printed.err.splitlines() == [
-        "note: no preprocessing is recorded: images are resized to 4×4 and scaled to [0, 1], not normalised",
+        (
+            "note: no preprocessing is recorded: images are resized to 4×4 and scaled to [0, 1],"
+            " not normalised"
+        ),
         "note: the network has no class 'a', so the data's classes were matched by position",
     ]
 
@@ -274,22 +329,33 @@ def test_refusals_of_the_command(refused, here):
     line, tip = refused("evaluate", "l.onnx", "--data", "two", "--device", "cpu")
     assert line == "error: two has 2 classes, but l.onnx has 5"
     assert tip.startswith("tip: Give the data that the network was trained for")
-    assert refused("evaluate", "l.onnx", "--data", "none", "--device", "cpu")[0] == (
-        "error: none does not exist; a folder of class folders is needed"
+    assert (
+        refused("evaluate", "l.onnx", "--data", "none", "--device", "cpu")[0]
+        == "error: none does not exist; a folder of class folders is needed"
     )
-    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0] == "error: 'big' is not a size"
-    assert refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0] == "error: 'x' is not a list of numbers"
-    assert refused("evaluate", "l.onnx", "--data", "two", "--size", "8", "--device", "cpu")[0] == (
-        "error: l.onnx takes images of size 3x4x4, not 3x8x8"
+    assert (
+        refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0]
+        == "error: 'big' is not a size"
+    )
+    assert (
+        refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0]
+        == "error: 'x' is not a list of numbers"
+    )
+    assert (
+        refused("evaluate", "l.onnx", "--data", "two", "--size", "8", "--device", "cpu")[0]
+        == "error: l.onnx takes images of size 3x4x4, not 3x8x8"
     )
     card = ModelCard(RESNET, preprocessing=RECIPE, preprocessing_in_graph=True)
     save_linear(here / "bytes.onnx", kind=TensorProto.UINT8, card=card)
     class_folders(here / "five", NAMES)
-    assert refused("evaluate", "bytes.onnx", "--data", "five", "--mean", "0", "--device", "cpu")[0] == (
-        "error: bytes.onnx normalises its input itself"
+    assert (
+        refused("evaluate", "bytes.onnx", "--data", "five", "--mean", "0", "--device", "cpu")[0]
+        == "error: bytes.onnx normalises its input itself"
     )
     broken = here / "five" / "val" / "cat" / "1.png"
     broken.write_bytes(broken.read_bytes()[:100])
     for workers in (0, 1):
-        line, tip = refused("evaluate", "bytes.onnx", "--data", "five", "--workers", workers, "--device", "cpu")
+        line, tip = refused(
+            "evaluate", "bytes.onnx", "--data", "five", "--workers", workers, "--device", "cpu"
+        )
         assert line.startswith("error: five/val/cat/1.png is not an intact image: ")

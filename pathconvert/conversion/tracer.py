@@ -1,0 +1,384 @@
+"""Model + example → :class:`~pathconvert.conversion.trace.Trace`, by running the forward once.
+
+The forward runs on the *meta* device, which has shapes but no numbers, under a
+:class:`torch.overrides.TorchFunctionMode`. The ids of an activation have the same rank as it has; a
+dimension along which they are constant has size 1, so a feature map [N, C, H, W] usually has ids
+[1, C, 1, 1].
+
+A trace stops with a :class:`~pathconvert.errors.TraceError` when it meets something that it cannot
+follow: control flow that depends on numbers (the meta device has none), and tensors that scripted
+or custom C++ code makes. Control flow that depends on shapes is followed for the shape of the
+example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pathconvert.conversion.calls import running_modules
+from pathconvert.conversion.modules import mode_of, output_tensors
+from pathconvert.conversion.trace import PINNED, ZERO, IdVector, Slot, Step, Trace
+from pathconvert.errors import PathconvertError, TraceError, first_line
+
+
+def compact(ids: Tensor) -> Tensor:
+    """``ids`` with size 1 in every dimension along which they are constant."""
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1 and ids.stride(dim) == 0:
+            ids = ids.narrow(dim, 0, 1)
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1:
+            first = ids.narrow(dim, 0, 1)
+            if bool((ids == first).all()):
+                ids = first
+    return ids
+
+
+Rule = Callable[["Call"], Any]
+
+
+@dataclass
+class Call:
+    """One call of a torch function inside a traced forward: what a rule is given."""
+
+    tracer: Tracer
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def trace(self) -> Trace:
+        """The trace that the tracer extends."""
+        return self.tracer.trace
+
+    @property
+    def where(self) -> str:
+        """The place of the call, for messages: ``layer1.0 (add)``."""
+        return f"{self.tracer.path or 'the network'} ({self.name})"
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, whether it was given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, including those in nested lists."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def ids(self, tensor: Tensor) -> Tensor:
+        """The tensor's ids (:meth:`Tracer.ids`)."""
+        return self.tracer.ids(tensor)
+
+    def run(self) -> Any:
+        """The function's result on the meta device."""
+        return self.func(*self.tracer.to_meta(self.args), **self.tracer.to_meta(self.kwargs))
+
+    def run_on_ids(self) -> Any:
+        """The function's result on the ids of its tensors.
+
+        The ids of each are expanded to the full size of the tensor.
+        """
+
+        def ids(tensor: Tensor) -> Tensor:
+            followed = self.tracer.is_live(tensor) or tensor.is_floating_point()
+            # an index is passed on as it is
+            return self.ids(tensor).expand(tensor.shape) if followed else tensor
+
+        return self.func(
+            *tree_map_only(Tensor, ids, self.args), **tree_map_only(Tensor, ids, self.kwargs)
+        )
+
+    def with_ids(self, result: Any, ids: Tensor) -> Any:
+        """Give ``ids`` to ``result`` and return it.
+
+        Of several results, the first gets them and the rest are pinned.
+        """
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for position, tensor in enumerate(tensors):
+            self.tracer.set(tensor, ids if position == 0 else pinned_like(tensor))
+        return result
+
+    def channel_ids(self, ids: Tensor, dim: int, size: int) -> IdVector:
+        """The ids along ``dim``, [size].
+
+        Ids at the same index of ``dim`` are tied to each other.
+        """
+        return (
+            self.tied(ids, [d for d in range(ids.dim()) if d != dim % ids.dim()])
+            .flatten()
+            .expand(size)
+            .numpy()
+        )
+
+    def tied(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
+        """``ids`` with size 1 in ``dims``, after tying the ids that differ along them."""
+        dims = [d for d in dims if ids.shape[d] > 1]
+        if not dims:
+            return ids
+        kept = ids.amax(dims, keepdim=True)
+        self.trace.tie(ids.flatten().numpy(), kept.expand_as(ids).flatten().numpy(), self.where)
+        return kept
+
+
+def metadata(call: Call) -> Any:
+    """Rule for shapes, dtypes and devices, which do not depend on the numbers."""
+    return call.func(*call.args, **call.kwargs)
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Ids for a tensor whose factor is 1 everywhere; they broadcast to its shape."""
+    return torch.full((1,) * tensor.dim(), PINNED)
+
+
+class Tracer(TorchFunctionMode):
+    """Runs every torch function on the meta device and lets a rule follow its ids (``rules.py``).
+
+    Args:
+        model: not changed; each call gets meta tensors in place of its parameters and buffers.
+        trace: the trace to extend.
+        rule_of: maps a torch function to its name and its rule.
+    """
+
+    def __init__(
+        self, model: nn.Module, trace: Trace, rule_of: Callable[[Any], tuple[str, Rule]]
+    ) -> None:
+        super().__init__()
+        self.trace = trace
+        self.rule_of = rule_of
+        self.names = {id(tensor): name for name, tensor in model.named_buffers()}
+        self.names |= {id(tensor): name for name, tensor in model.named_parameters()}
+        self.saved = set(model.state_dict(keep_vars=True))
+        self.modules = {module: name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
+        self.seen: set[str] = set()
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._uses: Counter[int] = Counter()
+        self._steps: list[tuple[str, int, int]] = []
+
+    @property
+    def path(self) -> str:
+        """The path of the innermost module of the model that is running."""
+        return next(
+            (self.modules[module] for module in reversed(self.stack) if module in self.modules), ""
+        )
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """The name of a parameter, or of a buffer that is part of the state dict.
+
+        None for every other tensor.
+        """
+        name = self.names.get(id(tensor)) if tensor is not None else None
+        return name if name in self.saved else None
+
+    def is_live(self, tensor: Tensor) -> bool:
+        """Whether rules follow this tensor: it is an activation or a parameter, not a constant."""
+        return id(tensor) in self._values or (
+            isinstance(tensor, nn.Parameter) and id(tensor) in self.names
+        )
+
+    def set(self, tensor: Tensor, ids: Tensor) -> None:
+        """Remember the ids of a tensor."""
+        known = self._values.get(id(tensor))
+        self._values[id(tensor)] = (tensor, ids)
+        if known is not None and known[1] is not ids and bool((known[1] == ZERO).any()):
+            self._overwritten(tensor)
+
+    def _overwritten(self, tensor: Tensor) -> None:
+        """Pin the zeros in other views of a tensor that was changed in place.
+
+        They may not be zeros any more.
+        """
+        storage = tensor.untyped_storage()._cdata
+        for other, ids in list(self._values.values()):
+            if other is not tensor and other.untyped_storage()._cdata == storage:
+                self._values[id(other)] = (other, torch.where(ids == ZERO, PINNED, ids))
+
+    def ids(self, tensor: Tensor) -> Tensor:
+        """A tensor's ids. A parameter that has none yet gets a slot with one new id per element."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if self.is_live(tensor):
+            name = self.names[id(tensor)]
+            vector = self.trace.fresh(tensor.numel())
+            self.trace.slots.append(Slot(name, vector))
+            self.set(tensor, torch.from_numpy(vector).view(tensor.shape))
+            return self.ids(tensor)
+        if tensor.device.type == "meta" and id(tensor) not in self.names:
+            raise TraceError(
+                f"a tensor inside {self.path or 'the network'} comes from code that cannot be"
+                " followed"
+            )
+        return pinned_like(tensor)
+
+    def step(self, name: str, read: Tensor, made: Tensor) -> None:
+        """Record a call of a layer or a BatchNorm (:class:`Step`)."""
+        self._steps.append((name, id(read), id(made)))
+
+    def finish(self, outputs: Sequence[Tensor]) -> None:
+        """Record which step reads which, after the forward has returned ``outputs``."""
+        self._uses.update(map(id, outputs))
+        made_by = {made: name for name, _, made in self._steps}
+        read_by = {read: name for name, read, _ in self._steps}
+
+        def alone(tensor: int, names: dict[int, str]) -> str | None:
+            return names.get(tensor) if self._uses[tensor] == 1 else None
+
+        self.trace.steps += [
+            Step(name, alone(read, made_by), alone(made, read_by))
+            for name, read, made in self._steps
+        ]
+
+    def pin_tensor(self, tensor: Tensor, reason: str) -> None:
+        """Pin a tensor.
+
+        A parameter that has no ids yet gets ``PINNED`` throughout: attention has millions of
+        elements, and pinning new ids one by one would be slow.
+        """
+        if id(tensor) not in self._values:
+            self.trace.slots.append(Slot(self.names[id(tensor)], np.full(tensor.numel(), PINNED)))
+            self.set(tensor, pinned_like(tensor))
+        self.trace.pin(self.ids(tensor).flatten().numpy(), reason)
+
+    def to_meta(self, tree: Any) -> Any:
+        """``tree`` with every tensor replaced by a meta tensor of the same shape and dtype."""
+
+        def meta(tensor: Tensor) -> Tensor:
+            return (
+                tensor if tensor.device.type == "meta" else torch.empty_like(tensor, device="meta")
+            )
+
+        return tree_map_only(Tensor, meta, tree)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, rule = self.rule_of(func)
+        call = Call(self, name, func, args, kwargs)
+        tensors = call.tensors()
+        self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
+        if rule is not metadata:
+            self._uses.update(id(tensor) for tensor in tensors if self.is_live(tensor))
+        if any(self.is_live(tensor) for tensor in tensors):
+            if kwargs.get("out") is not None:
+                raise TraceError(f"{call.where} writes into out=, which cannot be followed")
+            return rule(call)
+        writes = changes_its_input(func) or kwargs.get("out") is not None
+        # the update of num_batches_tracked
+        on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)
+        result = call.run() if on_a_copy else func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if (
+                isinstance(leaf, Tensor)
+                and leaf.device.type == "meta"
+                and id(leaf) not in self.names
+            ):
+                self.set(leaf, pinned_like(leaf) * (ZERO if func is torch.zeros else 1))
+        return result
+
+
+def changes_its_input(func: Any) -> bool:
+    """Whether a torch function works in place, according to torch's naming convention."""
+    name = str(getattr(func, "__name__", ""))
+    return (
+        name == "__setitem__"
+        or (name.startswith("__i") and name != "__invert__")
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
+    """The forward of FrozenBatchNorm2d, as a single call of torch."""
+    return F.batch_norm(
+        x,
+        module.running_mean,
+        module.running_var,
+        module.weight,
+        module.bias,
+        False,
+        0.0,
+        module.eps,
+    )
+
+
+@contextlib.contextmanager
+def _frozen_batch_norms_as_calls() -> Iterator[None]:
+    """Let torchvision's FrozenBatchNorm2d call ``F.batch_norm``.
+
+    The rule for BatchNorm then follows it.
+    """
+    kind: Any = torchvision.ops.misc.FrozenBatchNorm2d
+    original = kind.forward
+    kind.forward = _frozen_batch_norm
+    try:
+        yield
+    finally:
+        kind.forward = original
+
+
+def run(
+    tracer: Tracer,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    training: bool,
+) -> None:
+    """Trace one forward of ``module``; its inputs and all its outputs are pinned to factor 1.
+
+    Raises:
+        TraceError: the forward cannot be followed on the meta device.
+    """
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            tracer.set(leaf, pinned_like(leaf))
+    with (
+        mode_of(module, training=training),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        _frozen_batch_norms_as_calls(),
+        running_modules(tracer.stack),
+    ):
+        try:
+            with tracer:
+                output = module(*args, **kwargs)
+        except PathconvertError:
+            raise
+        except Exception as error:
+            place = tracer.path or tracer.modules.get(module, "") or "the network"
+            why = first_line(error)
+            raise TraceError(
+                f"the forward of {place} cannot be followed on shapes alone: {why}"
+            ) from error
+    outputs = output_tensors(output)
+    tracer.finish(outputs)
+    for tensor in outputs:
+        tracer.trace.pin(tracer.ids(tensor).flatten().numpy(), _output_reason(tracer, module))
+
+
+def _output_reason(tracer: Tracer, module: nn.Module) -> str:
+    """Why the outputs of a module are pinned.
+
+    ``path_bn/candidates.py`` recognises these reasons.
+    """
+    name = tracer.modules.get(module, "")
+    return (
+        f"is an output of {name}, which is converted by itself" if name else "is a network output"
+    )
