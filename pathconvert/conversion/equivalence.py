@@ -26,9 +26,9 @@ from pathconvert.conversion.calls import Arguments, watched
 from pathconvert.conversion.modules import (
     as_arguments,
     computed_tensors,
-    in_dtype,
     mode_of,
     output_tensors,
+    own_inputs,
 )
 from pathconvert.errors import EquivalenceError
 
@@ -200,7 +200,7 @@ def forward_outputs(
 ) -> list[Tensor]:
     """All floating-point outputs of one forward in ``dtype`` (None: the network's own dtype)."""
     with _runnable(model, training, dtype) as (runnable, kind):
-        output = runnable(*in_dtype(as_arguments(inputs), kind))
+        output = runnable(*own_inputs(as_arguments(inputs), kind))
     return [tensor for tensor in output_tensors(output) if tensor.is_floating_point()]
 
 
@@ -251,5 +251,5 @@ def _part_inputs(
 
     modules = {part: model.get_submodule(part) for part in parts}
     with mode_of(model, training=False), torch.no_grad(), watched(modules, before=note):
-        model(*as_arguments(in_dtype(inputs, run_dtype(model))))
+        model(*as_arguments(own_inputs(inputs, run_dtype(model))))
     return received

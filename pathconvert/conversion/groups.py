@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pathconvert.conversion.trace import PINNED, BatchNormCall, IdVector, Slot, Trace
+from pathconvert.conversion.trace import PINNED, BatchNormCall, IdVector, Offender, Slot, Trace
 
 FIXED = -1
 
@@ -134,7 +134,8 @@ def find_units(trace: Trace) -> Units:
     batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
     reader, position = _single_readers(trace, batch_norms, label_of, absorbed)
     bn_units = [unit_of[call.rows] for call in batch_norms]
-    followers = trace.followers()
+    norm_names = {call.name for call in batch_norms}
+    followers = {name: sink for name, sink in trace.followers().items() if sink in norm_names}
     reads = _Reads(trace, label_of)
     layers = []
     for raw, slot in zip(slots, unit_slots, strict=True):
@@ -146,6 +147,15 @@ def find_units(trace: Trace) -> Units:
         readers = () if follower or not absorbed[rows].any() else reads.of(rows)
         layers.append(dataclasses.replace(layer, follower=follower, readers=readers))
     return Units(groups, unit_slots, tuple(layers), batch_norms)
+
+
+def offenders_inside(trace: Trace) -> list[Offender]:
+    """The activations that are not homogeneous and whose results a layer or a BatchNorm reads."""
+    label_of = _components(trace)
+    columns = [slot.columns for slot in trace.slots if slot.columns is not None]
+    read = np.zeros(int(label_of.max()) + 1, dtype=bool)
+    read[label_of[_concatenate((*columns, *(call.columns for call in trace.batch_norms)))]] = True
+    return [one for one in trace.offenders if read[label_of[one.made]]]
 
 
 def _concatenate(vectors: Iterable[IdVector]) -> IdVector:

@@ -5,10 +5,12 @@ They are convolutions, linear layers and normalizations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.conversion.pinning import pin
 from pathconvert.conversion.trace import BatchNormCall, Slot
@@ -22,10 +24,8 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
     """
 
     def rule(call: Call) -> Any:
-        x, weight, bias = (
-            call.argument(i, name) for i, name in enumerate(("input", "weight", "bias"))
-        )
-        groups = int(call.argument(6, "groups", 1))
+        x, weight, bias = (call.argument(name) for name in ("input", "weight", "bias"))
+        groups = int(call.argument("groups", 1))
         result = call.run()
         channel = result.dim() - 1 - spatial
         names = _weight_names(call, weight, bias)
@@ -65,13 +65,11 @@ def batch_norm(call: Call) -> Any:
     γ and β produce new units.
     """
     names = ("input", "running_mean", "running_var", "weight", "bias")
-    x, mean, var, weight, bias = (call.argument(i, name) for i, name in enumerate(names))
-    eps = float(call.argument(7, "eps", 1e-5))
+    x, mean, var, weight, bias = (call.argument(name) for name in names)
+    eps = float(call.argument("eps", 1e-5))
     columns = call.channel_ids(call.ids(x), 1, x.shape[1])
     name_of = call.tracer.name_of
-    title = (name_of(weight) or name_of(mean) or call.tracer.path).rpartition(".")[
-        0
-    ] or call.tracer.path
+    title = _title(call, (mean, var, weight), x.shape[1])
     rows = _affine_rows(call, weight, bias, x.shape[1], f"the BatchNorm {title}")
     call.trace.batch_norms.append(
         BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps)
@@ -81,6 +79,20 @@ def batch_norm(call: Call) -> Any:
     result = torch.empty_like(x, device="meta")
     call.tracer.step(title, x, result)
     return call.with_ids(result, torch.from_numpy(rows).view(shape))
+
+
+def _title(call: Call, tensors: Sequence[Tensor | None], size: int) -> str:
+    """A name for a BatchNorm: its module's path, else that of the module whose tensors it uses.
+
+    A functional one without any is told from others in its module by its number and its size.
+    """
+    module = call.tracer.stack[-1] if call.tracer.stack else None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d):
+        return call.tracer.path or "the network"
+    names = [name for tensor in tensors if (name := call.tracer.name_of(tensor)) is not None]
+    if names:
+        return names[0].rpartition(".")[0] or call.tracer.path
+    return call.tracer.anonymous(f"{call.tracer.path}.batch_norm".lstrip("."), size)
 
 
 def _affine_rows(
@@ -102,16 +114,14 @@ def _affine_rows(
     return rows
 
 
-def normalization(weight_at: int, *, channels_last: bool) -> Rule:
+def normalization(*, channels_last: bool) -> Rule:
     """LayerNorm, GroupNorm, InstanceNorm are not homogeneous: they pin their input.
 
     γ and β produce new units.
     """
 
     def rule(call: Call) -> Any:
-        x = call.argument(0, "input")
-        weight = call.argument(weight_at, "weight")
-        bias = call.argument(weight_at + 1, "bias")
+        x, weight, bias = (call.argument(name) for name in ("input", "weight", "bias"))
         title = f"the normalization {call.tracer.path or call.name}"
         call.trace.pin(call.ids(x).flatten().numpy(), f"enters {title}, which is not homogeneous")
         result = torch.empty_like(x, device="meta")

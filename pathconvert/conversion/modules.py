@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -79,9 +81,19 @@ def as_arguments(example_input: Any) -> tuple[Any, ...]:
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
-def in_dtype(tree: Any, dtype: torch.dtype) -> Any:
-    """``tree`` with its floating-point tensors in ``dtype``."""
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+def own_inputs(tree: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of ``tree`` for one run, as a forward may change its inputs in place.
+
+    Args:
+        tree: any nesting of tuples, lists and dictionaries.
+        dtype: of the floating-point tensors; None keeps their own.
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(kind, copy=True)
+
+    return tree_map_only(Tensor, copied, tree)
 
 
 def meta_inputs(tree: Any, dtype: torch.dtype | None) -> Any:
@@ -126,3 +138,32 @@ def output_tensors(output: Any) -> list[Tensor]:
                 f"the forward returns an object of type {kind}, whose tensors cannot be found"
             )
     return tensors
+
+
+def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
+    """The forward of FrozenBatchNorm2d, as a single call of torch."""
+    return F.batch_norm(
+        x,
+        module.running_mean,
+        module.running_var,
+        module.weight,
+        module.bias,
+        False,
+        0.0,
+        module.eps,
+    )
+
+
+@contextlib.contextmanager
+def frozen_batch_norms_as_calls() -> Iterator[None]:
+    """Let torchvision's FrozenBatchNorm2d call ``F.batch_norm``.
+
+    The rule for BatchNorm then follows it.
+    """
+    kind: Any = torchvision.ops.misc.FrozenBatchNorm2d
+    original = kind.forward
+    kind.forward = _frozen_batch_norm
+    try:
+        yield
+    finally:
+        kind.forward = original

@@ -9,13 +9,14 @@ parameter that code outside the part also uses is pinned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pathconvert.conversion.calls import Arguments, Stack, observe
+from pathconvert.conversion.calls import Arguments, Observed, Stack, observe
 from pathconvert.conversion.equivalence import run_dtype
 from pathconvert.conversion.modules import as_arguments, meta_inputs
 from pathconvert.conversion.rules import rule_of
@@ -79,7 +80,7 @@ def _inside(name: str, notes: dict[str, str]) -> bool:
 
 
 def _trace_calls(
-    model: nn.Module, module: nn.Module, trace: Trace, calls: list[Arguments]
+    model: nn.Module, module: nn.Module, trace: Trace, calls: Sequence[Arguments | Observed]
 ) -> tuple[Trace, set[str], dict[str, str]]:
     """Trace all given calls of ``module`` in both modes.
 
@@ -91,9 +92,11 @@ def _trace_calls(
     seen: set[str] = set()
     notes: dict[str, str] = {}
     for training in (False, True):
-        for args, kwargs in calls:
+        for call in calls:
+            observed = call if isinstance(call, Observed) else None
+            args, kwargs = call.arguments if isinstance(call, Observed) else call
             before = trace.copy()
-            tracer = Tracer(model, trace, rule_of)
+            tracer = Tracer(model, trace, rule_of, None if training else observed)
             try:
                 run(tracer, module, args, kwargs, training=training)
             except TraceError as error:
@@ -134,7 +137,7 @@ def _trace_parts(
         or parameter → why it was not traced.
     """
     try:
-        observed = observe(model, arguments, dtype)
+        observed = observe(model, arguments, dtype, runs=2)
     except Exception as cause:
         error.tip = error.tip or f"running it on the example input failed too: {first_line(cause)}"
         raise error from cause
@@ -157,7 +160,7 @@ class _PartSearch:
     """
 
     def __init__(
-        self, model: nn.Module, calls: dict[str, list[Arguments]], error: TraceError
+        self, model: nn.Module, calls: dict[str, list[Observed]], error: TraceError
     ) -> None:
         self.model, self.calls, self.error = model, calls, error
         self.trace = Trace()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pathconvert.choices import Gauge, PivotRule, Scope, require_choice
-from pathconvert.conversion.groups import Group, Units, find_units
+from pathconvert.conversion.groups import Group, Units, find_units, offenders_inside
 from pathconvert.conversion.modules import named_tensors, unwrapped
 from pathconvert.conversion.parts import Traced, trace_network
 from pathconvert.conversion.pivots import FloatVector, Pivots, choose_pivots, pivots_at
@@ -204,14 +204,14 @@ def convert_traced(
 
     One trace serves all scopes, pivots and gauges.
     """
-    if traced.trace.offenders and not partial:
-        path, kind = traced.trace.offenders[0]
+    units = find_units(traced.trace)
+    offenders = offenders_inside(traced.trace)
+    if offenders and not partial:
         raise RefusedNetwork(
-            f"{path or 'the network'} is {kind}, which is not positively homogeneous: "
+            f"{offenders[0].what}, which is not positively homogeneous: "
             f"{type(model).__name__} cannot be moved to path space as a whole",
             "--partial (partial=True) pins what enters such an activation and converts the rest",
         )
-    units = find_units(traced.trace)
     tensors = named_tensors(model)
     reasons = [_pinned_by(group, scope) for group in units.groups]
     free = np.repeat(

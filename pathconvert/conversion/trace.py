@@ -84,6 +84,20 @@ class Step:
     sink: str | None
 
 
+@dataclass(frozen=True)
+class Offender:
+    """A call of an activation that is not homogeneous.
+
+    Attributes:
+        what: the module and the activation: ``features.2 is ReLU6``, ``layer1.0 calls silu``.
+        made: the id of everything that it returns. The network is refused if a layer or a
+            BatchNorm reads it, and not if it only leads to outputs.
+    """
+
+    what: str
+    made: int
+
+
 @dataclass
 class Trace:
     """What one or several runs of a network say about its ids (see the module's docstring).
@@ -94,7 +108,7 @@ class Trace:
         ties: pairs of vectors; ``a[i]`` and ``b[i]`` share a factor.
         pins: ids that have factor 1, and the reason.
         residual: ids that an ``add`` of two activations ties.
-        offenders: path and type of every activation that is not homogeneous.
+        offenders: all calls of activations that are not homogeneous.
         steps: all calls of layers and BatchNorms.
         id_count: number of ids in use, ``ZERO`` and ``PINNED`` included.
     """
@@ -104,7 +118,7 @@ class Trace:
     ties: list[tuple[IdVector, IdVector]] = field(default_factory=list)
     pins: list[tuple[IdVector, str]] = field(default_factory=list)
     residual: list[IdVector] = field(default_factory=list)
-    offenders: list[tuple[str, str]] = field(default_factory=list)
+    offenders: list[Offender] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     id_count: int = 2
 

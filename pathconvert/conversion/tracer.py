@@ -14,21 +14,25 @@ example.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pathconvert.conversion.calls import running_modules
-from pathconvert.conversion.modules import mode_of, output_tensors
+from pathconvert.conversion.calls import Observed, function_name, running_modules
+from pathconvert.conversion.modules import (
+    frozen_batch_norms_as_calls,
+    mode_of,
+    output_tensors,
+)
+from pathconvert.conversion.signatures import bound_arguments
 from pathconvert.conversion.trace import PINNED, ZERO, IdVector, Slot, Step, Trace
 from pathconvert.errors import PathconvertError, TraceError, first_line
 
@@ -47,6 +51,10 @@ def compact(ids: Tensor) -> Tensor:
 
 
 Rule = Callable[["Call"], Any]
+
+
+class NotBound(Exception):
+    """A call does not fit any signature of its function, so that no rule can read its arguments."""
 
 
 @dataclass
@@ -69,9 +77,34 @@ class Call:
         """The place of the call, for messages: ``layer1.0 (add)``."""
         return f"{self.tracer.path or 'the network'} ({self.name})"
 
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, without defaults, bound by the function's own signature.
+
+        Raises:
+            NotBound: the call fits none of the function's signatures.
+        """
+        bound = bound_arguments(self.func, self.name, self.args, self.kwargs)
+        if bound is None:
+            raise NotBound
+        return bound
+
+    def argument(self, name: str, default: Any = None) -> Any:
         """An argument, whether it was given by position or by name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+        return self.arguments.get(name, default)
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        tensor: Tensor = self.args[0] if self.args else self.arguments["input"]
+        return tensor
+
+    def dims(self) -> list[int]:
+        """The dimensions that a reduction runs over: those given as ``dim``, or all."""
+        rank, given = self.input.dim(), self.argument("dim")
+        if given is None or given == [] or given == ():
+            return list(range(rank))
+        return [dim % rank for dim in ([given] if isinstance(given, int) else given)]
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, including those in nested lists."""
@@ -82,8 +115,24 @@ class Call:
         return self.tracer.ids(tensor)
 
     def run(self) -> Any:
-        """The function's result on the meta device."""
-        return self.func(*self.tracer.to_meta(self.args), **self.tracer.to_meta(self.kwargs))
+        """The function's result on the meta device.
+
+        Constant indices and masks keep their numbers, which may decide on the result's shape.
+        """
+        indices = {
+            id(tensor)
+            for tensor in self.tensors()
+            if not tensor.is_floating_point() and not self.tracer.is_live(tensor)
+        }
+        if indices and not changes_its_input(self.func):
+            with contextlib.suppress(RuntimeError):  # some functions want one device for all
+                return self._on_meta(frozenset(indices))
+        return self._on_meta(frozenset())
+
+    def _on_meta(self, kept: frozenset[int]) -> Any:
+        """The result on the meta device, but for the tensors with these ids."""
+        args, kwargs = self.tracer.to_meta(self.args, kept), self.tracer.to_meta(self.kwargs, kept)
+        return self.func(*args, **kwargs)
 
     def run_on_ids(self) -> Any:
         """The function's result on the ids of its tensors.
@@ -133,13 +182,33 @@ class Call:
 
 
 def metadata(call: Call) -> Any:
-    """Rule for shapes, dtypes and devices, which do not depend on the numbers."""
+    """Rule for shapes and dtypes, which do not depend on the numbers."""
     return call.func(*call.args, **call.kwargs)
+
+
+def device(_: Call) -> Any:
+    """Constants that are made on an activation's device have numbers, unlike the activation."""
+    return torch.device("cpu")
+
+
+def constant(call: Call) -> Any:
+    """new_tensor: the numbers do not depend on the tensor that it is called on."""
+    like = torch.empty(0, dtype=call.input.dtype)
+    kwargs = {key: value for key, value in call.kwargs.items() if key != "device"}
+    return call.func(like, *call.args[1:], **kwargs)
+
+
+#: Rules for what does not use a tensor's numbers.
+NUMBERLESS = (metadata, device, constant)
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
     """Ids for a tensor whose factor is 1 everywhere; they broadcast to its shape."""
     return torch.full((1,) * tensor.dim(), PINNED)
+
+
+#: Functions whose result holds zeros, or nothing yet.
+MAKES_ZEROS = (torch.zeros, torch.zeros_like, torch.empty, torch.empty_like)
 
 
 class Tracer(TorchFunctionMode):
@@ -149,14 +218,23 @@ class Tracer(TorchFunctionMode):
         model: not changed; each call gets meta tensors in place of its parameters and buffers.
         trace: the trace to extend.
         rule_of: maps a torch function to its name and its rule.
+        observed: what a run showed of the call that is traced, if it is that of a part of the
+            network. Tensors that escape from it are pinned; a trace that runs other functions is
+            refused.
     """
 
     def __init__(
-        self, model: nn.Module, trace: Trace, rule_of: Callable[[Any], tuple[str, Rule]]
+        self,
+        model: nn.Module,
+        trace: Trace,
+        rule_of: Callable[[Any], tuple[str, Rule]],
+        observed: Observed | None = None,
     ) -> None:
         super().__init__()
         self.trace = trace
         self.rule_of = rule_of
+        self.observed = observed
+        self._count = 0
         self.names = {id(tensor): name for name, tensor in model.named_buffers()}
         self.names |= {id(tensor): name for name, tensor in model.named_parameters()}
         self.saved = set(model.state_dict(keep_vars=True))
@@ -165,6 +243,7 @@ class Tracer(TorchFunctionMode):
         self.seen: set[str] = set()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._uses: Counter[int] = Counter()
+        self._anonymous: Counter[str] = Counter()
         self._steps: list[tuple[str, int, int]] = []
 
     @property
@@ -183,10 +262,16 @@ class Tracer(TorchFunctionMode):
         return name if name in self.saved else None
 
     def is_live(self, tensor: Tensor) -> bool:
-        """Whether rules follow this tensor: it is an activation or a parameter, not a constant."""
-        return id(tensor) in self._values or (
-            isinstance(tensor, nn.Parameter) and id(tensor) in self.names
-        )
+        """Whether rules follow this tensor: an activation, a parameter, or a buffer like one.
+
+        A floating-point buffer of the state dict can be rescaled, so it is followed as a parameter
+        is. Everything else is a constant.
+        """
+        if id(tensor) in self._values:
+            return True
+        name = self.names.get(id(tensor))
+        is_weight = name in self.saved and tensor.is_floating_point()
+        return name is not None and (isinstance(tensor, nn.Parameter) or is_weight)
 
     def set(self, tensor: Tensor, ids: Tensor) -> None:
         """Remember the ids of a tensor."""
@@ -223,6 +308,11 @@ class Tracer(TorchFunctionMode):
             )
         return pinned_like(tensor)
 
+    def anonymous(self, name: str, size: int) -> str:
+        """A name of its own for a call without parameters: ``name#2 of 16``."""
+        self._anonymous[name] += 1
+        return f"{name}#{self._anonymous[name]} of {size}"
+
     def step(self, name: str, read: Tensor, made: Tensor) -> None:
         """Record a call of a layer or a BatchNorm (:class:`Step`)."""
         self._steps.append((name, id(read), id(made)))
@@ -252,15 +342,34 @@ class Tracer(TorchFunctionMode):
             self.set(tensor, pinned_like(tensor))
         self.trace.pin(self.ids(tensor).flatten().numpy(), reason)
 
-    def to_meta(self, tree: Any) -> Any:
-        """``tree`` with every tensor replaced by a meta tensor of the same shape and dtype."""
+    def to_meta(self, tree: Any, kept: frozenset[int] = frozenset()) -> Any:
+        """``tree`` with its tensors replaced by meta tensors of the same shape and dtype.
+
+        Args:
+            tree: any nesting of tuples, lists and dictionaries.
+            kept: ids of the tensors that stay as they are.
+        """
 
         def meta(tensor: Tensor) -> Tensor:
-            return (
-                tensor if tensor.device.type == "meta" else torch.empty_like(tensor, device="meta")
-            )
+            if tensor.device.type == "meta" or id(tensor) in kept:
+                return tensor
+            return torch.empty_like(tensor, device="meta")
 
         return tree_map_only(Tensor, meta, tree)
+
+    def has_ids(self, tensor: Tensor) -> bool:
+        """Whether the tensor has ids already: it was made, or used element by element."""
+        return id(tensor) in self._values
+
+    def has_other_views(self, tensor: Tensor) -> bool:
+        """Whether other tensors with ids share the tensor's memory, or it cannot be told."""
+        if id(tensor) in self.names or id(tensor) not in self._values:
+            return True
+        storage = tensor.untyped_storage()._cdata
+        return any(
+            other is not tensor and other.untyped_storage()._cdata == storage
+            for other, _ in self._values.values()
+        )
 
     def __torch_function__(
         self,
@@ -269,12 +378,38 @@ class Tracer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        number = self._count
+        self._count += 1
+        self._compare(number, func)
+        result = self._followed(func, args, kwargs or {})
+        for place, leaf in enumerate(tree_leaves(result)):
+            if self.observed is not None and (number, place) in self.observed.escapes:
+                reason = f"leaves {self.path or 'its part'} otherwise than as its result"
+                self.trace.pin(self.ids(leaf).flatten().numpy(), reason)
+        return result
+
+    def _compare(self, number: int, func: Any) -> None:
+        """Refuse a part that runs other functions on shapes alone than in the whole network.
+
+        Raises:
+            TraceError: the function is not the one that ran at this place.
+        """
+        if self.observed is None:
+            return
+        expected = self.observed.functions[number : number + 1]
+        if expected != (function_name(func),):
+            raise TraceError(
+                f"{self.path or 'a part'} does something else by itself than in the network: it"
+                f" calls {function_name(func)} where {', '.join(expected) or 'nothing'} ran"
+            )
+
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function, with ids."""
         name, rule = self.rule_of(func)
         call = Call(self, name, func, args, kwargs)
         tensors = call.tensors()
         self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
-        if rule is not metadata:
+        if rule not in NUMBERLESS:
             self._uses.update(id(tensor) for tensor in tensors if self.is_live(tensor))
         if any(self.is_live(tensor) for tensor in tensors):
             if kwargs.get("out") is not None:
@@ -284,13 +419,14 @@ class Tracer(TorchFunctionMode):
         # the update of num_batches_tracked
         on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)
         result = call.run() if on_a_copy else func(*args, **kwargs)
+        if func in MAKES_ZEROS and result.is_floating_point() and result.dim() > 1:
+            zeros = torch.empty_like(result, device="meta")  # activations may be written into it
+            self.set(zeros, pinned_like(zeros) * ZERO)
+            return zeros
         for leaf in tree_leaves(result):
-            if (
-                isinstance(leaf, Tensor)
-                and leaf.device.type == "meta"
-                and id(leaf) not in self.names
-            ):
-                self.set(leaf, pinned_like(leaf) * (ZERO if func is torch.zeros else 1))
+            is_meta = isinstance(leaf, Tensor) and leaf.device.type == "meta"
+            if is_meta and id(leaf) not in self.names:
+                self.set(leaf, pinned_like(leaf))
         return result
 
 
@@ -302,35 +438,6 @@ def changes_its_input(func: Any) -> bool:
         or (name.startswith("__i") and name != "__invert__")
         or (name.endswith("_") and not name.endswith("__"))
     )
-
-
-def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
-    """The forward of FrozenBatchNorm2d, as a single call of torch."""
-    return F.batch_norm(
-        x,
-        module.running_mean,
-        module.running_var,
-        module.weight,
-        module.bias,
-        False,
-        0.0,
-        module.eps,
-    )
-
-
-@contextlib.contextmanager
-def _frozen_batch_norms_as_calls() -> Iterator[None]:
-    """Let torchvision's FrozenBatchNorm2d call ``F.batch_norm``.
-
-    The rule for BatchNorm then follows it.
-    """
-    kind: Any = torchvision.ops.misc.FrozenBatchNorm2d
-    original = kind.forward
-    kind.forward = _frozen_batch_norm
-    try:
-        yield
-    finally:
-        kind.forward = original
 
 
 def run(
@@ -353,7 +460,7 @@ def run(
         mode_of(module, training=training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        _frozen_batch_norms_as_calls(),
+        frozen_batch_norms_as_calls(),
         running_modules(tracer.stack),
     ):
         try:

@@ -64,7 +64,8 @@ def choose_candidates(
     usable = (pivots.layer >= 0) & ~conversion.held_back() & ~conversion.circular()
     chosen, left = [], {}
     observed = observe(model, as_arguments(example_input), run_dtype(model))
-    calls, uses = observed.calls, observed.uses
+    calls = {name: [call.arguments for call in made] for name, made in observed.calls.items()}
+    uses = observed.uses
     last = _last_layers(conversion, calls)
     for index, layer in enumerate(units.layers):
         mine = np.flatnonzero(usable & (pivots.layer == index))

@@ -216,7 +216,8 @@ def _like(value: Any, tensor: Tensor) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    return value.to(tensor) if value.is_floating_point() else value.to(tensor.device)
+    kind = tensor.dtype if value.is_floating_point() else value.dtype
+    return value.to(tensor.device, kind, copy=True)  # a forward may change its inputs in place
 
 
 def estimate_sum(

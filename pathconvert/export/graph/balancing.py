@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from pathconvert.conversion.calls import leaves, watched
 from pathconvert.conversion.groups import Units, find_units
-from pathconvert.conversion.modules import as_arguments, in_dtype, mode_of
+from pathconvert.conversion.modules import as_arguments, mode_of, own_inputs
 from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.rescale import rescale
@@ -101,7 +101,7 @@ def _largest_results(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Ten
 
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     with torch.no_grad(), mode_of(model, training=False), watched(layers, after=note):
-        model(*in_dtype(inputs, dtype))
+        model(*own_inputs(inputs, dtype))
     return largest
 
 

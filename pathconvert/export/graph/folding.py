@@ -34,9 +34,9 @@ from pathconvert.conversion.equivalence import run_dtype
 from pathconvert.conversion.modules import (
     as_arguments,
     computed_tensors,
-    in_dtype,
     meta_inputs,
     output_tensors,
+    own_inputs,
     unwrapped,
 )
 from pathconvert.conversion.parts import TrainingModeError, trace_network
@@ -345,7 +345,7 @@ def _run_observed(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[str]
     Raises:
         TraceError: the network cannot be run in float64.
     """
-    wide = in_dtype(as_arguments(inputs), torch.float64)
+    wide = own_inputs(as_arguments(inputs), torch.float64)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), tensor_uses(model) as uses:
             torch.manual_seed(0)

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathconvert.conversion.calls import leaves, watched
+from pathconvert.conversion.modules import own_inputs
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export.runtime.diagnosis import runtime_line
 from pathconvert.export.runtime.session import ort, session_options
@@ -129,7 +130,7 @@ def torch_runner(model: nn.Module, dtype: torch.dtype) -> Forward:
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            outputs = model(x.to(dtype) if x.is_floating_point() else x)
+            outputs = model(own_inputs(x, dtype))
         return [t.double() for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     return run
@@ -266,7 +267,7 @@ def half_runner(exported: nn.Module, tip: str = "") -> Forward:
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad(), watched(leaves(model), after=note):
-            outputs = model(x.half().float() if x.is_floating_point() else x)
+            outputs = model(x.half().float() if x.is_floating_point() else own_inputs(x))
         return [t.double() for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     return run
@@ -348,5 +349,5 @@ def _module_results(exported: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
             results.setdefault(name, []).append(result.clone())
 
     with torch.no_grad(), watched(leaves(model), after=note):
-        model(x.double() if x.is_floating_point() else x)
+        model(own_inputs(x, torch.float64))
     return results
