@@ -20,6 +20,7 @@ from pathconvert.conversion.calls import Arguments, Observed, Stack, observe
 from pathconvert.conversion.equivalence import run_dtype
 from pathconvert.conversion.modules import as_arguments, meta_inputs
 from pathconvert.conversion.rules import rule_of
+from pathconvert.conversion.ties import first_names, overlaps
 from pathconvert.conversion.trace import Trace
 from pathconvert.conversion.tracer import Tracer, run
 from pathconvert.errors import TraceError, first_line
@@ -69,9 +70,21 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
         raise
     except TraceError as error:
         trace, parts, seen, notes = _trace_parts(model, arguments, dtype, error)
-    unused = [name for name, _ in model.named_parameters() if name not in seen]
+    _pin_overlapping(trace, overlaps(model))
+    first = first_names(model)
+    unused = [name for name, _ in model.named_parameters() if first[name] not in seen]
     notes |= {name: "never used by the forward" for name in unused if not _inside(name, notes)}
     return Traced(trace, parts, notes)
+
+
+def _pin_overlapping(trace: Trace, shared: dict[str, str]) -> None:
+    """Pin the tensors that share a part of their memory with others (``ties.py``)."""
+    for slot in list(trace.slots):
+        if slot.parameter in shared:
+            reason = f"{slot.parameter} shares a part of its memory with {shared[slot.parameter]}"
+            for vector in (slot.rows, slot.columns):
+                if vector is not None:
+                    trace.pin(vector, reason)
 
 
 def _inside(name: str, notes: dict[str, str]) -> bool:

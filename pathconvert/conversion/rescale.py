@@ -16,6 +16,7 @@ from torch import Size, Tensor, nn
 
 from pathconvert.conversion.modules import computed_tensors
 from pathconvert.conversion.pivots import FloatVector
+from pathconvert.conversion.ties import first_names
 from pathconvert.conversion.trace import Slot
 
 #: Number of elements that are rescaled at a time.
@@ -75,6 +76,11 @@ def rescale(
             continue
         old = tensors[slot.parameter]
         memo[id(old)] = _scaled(old, slot, padded, inverse)
+    for name, first in first_names(model).items():
+        other, kept = tensors.get(name), tensors.get(first)
+        if other is not None and kept is not None and other is not kept:  # one memory, two objects
+            copied = memo.setdefault(id(kept), copy.deepcopy(kept))
+            memo[id(other)] = copied if isinstance(other, nn.Parameter) else copied.detach()
     return copy.deepcopy(model, memo | computed_tensors(model))
 
 

@@ -33,6 +33,7 @@ from pathconvert.conversion.modules import (
     output_tensors,
 )
 from pathconvert.conversion.signatures import bound_arguments
+from pathconvert.conversion.ties import first_names
 from pathconvert.conversion.trace import PINNED, ZERO, IdVector, Slot, Step, Trace
 from pathconvert.errors import PathconvertError, TraceError, first_line
 
@@ -235,8 +236,9 @@ class Tracer(TorchFunctionMode):
         self.rule_of = rule_of
         self.observed = observed
         self._count = 0
-        self.names = {id(tensor): name for name, tensor in model.named_buffers()}
-        self.names |= {id(tensor): name for name, tensor in model.named_parameters()}
+        first = first_names(model)
+        tensors = (*model.named_buffers(), *model.named_parameters())
+        self.names = {id(tensor): first[name] for name, tensor in tensors}
         self.saved = set(model.state_dict(keep_vars=True))
         self.modules = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []

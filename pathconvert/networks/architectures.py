@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pathconvert.conversion.ties import first_names
 from pathconvert.errors import ArchitectureError
 from pathconvert.networks.builders import (
     build_by_path,
@@ -400,23 +401,37 @@ def load_tensors(
     # Without the modules' versions MNASNet refuses a state dict, and other networks treat it as an
     # old one.
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    shared = _shared(model)
+    first = first_names(model)
     model.load_state_dict(complete, strict=True, assign=True)
-    for first, *others in shared:  # assign=True splits a shared parameter into several
-        for name in others:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, model.get_parameter(first))
+    _tie(model, first, architecture)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
 
 
-def _shared(model: nn.Module) -> list[list[str]]:
-    """For every parameter with more than one name, its names."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+def _tie(model: nn.Module, first: Mapping[str, str], architecture: Architecture) -> None:
+    """Make one tensor again of those that were one before a state dict was assigned.
+
+    Args:
+        model: changed in place.
+        first: tensor → the first one with the same memory (``conversion/ties.py``).
+        architecture: for the message.
+
+    Raises:
+        ArchitectureError: they are different tensors in the state dict.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    tensors |= model.named_parameters(remove_duplicate=False)
+    for name, kept in first.items():
+        if name == kept:
+            continue
+        if not torch.equal(tensors[name], tensors[kept]):
+            raise ArchitectureError(
+                f"{kept} and {name} are one tensor in {architecture.name}, but differ in the file",
+                "Save the checkpoint again from the network's own class.",
+            )
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, tensors[kept])
 
 
 def parse_input_size(text: str) -> tuple[int, ...]:
