@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pathconvert.conversion.elementwise import carrier_and_gate
+from pathconvert.conversion.function_call import Call
 from pathconvert.conversion.pinning import pin
 from pathconvert.conversion.trace import Slot
-from pathconvert.conversion.tracer import Call
 
 
 def matmul(call: Call) -> Any:

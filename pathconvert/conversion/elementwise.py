@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathconvert.conversion.function_call import Call, compact, pinned_like
 from pathconvert.conversion.pinning import activation, gate, pin, works_in_place
 from pathconvert.conversion.trace import PINNED, ZERO, Slot
-from pathconvert.conversion.tracer import Call, compact, pinned_like
 
 # ---- one operand ---------------------------------------------------------------------------------
 

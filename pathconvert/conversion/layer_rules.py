@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from pathconvert.conversion.function_call import Call, Rule, pinned_like
 from pathconvert.conversion.pinning import pin
 from pathconvert.conversion.trace import BatchNormCall, Slot
-from pathconvert.conversion.tracer import Call, Rule, pinned_like
 
 
 def convolution(spatial: int, *, transposed: bool = False) -> Rule:

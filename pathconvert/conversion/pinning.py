@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pathconvert.conversion.function_call import Call, changes_its_input, pinned_like
 from pathconvert.conversion.trace import Offender
-from pathconvert.conversion.tracer import Call, changes_its_input, pinned_like
 
 
 def works_in_place(call: Call) -> bool:

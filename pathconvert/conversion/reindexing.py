@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pathconvert.conversion.elementwise import tie
+from pathconvert.conversion.function_call import Call, Rule, compact
 from pathconvert.conversion.pinning import pin
 from pathconvert.conversion.trace import PINNED, ZERO
-from pathconvert.conversion.tracer import Call, Rule, compact
 
 # ---- elements that move --------------------------------------------------------------------------
 

@@ -28,6 +28,15 @@ from pathconvert.conversion.elementwise import (
     tie,
     where,
 )
+from pathconvert.conversion.function_call import (
+    NUMBERLESS,
+    Call,
+    NotBound,
+    Rule,
+    constant,
+    device,
+    metadata,
+)
 from pathconvert.conversion.layer_rules import batch_norm, convolution, normalization
 from pathconvert.conversion.pinning import activation, gate, pin
 from pathconvert.conversion.reindexing import (
@@ -46,15 +55,6 @@ from pathconvert.conversion.reindexing import (
     unpool,
     view,
     window,
-)
-from pathconvert.conversion.tracer import (
-    NUMBERLESS,
-    Call,
-    NotBound,
-    Rule,
-    constant,
-    device,
-    metadata,
 )
 
 _DIMS = (1, 2, 3)
