@@ -274,12 +274,12 @@ def run(
 ) -> None:
     """Trace one forward of ``module``; its inputs and all its outputs are pinned to factor 1.
 
+    A network that keeps tensors in its attributes may read them in its next forward, so it is run
+    twice.
+
     Raises:
         TraceError: the forward cannot be followed on the meta device.
     """
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor):
-            tracer.set(leaf, pinned_like(leaf))
     with (
         mode_of(module, training=training),
         torch.random.fork_rng(devices=[]),
@@ -288,8 +288,9 @@ def run(
         running_modules(tracer.stack),
     ):
         try:
-            with tracer:
-                output = module(*args, **kwargs)
+            outputs = _run_once(tracer, module, args, kwargs)
+            if tracer.observed is None and _keeps_tensors(module, tracer):
+                outputs += _run_once(tracer, module, args, kwargs)
         except PathconvertError:
             raise
         except Exception as error:
@@ -298,10 +299,27 @@ def run(
             raise TraceError(
                 f"the forward of {place} cannot be followed on shapes alone: {why}"
             ) from error
-    outputs = output_tensors(output)
     tracer.finish(outputs)
     for tensor in outputs:
         tracer.trace.pin(tracer.ids(tensor).flatten().numpy(), _output_reason(tracer, module))
+
+
+def _run_once(
+    tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """The outputs of one forward whose inputs have factor 1."""
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            tracer.set(leaf, pinned_like(leaf))
+    with tracer:
+        output = module(*args, **kwargs)
+    return output_tensors(output)
+
+
+def _keeps_tensors(module: nn.Module, tracer: Tracer) -> bool:
+    """Whether tensors that the forward made are attributes of a module now."""
+    kept = (leaf for one in module.modules() for leaf in tree_leaves(dict(vars(one))))
+    return any(isinstance(leaf, Tensor) and tracer.has_ids(leaf) for leaf in kept)
 
 
 def _output_reason(tracer: Tracer, module: nn.Module) -> str:
