@@ -64,6 +64,7 @@ class Tracer(TorchFunctionMode):
         observed: Observed | None = None,
     ) -> None:
         super().__init__()
+        self.model = model
         self.trace = trace
         self.rule_of = rule_of
         self.observed = observed
@@ -281,7 +282,7 @@ def run(
         TraceError: the forward cannot be followed on the meta device.
     """
     with (
-        mode_of(module, training=training),
+        mode_of(tracer.model, training=training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         frozen_batch_norms_as_calls(),
