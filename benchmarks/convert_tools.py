@@ -16,8 +16,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.reparameterize import Conversion, convert_traced
+from pathconvert.conversion.tracing.parts import trace_network
 
 Channel = tuple[str, int]
 """A module that produces a channel (its BatchNorm where one follows), and the channel's row."""

@@ -13,7 +13,8 @@ from pathconvert.version import __version__
 if TYPE_CHECKING:
     from pathconvert import export
     from pathconvert.conversion.equivalence import EquivalenceReport, verify
-    from pathconvert.conversion.reparameterize import Conversion, Pivot, ScaleGroup, reparameterize
+    from pathconvert.conversion.reparameterize import Conversion, reparameterize
+    from pathconvert.conversion.scale_groups import Pivot, ScaleGroup
     from pathconvert.networks.loading import load
     from pathconvert.networks.saving import save
     from pathconvert.path_bn.entering import to_path_bn
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "conversion.equivalence": ("EquivalenceReport", "verify"),
-    "conversion.reparameterize": ("Conversion", "Pivot", "ScaleGroup", "reparameterize"),
+    "conversion.reparameterize": ("Conversion", "reparameterize"),
+    "conversion.scale_groups": ("Pivot", "ScaleGroup"),
     "networks.loading": ("load",),
     "networks.saving": ("save",),
     "path_bn.entering": ("to_path_bn",),

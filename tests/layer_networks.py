@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pathconvert.conversion.groups import Units, find_units
-from pathconvert.conversion.parts import Traced, trace_network
 from pathconvert.conversion.rescale import rescale
+from pathconvert.conversion.tracing.parts import Traced, trace_network
 
 RESIDUAL = "is tied by a residual add, which scope block does not rescale (scope network does)"
 OUTPUT = "is a network output"

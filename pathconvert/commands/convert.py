@@ -47,6 +47,13 @@ def reparam(
             )
         ),
     ] = "unit",
+    min_pivot: Annotated[
+        float,
+        typer.Option(
+            help="A channel whose pivot is smaller than this part of its layer's usual ones is"
+            " near-dead and left as it is; 0 rescales every channel."
+        ),
+    ] = 1e-6,
     form: Annotated[
         ConvertedForm,
         typer.Option(
@@ -112,7 +119,9 @@ def reparam(
             conversion = (
                 resume_conversion(network)
                 if network.record
-                else convert_network(network, scope, pivot, gauge, partial=partial)
+                else convert_network(
+                    network, scope, pivot, gauge, min_pivot=min_pivot, partial=partial
+                )
             )
         path_bn = None
         if form == "path-bn":

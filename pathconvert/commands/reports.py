@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pathconvert.conversion.deploy_forms import deploy_hint
 from pathconvert.conversion.equivalence import EquivalenceReport
 from pathconvert.conversion.path_bn_record import PathBnRecord
+from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.reparameterize import Conversion, reparameterize
 from pathconvert.errors import OutputError, PathconvertError
 from pathconvert.networks.inputs import random_input
@@ -30,7 +32,6 @@ def summarise(
     form.
     """
     magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
-    has_pivots = bool(magnitudes.size)
     return {
         "architecture": network.architecture.name,
         "arguments": network.architecture.arguments,
@@ -39,11 +40,9 @@ def summarise(
         "pivot": conversion.pivot,
         "gauge": conversion.gauge,
         **conversion.counts(),
-        "pivot_magnitude": {
-            "min": float(magnitudes.min()) if has_pivots else None,
-            "median": float(np.median(magnitudes)) if has_pivots else None,
-            "max": float(magnitudes.max()) if has_pivots else None,
-        },
+        "pivots_recentred": int((conversion.exponents() != 0).sum()),
+        "pivot_magnitude": _spread(magnitudes),
+        "scales": _spread(conversion.scales[conversion.rescaled()]),
         "path_bn": _path_bn_json(path_bn) if path_bn else None,
         "equality": equality.to_json(),
         "parts": list(conversion.parts),
@@ -51,6 +50,27 @@ def summarise(
         "notes": _notes(conversion) + _path_bn_notes(path_bn),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
     }
+
+
+def _spread(values: FloatVector) -> dict[str, float | None]:
+    """Minimum, median and maximum of some values; None each if there are none."""
+    if not values.size:
+        return dict.fromkeys(("min", "median", "max"))
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "max": float(values.max()),
+    }
+
+
+def _scales_row(scales: dict[str, float | None]) -> str:
+    """The row ``scales``: ``min 1.2e-03, median 0.48, max 3.1``."""
+    return ", ".join(f"{name} {_two_digits(value)}" for name, value in scales.items() if value)
+
+
+def _two_digits(value: float) -> str:
+    """A positive number with two digits, without an exponent if it has an ordinary size."""
+    return f"{value:.2g}" if 0.01 <= value < 99.5 else f"{value:.1e}"
 
 
 def _notes(conversion: Conversion) -> list[str]:
@@ -65,6 +85,18 @@ def _notes(conversion: Conversion) -> list[str]:
             f"{held_back} channels were held back: rescaled, they would leave the dtype's normal"
             " range"
         )
+    if counts["channels_near_dead"]:
+        notes.append(
+            f"{counts['channels_near_dead']} channels are near-dead: their pivots are tiny beside"
+            " those of their layer, so they were left as they are (--min-pivot)"
+        )
+    if recentred := int((conversion.exponents() != 0).sum()):
+        notes.append(
+            f"{recentred} pivots are λ times a power of two instead of λ (±1 in path form), so that"
+            " factors do not leave their range"
+        )
+    hint = deploy_hint(conversion.model, [group.pinned_by for group in conversion.groups])
+    notes += [hint] if hint else []
     if counts["channels_circular"]:
         notes.append(
             f"{counts['channels_circular']} channels were left alone: their pivots run in a circle"
@@ -121,9 +153,11 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         "groups": f"{summary['groups']} ({summary['groups_pinned']} pinned)",
         "channels": (
             f"{summary['channels_rescaled']} rescaled, {summary['channels_pinned']} pinned, "
-            f"{summary['channels_dead']} dead"
+            f"{summary['channels_dead']} dead, {summary['channels_near_dead']} near-dead"
         ),
     }
+    if summary["scales"]["min"] is not None:
+        rows["scales"] = _scales_row(summary["scales"])
     if magnitude["min"] is not None:
         rows["pivots before"] = (
             f"min {magnitude['min']:.2e}, median {magnitude['median']:.2e}, max"
@@ -197,6 +231,7 @@ def write_report(conversion: Conversion, path: Path) -> None:
             "pinned_by": group.pinned_by,
             "scales": group.scales.tolist(),
             "held_back": np.flatnonzero(group.held_back).tolist(),
+            "near_dead": np.flatnonzero(group.near_dead).tolist(),
             "pivots": [pivot._asdict() if pivot else None for pivot in group.pivots],
         }
         for group in conversion.groups
@@ -236,6 +271,7 @@ def inspect_network(network: LoadedNetwork) -> dict[str, Any]:
     if network.record and network.metadata:
         record = network.record
         result |= record.choices | {"tool": record.tool, "groups": len(record.groups)}
+        result["scales"] = _spread(record.chosen_scales())
         if record.path_bn:
             result["path_bn"] = _path_bn_json(record.path_bn)
         result["source"] = network.metadata.get("source")
@@ -280,6 +316,8 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
     for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):
         if result.get(name) is not None:
             rows[name.replace("_", " ")] = str(result[name])
+    if isinstance(scales := result.get("scales"), dict):
+        rows["scales"] = _scales_row(scales) or "no channel is rescaled"
     if result.get("path_bn"):
         rows["Path-BN"] = _path_bn_row(result["path_bn"])
     if result.get("source"):

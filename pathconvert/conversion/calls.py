@@ -23,6 +23,7 @@ from pathconvert.conversion.modules import (
     mode_of,
     own_inputs,
 )
+from pathconvert.errors import TraceError, first_line
 
 #: Positional and keyword arguments of a call.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -237,6 +238,9 @@ def observe(
         arguments: of the forward.
         dtype: that its floating-point arguments get.
         runs: what one run keeps may be read in the next one. The calls are those of the first.
+
+    Raises:
+        TraceError: the network cannot run on the arguments.
     """
     spans: dict[str, list[_Span]] = {}
     running: list[_Span] = []
@@ -266,6 +270,11 @@ def observe(
                 model(*own_inputs(arguments, dtype))
             for _ in range(runs - 1):
                 model(*own_inputs(arguments, dtype))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise TraceError(
+            f"the network cannot run on the example input: {first_line(error)}",
+            "Give an example input that the network takes, in the dtype of its weights.",
+        ) from error
     finally:
         for buffer, was in buffers:  # a forward may change them, for example to count its calls
             buffer.copy_(was)

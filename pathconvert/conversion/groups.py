@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pathconvert.conversion.trace import PINNED, BatchNormCall, IdVector, Offender, Slot, Trace
+from pathconvert.conversion.tracing.trace import (
+    PINNED,
+    BatchNormCall,
+    IdVector,
+    Offender,
+    Slot,
+    Trace,
+)
 
 FIXED = -1
 
@@ -36,7 +43,7 @@ class Layer:
         parameter: the weight's name.
         rows: unit of every output row, [rows]; ``FIXED`` where its factor is 1.
         columns: unit of every input column, [columns].
-        groups, transposed: as in :class:`~pathconvert.conversion.trace.Slot`.
+        groups, transposed: as in :class:`~pathconvert.conversion.tracing.trace.Slot`.
         next_units: the unit that a row ends in, [rows]: its own, or that of the one BatchNorm that
             absorbs it.
         batch_norms: index of that BatchNorm in :attr:`Units.batch_norms`, [rows]; -1 if there is

@@ -6,14 +6,17 @@ These trees go into it and come out of it.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torchvision.models.feature_extraction import DualGraphModule
 
 from pathconvert.errors import TraceError
 
@@ -42,6 +45,12 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
     All attributes are restored, because a forward may cache what it computes (a detector caches its
     anchors), and after a trace the cache would hold meta tensors.
     """
+    # these have one forward for each mode, and only their own train() changes it
+    dual = [
+        (module, module.training)
+        for module in model.modules()
+        if isinstance(module, DualGraphModule) and module.training != training
+    ]
     before: list[tuple[Any, Any]] = []
     for module in model.modules():
         attributes = vars(module)
@@ -52,10 +61,14 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
             if isinstance(value, dict | list | set)
         ]
     try:
+        for module, _ in dual:
+            module.train(training)
         for module in model.modules():
             module.training = training
         yield
     finally:
+        for module, was_training in dual:
+            module.train(was_training)
         for live, was in before:
             live.clear()
             (live.extend if isinstance(live, list) else live.update)(was)
@@ -71,6 +84,61 @@ def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
     return {
         id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf
     }
+
+
+def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a network with everything that ``copy.deepcopy`` loses or refuses.
+
+    It refuses computed tensors (:func:`computed_tensors`). Of a ``torch.fx.GraphModule`` it loses
+    the modes, the forward hooks and all attributes that are not a part of the graph, such as
+    ``path_record``.
+
+    Args:
+        model: not changed.
+        memo: id of an object → what takes its place in the copy.
+    """
+    known: dict[int, Any] = computed_tensors(model) | dict(memo or {})
+    result = copy.deepcopy(model, known)
+    modules = [(module, known[id(module)]) for module in model.modules() if id(module) in known]
+    for old, new in modules:
+        if not isinstance(old, fx.GraphModule):
+            continue
+        new.train(old.training)
+        for name, value in vars(old).items():
+            if name not in vars(new) or name in ("_forward_hooks", "_forward_pre_hooks"):
+                vars(new)[name] = copy.deepcopy(value, known)
+    for old, new in modules:
+        new.training = old.training
+    return result
+
+
+def refuse_unreadable(model: nn.Module, *, scripted: bool = False) -> None:
+    """Refuse a network with modules that cannot be read.
+
+    Args:
+        model: not changed.
+        scripted: whether modules of TorchScript are read. Their forward is compiled: it cannot be
+            watched, and nothing tells which of their tensors it uses.
+
+    Raises:
+        TraceError: a parameter or buffer of a lazy module has no shape yet; or a module is
+            TorchScript's, and ``scripted`` is True.
+    """
+    for path, module in model.named_modules():
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+        where = path or "the network"
+        if lazy:
+            raise TraceError(
+                f"{where} ({type(module).__name__}) is a lazy module that has not run yet, so that"
+                f" its {lazy[0]} has no shape",
+                "Run the network once on an input before you convert or export it.",
+            )
+        if scripted and isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where} is a TorchScript module, whose compiled forward cannot be watched",
+                "Build the network without torch.jit.script and torch.jit.trace.",
+            )
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:

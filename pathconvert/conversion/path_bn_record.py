@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pathconvert.conversion.runs import decode_runs, encode_runs
-from pathconvert.conversion.trace import IdVector
+from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.errors import RecordError
 from pathconvert.formats import require_format
 

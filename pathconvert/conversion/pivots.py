@@ -2,11 +2,8 @@
 
 The papers call them skeleton weights (PBN Theorem 1, PBN-A D.1).
 
-Every unit has one **host**, the consumer that holds its pivot: of all layers that read the unit,
-the one with the most output rows per group, and the first of these if several have as many. In the
-host, the unit has one column (after a flatten, the middle one of its H·W columns, just as the
-centre tap is the middle of a kernel), and the rule chooses the row by the effective weight a = γ /
-√(var + eps) · w at the centre tap.
+The pivot of a unit lies in its host (``hosts.py``), where the unit has one column. The rule chooses
+the row by the effective weight a = γ / √(var + eps) · w at the centre tap.
 
 ========  =========================================================================================
 rule      row
@@ -16,6 +13,16 @@ max       the largest |a| of the column
 matching  the assignment of columns to rows that maximises Σ log|a|; no row is used twice while rows
           are free
 ========  =========================================================================================
+
+A unit is **near-dead** if |a| of its pivot is below ``min_pivot`` times the larger of two numbers:
+the largest |a| of its own column, and the median over the host's columns of their largest |a|
+(columns of the units that it hosts, without those that hold zeros only). The first number finds a
+bad choice of the row, the second a column that training has switched off. Both are ratios within
+one layer, so that the factors of other units do not change the answer. A near-dead unit has no
+pivot and keeps the factor 1. If its pivot became ±1, its other weights would become up to
+1 / ``min_pivot`` times as large as those of its neighbours; the function would be the same, but
+training would not profit, and float16 would not hold the weights. Where ``matching`` gives a pivot
+that is too small, the unit takes the largest |a| of its column instead.
 """
 
 from __future__ import annotations
@@ -27,14 +34,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from pathconvert.choices import PivotRule
 from pathconvert.conversion.arithmetic import centre_tap, gain_of
 from pathconvert.conversion.groups import FIXED, Layer, Units
-from pathconvert.conversion.trace import BatchNormCall, IdVector
+from pathconvert.conversion.hosts import find_readers, next_move
+from pathconvert.conversion.tracing.trace import BatchNormCall, IdVector
 
 #: Columns × rows above which ``matching`` falls back to ``max``: linear_sum_assignment takes 3 s at
 #: 4096².
@@ -43,6 +49,9 @@ WIDEST_MATCHING = 2048 * 2048
 #: Number of elements of a layer that are handled together where columns are independent of each
 #: other.
 BLOCK = 1 << 18
+
+#: Default of ``min_pivot``: a pivot below this part of its neighbours' size is not used.
+MIN_PIVOT = 1e-6
 
 FloatVector = NDArray[np.float64]
 
@@ -58,8 +67,9 @@ class Pivots:
         next_unit: the unit that the pivot's row ends in, [units]; ``FIXED`` if the factor there is
             1.
         fallbacks: names of layers that were too wide for ``matching``.
-        circular: whether the unit lies on a circle of pivots, [units]; its factor is then 1 (found
-            by ``scales.py``).
+        near_dead: whether the unit has no pivot because all that it could have are too small,
+            [units].
+        circular: whether the unit is left alone because its pivot would close a circle, [units].
     """
 
     layer: IdVector
@@ -68,11 +78,16 @@ class Pivots:
     value: FloatVector
     next_unit: IdVector
     fallbacks: tuple[str, ...]
-    circular: NDArray[np.bool_] | None = None
+    near_dead: NDArray[np.bool_]
+    circular: NDArray[np.bool_]
 
 
 def choose_pivots(
-    units: Units, tensors: Mapping[str, Tensor], free: NDArray[np.bool_], rule: PivotRule
+    units: Units,
+    tensors: Mapping[str, Tensor],
+    free: NDArray[np.bool_],
+    rule: PivotRule,
+    min_pivot: float = MIN_PIVOT,
 ) -> Pivots:
     """Choose a pivot for every free unit.
 
@@ -81,43 +96,98 @@ def choose_pivots(
         tensors: parameters and buffers by name; they are only read.
         free: units that may be rescaled, [units].
         rule: how to choose the row of the host's column.
+        min_pivot: the relative size below which a pivot is not used; 0 uses every pivot.
+
+    Returns:
+        The pivots. Those that run in a circle which no other host opens are among them; their units
+        are marked by :func:`~pathconvert.conversion.scales.choose_scales`. Units are marked
+        circular here if every layer that reads them leads back into their own stream.
     """
-    host, host_column = _hosts(units, free)
-    row = np.zeros(units.count, dtype=np.int64)
-    value = np.zeros(units.count)
-    next_unit = np.full(units.count, FIXED)
-    fallbacks = []
-    for index, layer in enumerate(units.layers):
-        hosted = np.flatnonzero(host == index)
-        if not hosted.size:
-            continue
-        per_group = len(layer.rows) // layer.groups
-        rule_here: PivotRule = "max" if per_group == 1 else rule
-        if rule_here == "matching" and len(hosted) * per_group > WIDEST_MATCHING * layer.groups:
-            fallbacks.append(layer.parameter)
-            rule_here = "max"
-        # columns per step
-        length = max(1, BLOCK // per_group) if rule_here == "max" else len(hosted)
-        for part in (hosted[start : start + length] for start in range(0, len(hosted), length)):
-            effective = _effective_taps(layer, host_column[part], units.batch_norms, tensors)
-            block = host_column[part] // (len(layer.columns) // layer.groups)
-            row[part] = block * per_group + _choose_rows(
-                layer, host_column[part], effective, rule_here
-            )
-            del effective
-        value[hosted] = _values_at(
-            layer, row[hosted], host_column[hosted], units.batch_norms, tensors
-        )
-        next_unit[hosted] = layer.next_units[row[hosted]]
-    none = (value == 0) | ~np.isfinite(value)
+    readers = find_readers(units, free)
+    placing = _Placing(units, tensors, rule, min_pivot)
+    homeless = np.zeros(units.count, dtype=bool)
+    homeless[readers.unit] = True
+    pairs: IdVector | None = readers.first_of_each(readers.outside)
+    while pairs is not None:
+        unit = readers.unit[pairs]
+        placing.place(unit, readers.layer[pairs], readers.column[pairs])
+        homeless[unit] = False
+        pairs = next_move(units, readers, placing.next_unit, placing.layer >= 0, homeless)
+    left = readers.first_of_each(homeless[readers.unit])
+    unit = readers.unit[left]
+    placing.place(unit, readers.layer[left], readers.column[left])
+    circular = homeless & (placing.layer >= 0)  # the others are dead or near-dead
+    placing.layer[circular], placing.value[circular] = -1, 0.0
     return Pivots(
-        np.where(none, -1, host),
-        row,
-        host_column,
-        np.where(none, 0.0, value),
-        next_unit,
-        tuple(fallbacks),
+        placing.layer,
+        placing.row,
+        placing.column,
+        placing.value,
+        placing.next_unit,
+        tuple(placing.fallbacks),
+        placing.near_dead,
+        circular,
     )
+
+
+class _Placing:
+    """The pivots while they are chosen; the attributes are those of :class:`Pivots`."""
+
+    def __init__(
+        self, units: Units, tensors: Mapping[str, Tensor], rule: PivotRule, min_pivot: float
+    ) -> None:
+        self.units, self.tensors, self.rule, self.min_pivot = units, tensors, rule, min_pivot
+        self.layer = np.full(units.count, -1)
+        self.row = np.zeros(units.count, dtype=np.int64)
+        self.column = np.zeros(units.count, dtype=np.int64)
+        self.value = np.zeros(units.count)
+        self.next_unit = np.full(units.count, FIXED)
+        self.near_dead = np.zeros(units.count, dtype=bool)
+        self.fallbacks: list[str] = []
+
+    def place(self, unit: IdVector, layer: IdVector, column: IdVector) -> None:
+        """Choose the pivots of some units in the given hosts, [places] each."""
+        for index in np.unique(layer):
+            mine = layer == index
+            self._place_in(int(index), unit[mine], column[mine])
+
+    def _place_in(self, index: int, unit: IdVector, column: IdVector) -> None:
+        """Choose the pivots of the units that one layer hosts."""
+        layer = self.units.layers[index]
+        norms = self.units.batch_norms
+        row, top_row = self._rows(layer, column)
+        value = _values_at(layer, row, column, norms, self.tensors)
+        top = np.abs(_values_at(layer, top_row, column, norms, self.tensors))
+        live = top[(top > 0) & np.isfinite(top)]
+        limit = self.min_pivot * np.maximum(top, np.median(live) if live.size else 0.0)
+        if self.rule == "matching":
+            row = np.where(np.abs(value) < limit, top_row, row)
+            value = _values_at(layer, row, column, norms, self.tensors)
+        near_dead = (np.abs(value) < limit) & (value != 0)
+        none = near_dead | (value == 0) | ~np.isfinite(value)
+        self.layer[unit] = np.where(none, -1, index)
+        self.row[unit], self.column[unit] = row, column
+        self.value[unit] = np.where(none, 0.0, value)
+        self.next_unit[unit] = layer.next_units[row]
+        self.near_dead[unit] = near_dead
+
+    def _rows(self, layer: Layer, column: IdVector) -> tuple[IdVector, IdVector]:
+        """The row of each column by the rule, and that of its largest |a|, [columns] each."""
+        per_group = len(layer.rows) // layer.groups
+        rule: PivotRule = "max" if per_group == 1 else self.rule
+        if rule == "matching" and len(column) * per_group > WIDEST_MATCHING * layer.groups:
+            self.fallbacks.append(layer.parameter)
+            rule = "max"
+        # columns per step
+        length = max(1, BLOCK // per_group) if rule == "max" else len(column)
+        chosen = []
+        for start in range(0, len(column), length):
+            part = column[start : start + length]
+            effective = _effective_taps(layer, part, self.units.batch_norms, self.tensors)
+            first_row = part // (len(layer.columns) // layer.groups) * per_group
+            chosen.append(first_row + np.stack(_choose_rows(layer, part, effective, rule)))
+        row, top_row = np.concatenate(chosen, axis=1)
+        return row, top_row
 
 
 def pivots_at(
@@ -132,69 +202,15 @@ def pivots_at(
             value[mine] = _values_at(one, row[mine], column[mine], units.batch_norms, tensors)
             next_unit[mine] = one.next_units[row[mine]]
     none = (value == 0) | ~np.isfinite(value)
-    return Pivots(np.where(none, -1, layer), row, column, np.where(none, 0.0, value), next_unit, ())
-
-
-def _hosts(units: Units, free: NDArray[np.bool_]) -> tuple[IdVector, IdVector]:
-    """The host of every unit.
-
-    Returns:
-        The layer's index, [units], -1 if no layer may host the unit's pivot; and the unit's column
-        in it, [units].
-    """
-    # Sort all (unit, layer, column) triples in which an allowed layer reads a unit by unit, then by
-    # preference of the layer. The first run of equal (unit, layer) then gives the host, and the
-    # middle of that run gives its column.
-    read = [np.flatnonzero(layer.columns >= 0) for layer in units.layers]
-    column = np.concatenate([np.zeros(0, dtype=np.int64), *read])
-    layer_index = np.repeat(np.arange(len(read)), [len(r) for r in read])
-    unit = np.concatenate(
-        [
-            np.zeros(0, dtype=np.int64),
-            *(lay.columns[r] for lay, r in zip(units.layers, read, strict=True)),
-        ]
-    )
-    allowed = free[unit] & ~_inside_own_stream(units, free)[layer_index, units.group_of()[unit]]
-    column, layer_index, unit = column[allowed], layer_index[allowed], unit[allowed]
-
-    rows_per_group = np.array([len(layer.rows) // layer.groups for layer in units.layers] or [0])
-    order = np.lexsort([column, layer_index, -rows_per_group[layer_index], unit])
-    column, layer_index, unit = column[order], layer_index[order], unit[order]
-    starts = np.flatnonzero(
-        np.r_[True, (unit[1:] != unit[:-1]) | (layer_index[1:] != layer_index[:-1])][: len(unit)]
-    )
-    lengths = np.diff(np.r_[starts, len(unit)])
-    first = np.r_[True, unit[starts][1:] != unit[starts][:-1]][: len(starts)]
-    middle = (starts + lengths // 2)[first]
-    host = np.full(units.count, -1)
-    host_column = np.zeros(units.count, dtype=np.int64)
-    host[unit[middle]] = layer_index[middle]
-    host_column[unit[middle]] = column[middle]
-    return host, host_column
-
-
-def _inside_own_stream(units: Units, free: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether a layer may not host the pivots of a residual group, [layers, groups].
-
-    It may not if it leads back into the group.
-    """
-    group_of = units.group_of()
-    sources, targets, layer_targets = [], [], []
-    for layer in units.layers:
-        reads = np.unique(group_of[layer.columns[layer.columns >= 0]])
-        ends = layer.next_units[layer.next_units >= 0]
-        ends = np.unique(group_of[ends[free[ends]]])
-        layer_targets.append(ends)
-        sources.append(np.repeat(reads, len(ends)))
-        targets.append(np.tile(ends, len(reads)))
-    count = len(units.groups)
-    source, target = (np.concatenate([np.zeros(0, dtype=np.int64), *v]) for v in (sources, targets))
-    graph = coo_array((np.ones(len(source), dtype=np.int8), (source, target)), shape=(count, count))
-    cycle_of = connected_components(graph, connection="strong")[1]
-    residual = np.array([group.residual for group in units.groups], dtype=bool)
-    return np.stack(
-        [residual & np.isin(cycle_of, cycle_of[ends]) for ends in layer_targets]
-        or [np.zeros(count, dtype=bool)]
+    return Pivots(
+        np.where(none, -1, layer),
+        row,
+        column,
+        np.where(none, 0.0, value),
+        next_unit,
+        (),
+        np.zeros(units.count, dtype=bool),
+        np.zeros(units.count, dtype=bool),
     )
 
 
@@ -262,25 +278,31 @@ def _gains(
     return gains
 
 
-def _choose_rows(layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule) -> IdVector:
-    """The row, counted within its group, for every hosted column; overwrites ``effective``."""
+def _choose_rows(
+    layer: Layer, columns: IdVector, effective: Tensor, rule: PivotRule
+) -> tuple[IdVector, IdVector]:
+    """The row by the rule, and that of the largest |a|, counted within their group.
+
+    For every hosted column; overwrites ``effective``, [hosted columns, rows per group].
+    """
     rows_per_group, columns_per_group = (
         len(layer.rows) // layer.groups,
         len(layer.columns) // layer.groups,
     )
+    largest: IdVector = effective.abs_().argmax(dim=1).numpy()
     if rule == "diagonal":
-        return _positions(layer)[columns] % columns_per_group % rows_per_group
-    chosen: IdVector = effective.abs_().argmax(dim=1).numpy()
+        return _positions(layer)[columns] % columns_per_group % rows_per_group, largest
     if rule == "max":
-        return chosen
+        return largest, largest
+    chosen = largest.copy()
     block = columns // columns_per_group
     for index in np.unique(block):
         mine = np.flatnonzero(block == index)
         all_of_it = mine.size == len(effective)
         chosen[mine] = _match(
-            effective if all_of_it else effective[torch.from_numpy(mine)], chosen[mine]
+            effective if all_of_it else effective[torch.from_numpy(mine)], largest[mine]
         )
-    return chosen
+    return chosen, largest
 
 
 def _positions(layer: Layer) -> IdVector:

@@ -23,7 +23,7 @@ from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.path_bn_record import PathBnRecord
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.runs import decode_runs, encode_runs
-from pathconvert.conversion.trace import IdVector, Slot
+from pathconvert.conversion.tracing.trace import IdVector, Slot
 from pathconvert.errors import RecordError
 from pathconvert.formats import require_format
 from pathconvert.version import __version__
@@ -54,8 +54,8 @@ class RecordedPivots:
         negative: whether the pivot is negative.
         next_unit: the unit that the pivot's row ends in, ``FIXED`` if its factor is 1; None in
             files from before chains were recorded.
-        magnitude: |a| of the pivot after the conversion; None with the gauge ``unit``, where it
-            is 1.
+        magnitude: |a| of the pivot after the conversion; None if it is 1, or λ in Path-BN form,
+            for all units with a pivot: in the gauge ``unit`` without recentring.
     """
 
     parameters: tuple[str, ...]
@@ -110,6 +110,9 @@ class Record:
         slots: how every parameter is indexed by units.
         row_ends: weight → the unit that each of its rows ends in, [rows], for layers with a
             BatchNorm in between.
+        near_dead: the near-dead units, [n]; empty in files from before they were recorded.
+        circular: the units that were left alone because their pivots run in a circle, [n]; empty in
+            files from before they were recorded.
         path_bn: the Path-BN layers; None in path form.
         tool: the pathconvert that wrote it.
     """
@@ -125,6 +128,8 @@ class Record:
     held_back: IdVector
     slots: tuple[Slot, ...]
     row_ends: dict[str, IdVector]
+    near_dead: IdVector
+    circular: IdVector
     path_bn: PathBnRecord | None = None
     tool: str = f"pathconvert {__version__}"
 
@@ -132,6 +137,12 @@ class Record:
     def choices(self) -> dict[str, str]:
         """Scope, pivot rule and gauge, by the names of the arguments of ``reparameterize``."""
         return {"scope": self.scope, "pivot": self.pivot, "gauge": self.gauge}
+
+    def chosen_scales(self) -> FloatVector:
+        """The factors of the units that have a pivot and are not held back, [n]."""
+        has_pivot = self.pivots.layer >= 0
+        has_pivot[self.held_back] = False
+        return self.scales[has_pivot]
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -153,6 +164,8 @@ class Record:
             "scales": self.scales.tolist(),
             "pivots": self.pivots.to_json(),
             "held_back": self.held_back.tolist(),
+            "near_dead": self.near_dead.tolist(),
+            "circular": self.circular.tolist(),
             "tensors": {slot.parameter: _encode_slot(slot) for slot in self.slots},
             "row_ends": {name: encode_runs(ends) for name, ends in self.row_ends.items()},
         }
@@ -216,6 +229,8 @@ def _read(stored: Mapping[str, Any]) -> Record:
         scales=scales,
         pivots=RecordedPivots.from_json(stored["pivots"]),
         held_back=_ids(stored.get("held_back", [])),
+        near_dead=_ids(stored.get("near_dead", [])),
+        circular=_ids(stored.get("circular", [])),
         slots=slots,
         row_ends={name: decode_runs(runs) for name, runs in stored.get("row_ends", {}).items()},
         path_bn=None if path_bn is None else PathBnRecord.from_json(path_bn, tool),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,13 @@ from torch import nn
 from pathconvert.choices import Gauge, PivotRule, Scope, require_choice
 from pathconvert.conversion.groups import Group, Units, find_units, offenders_inside
 from pathconvert.conversion.modules import named_tensors, unwrapped
-from pathconvert.conversion.parts import Traced, trace_network
-from pathconvert.conversion.pivots import FloatVector, Pivots, choose_pivots, pivots_at
+from pathconvert.conversion.pivots import (
+    MIN_PIVOT,
+    FloatVector,
+    Pivots,
+    choose_pivots,
+    pivots_at,
+)
 from pathconvert.conversion.record import (
     Record,
     RecordedGroup,
@@ -25,52 +30,11 @@ from pathconvert.conversion.record import (
     form_of,
 )
 from pathconvert.conversion.rescale import rescale
+from pathconvert.conversion.scale_groups import ScaleGroup, scale_groups
 from pathconvert.conversion.scales import choose_scales
+from pathconvert.conversion.tracing.parts import Traced, trace_network
+from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.errors import PathconvertError, RecordError, RefusedNetwork
-
-
-class Pivot(NamedTuple):
-    """A unit's skeleton weight: ``parameter[row, column]`` at the kernel's centre.
-
-    Attributes:
-        parameter, row, column: its place.
-        sign: 1 or -1.
-        magnitude: |a| of its effective weight before the conversion (docs/design.md, "Effective
-            weight").
-    """
-
-    parameter: str
-    row: int
-    sign: int
-    column: int
-    magnitude: float
-
-
-@dataclass(frozen=True)
-class ScaleGroup:
-    """The channels that the same layers produce; each channel has its own factor.
-
-    Attributes:
-        name: the first layer that produces it.
-        size: number of channels.
-        scales: factor of every channel, float64 [size]; 1 if the channel was not scaled.
-        pinned_by: why no channel of the group is scaled; None if they are free.
-        producers: all layers that produce it.
-        held_back: channels whose factor would leave the dtype's normal range, [size].
-    """
-
-    name: str
-    size: int
-    scales: FloatVector
-    pinned_by: str | None
-    producers: tuple[str, ...]
-    held_back: NDArray[np.bool_]
-    _pivots: Callable[[], tuple[Pivot | None, ...]] = field(repr=False)
-
-    @functools.cached_property
-    def pivots(self) -> tuple[Pivot | None, ...]:
-        """The pivot of each channel; None for a channel that was not scaled."""
-        return self._pivots()
 
 
 @dataclass(frozen=True)
@@ -85,6 +49,7 @@ class Conversion:
         left_alone: module or parameter → why it was not traced.
         pivot_fallbacks: layers that were too wide for ``matching`` and used ``max`` instead.
         scope, pivot, gauge: as given to :func:`reparameterize`.
+        skip_scale: λ, the size of the pivots.
         units, pivots: the network's scale groups and pivots, as the steps of the conversion use
             them.
     """
@@ -99,6 +64,7 @@ class Conversion:
     gauge: str
     units: Units
     pivots: Pivots
+    skip_scale: float = 1.0
 
     @functools.cached_property
     def scales(self) -> FloatVector:
@@ -113,22 +79,36 @@ class Conversion:
     def counts(self) -> dict[str, int]:
         """The number of groups, and the numbers of channels by what became of them.
 
-        Channels are rescaled, pinned, dead, held back or circular.
+        Channels are rescaled, pinned, dead, near-dead, held back or circular.
         """
-        free = [group for group in self.groups if group.pinned_by is None]
-        held = sum(int(group.held_back.sum()) for group in free)
-        with_pivot = sum(int((self.pivots.layer[_span(g)] >= 0).sum()) for g in self._free_groups())
+        pinned = np.repeat(
+            [group.pinned_by is not None for group in self.groups],
+            [group.size for group in self.groups],
+        ).astype(bool)
+        held, circular, near_dead = self.held_back(), self.circular(), self.near_dead()
+        rescaled = self.rescaled()
+        dead = ~(pinned | rescaled | held | circular | near_dead)
         return {
             "groups": len(self.groups),
-            "groups_pinned": len(self.groups) - len(free),
-            "channels_rescaled": with_pivot - held - int(self.circular().sum()),
-            "channels_pinned": sum(
-                group.size for group in self.groups if group.pinned_by is not None
-            ),
-            "channels_dead": sum(group.size for group in free) - with_pivot,
-            "channels_held_back": held,
-            "channels_circular": int(self.circular().sum()),
+            "groups_pinned": sum(group.pinned_by is not None for group in self.groups),
+            "channels_rescaled": int(rescaled.sum()),
+            "channels_pinned": int(pinned.sum()),
+            "channels_dead": int(dead.sum()),
+            "channels_near_dead": int(near_dead.sum()),
+            "channels_held_back": int(held.sum()),
+            "channels_circular": int(circular.sum()),
         }
+
+    def rescaled(self) -> NDArray[np.bool_]:
+        """Which units have a factor that comes from their pivot, [units]."""
+        rescaled: NDArray[np.bool_] = (
+            (self.pivots.layer >= 0) & ~self.held_back() & ~self.circular()
+        )
+        return rescaled
+
+    def near_dead(self) -> NDArray[np.bool_]:
+        """Which units are near-dead, [units]."""
+        return self.pivots.near_dead
 
     def held_back(self) -> NDArray[np.bool_]:
         """Which units are held back, [units]."""
@@ -137,18 +117,27 @@ class Conversion:
         )
 
     def circular(self) -> NDArray[np.bool_]:
-        """Which units lie on a circle of pivots, [units]."""
-        circular = self.pivots.circular
-        return circular if circular is not None else np.zeros(self.units.count, dtype=bool)
+        """Which units are left alone because their pivots run in a circle, [units]."""
+        return self.pivots.circular
 
-    def _free_groups(self) -> list[Group]:
-        pairs = zip(self.units.groups, self.groups, strict=True)
-        return [group for group, public in pairs if public.pinned_by is None]
+    def exponents(self) -> IdVector:
+        """e of every unit, [units]: its pivot is ±λ·2^e after the conversion (``scales.py``).
 
+        In the gauge ``pow2``, it is up to half a power of two from there. 0 for units that are not
+        rescaled.
+        """
+        rescaled, exponents = self.rescaled(), np.zeros(self.units.count, dtype=np.int64)
+        sizes = self.magnitudes()[rescaled] / self.skip_scale
+        exponents[rescaled] = np.round(np.log2(sizes)).astype(np.int64)
+        return exponents
 
-def _span(group: Group) -> slice:
-    """The group's units, as a slice of a vector [units]."""
-    return slice(group.start, group.start + group.size)
+    def magnitudes(self) -> FloatVector:
+        """|a| of the pivots after the conversion, [units]; 0 for a unit without a pivot."""
+        scales = self.scales
+        magnitudes: FloatVector = (
+            np.abs(self.pivots.value) * np.append(scales, 1.0)[self.pivots.next_unit] / scales
+        )
+        return magnitudes
 
 
 def reparameterize(
@@ -158,6 +147,7 @@ def reparameterize(
     pivot: PivotRule = "matching",
     gauge: Gauge = "unit",
     *,
+    min_pivot: float = MIN_PIVOT,
     partial: bool = False,
 ) -> Conversion:
     """Rescale every hidden unit so that its pivot is ±1 (PBN Theorem 1, PBN-A Theorem 3.1 and D.1).
@@ -171,6 +161,8 @@ def reparameterize(
             these too.
         pivot: ``matching``, ``max`` or ``diagonal`` (``pivots.py``).
         gauge: ``unit`` (pivots ±1) or ``pow2`` (bit-identical outputs; ``scales.py``).
+        min_pivot: a channel whose pivot is smaller than this part of its neighbours' is near-dead
+            and keeps the factor 1 (``pivots.py``); 0 turns this off.
         partial: pin the units that enter an activation that is not homogeneous, instead of refusing
             the network.
 
@@ -178,7 +170,8 @@ def reparameterize(
         RefusedNetwork: the network has an activation that is not positively homogeneous (ReLU6,
             GELU, …), and ``partial`` is not set.
         TraceError: the forward cannot be followed.
-        PathconvertError: the network is in Path-BN form already, or a choice is not known.
+        PathconvertError: the network is in Path-BN form already, a choice is not known, or
+            ``min_pivot`` is not at least 0 and below 1.
     """
     model = unwrapped(model)
     if form_of(model) == "path-bn":
@@ -187,8 +180,13 @@ def reparameterize(
         )
     for value, kind in ((scope, Scope), (pivot, PivotRule), (gauge, Gauge)):
         require_choice(value, kind)
+    if not 0 <= min_pivot < 1:
+        raise PathconvertError(
+            f"min_pivot is {min_pivot:g} but must be at least 0 and below 1",
+            f"The default is {MIN_PIVOT:g}; 0 uses every pivot that is not exactly 0.",
+        )
     traced = trace_network(model, example_input)
-    return convert_traced(model, traced, scope, pivot, gauge, partial=partial)
+    return convert_traced(model, traced, scope, pivot, gauge, min_pivot=min_pivot, partial=partial)
 
 
 def convert_traced(
@@ -198,6 +196,7 @@ def convert_traced(
     pivot: PivotRule,
     gauge: Gauge,
     *,
+    min_pivot: float = MIN_PIVOT,
     partial: bool = False,
 ) -> Conversion:
     """:func:`reparameterize` for a network that is traced already.
@@ -217,14 +216,14 @@ def convert_traced(
     free = np.repeat(
         [reason is None for reason in reasons], [group.size for group in units.groups]
     ).astype(bool)
-    pivots = choose_pivots(units, tensors, free, pivot)
-    scales, held, circular = choose_scales(units, pivots, tensors, gauge)
-    pivots = dataclasses.replace(pivots, circular=circular)
-    left = held | circular | (pivots.layer < 0)
+    pivots = choose_pivots(units, tensors, free, pivot, min_pivot)
+    scales, held, on_circle = choose_scales(units, pivots, tensors, gauge)
+    pivots = dataclasses.replace(pivots, circular=pivots.circular | on_circle)
+    left = held | on_circle | (pivots.layer < 0)
     rescaled = rescale(model, units.slots, scales)
     conversion = Conversion(
         model=rescaled,
-        groups=_scale_groups(units, pivots, scales, held, left, reasons),
+        groups=scale_groups(units, pivots, scales, held, left, reasons),
         parts=traced.parts,
         left_alone=traced.left_alone,
         pivot_fallbacks=pivots.fallbacks,
@@ -238,65 +237,11 @@ def convert_traced(
     return conversion
 
 
-def _scale_groups(
-    units: Units,
-    pivots: Pivots,
-    scales: FloatVector,
-    held: NDArray[np.bool_],
-    left: NDArray[np.bool_],
-    reasons: Sequence[str | None],
-) -> tuple[ScaleGroup, ...]:
-    """The public description of every group.
-
-    Args:
-        units, pivots: of the network.
-        scales: factors, [units].
-        held: which units are held back, [units].
-        left: which units were not scaled, [units].
-        reasons: why a group is not scaled, one per group; None if it is.
-    """
-    return tuple(
-        ScaleGroup(
-            name=group.name,
-            size=group.size,
-            scales=scales[_span(group)],
-            pinned_by=reason,
-            producers=group.producers,
-            held_back=held[_span(group)],
-            _pivots=functools.partial(_named_pivots, units, pivots, left, group),
-        )
-        for group, reason in zip(units.groups, reasons, strict=True)
-    )
-
-
 def _pinned_by(group: Group, scope: Scope) -> str | None:
     """Why a group is not scaled in this scope; None if it is."""
     if group.pinned_by is None and group.residual and scope == "block":
         return "is tied by a residual add, which scope block does not rescale (scope network does)"
     return group.pinned_by
-
-
-def _named_pivots(
-    units: Units, pivots: Pivots, left: NDArray[np.bool_], group: Group
-) -> tuple[Pivot | None, ...]:
-    """The pivot of each unit of a group.
-
-    None for those in ``left``, [units], which were not scaled.
-    """
-    return tuple(
-        (
-            None
-            if left[i]
-            else Pivot(
-                units.layers[pivots.layer[i]].parameter,
-                int(pivots.row[i]),
-                1 if pivots.value[i] > 0 else -1,
-                int(pivots.column[i]),
-                abs(float(pivots.value[i])),
-            )
-        )
-        for i in range(group.start, group.start + group.size)
-    )
 
 
 def resume(model: nn.Module, example_input: Any, record: Record | Mapping[str, Any]) -> Conversion:
@@ -323,14 +268,15 @@ def resume(model: nn.Module, example_input: Any, record: Record | Mapping[str, A
         )
     pivots = pivots_at(units, tensors, places.layer, places.row, places.column)
     values = pivots.value * scales / np.append(scales, 1.0)[pivots.next_unit]
-    pivots = dataclasses.replace(pivots, value=values)
-    held = np.zeros(units.count, dtype=bool)
-    held[record.held_back] = True
+    held, near_dead, circular = np.zeros((3, units.count), dtype=bool)
+    held[record.held_back], near_dead[record.near_dead] = True, True
+    circular[record.circular] = True
+    pivots = dataclasses.replace(pivots, value=values, near_dead=near_dead, circular=circular)
     left = held | (pivots.layer < 0)
     reasons = [group.pinned_by for group in record.groups]
     return Conversion(
         model=model,
-        groups=_scale_groups(units, pivots, scales, held, left, reasons),
+        groups=scale_groups(units, pivots, scales, held, left, reasons),
         parts=traced.parts,
         left_alone=traced.left_alone,
         pivot_fallbacks=(),
@@ -365,9 +311,11 @@ def make_record(conversion: Conversion) -> Record:
             column=pivots.column,
             negative=pivots.value < 0,
             next_unit=pivots.next_unit,
-            magnitude=_magnitudes(conversion) if conversion.gauge == "pow2" else None,
+            magnitude=_recorded_magnitudes(conversion),
         ),
         held_back=np.flatnonzero(conversion.held_back()),
+        near_dead=np.flatnonzero(conversion.near_dead()),
+        circular=np.flatnonzero(conversion.circular()),
         slots=conversion.units.slots,
         row_ends={
             layer.parameter: layer.next_units
@@ -377,10 +325,16 @@ def make_record(conversion: Conversion) -> Record:
     )
 
 
-def _magnitudes(conversion: Conversion) -> FloatVector:
-    """|a| of the pivots after the conversion, [units]; 0 for a unit without a pivot."""
-    pivots, scales = conversion.pivots, conversion.scales
-    magnitudes: FloatVector = (
-        np.abs(pivots.value) * np.append(scales, 1.0)[pivots.next_unit] / scales
-    )
+def _recorded_magnitudes(conversion: Conversion) -> FloatVector | None:
+    """The record's ``magnitude``, [units]; None if all pivots are ±λ.
+
+    In the gauge ``unit`` it is λ times a power of two exactly, without the rounding of the factors.
+    """
+    if conversion.gauge == "pow2":
+        return conversion.magnitudes()
+    exponents = conversion.exponents()
+    if not exponents.any():
+        return None
+    has_pivot = conversion.pivots.layer >= 0
+    magnitudes: FloatVector = np.where(has_pivot, np.ldexp(conversion.skip_scale, exponents), 0.0)
     return magnitudes

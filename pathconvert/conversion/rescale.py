@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
-from pathconvert.conversion.modules import computed_tensors
+from pathconvert.conversion.modules import copied
 from pathconvert.conversion.pivots import FloatVector
-from pathconvert.conversion.ties import first_names
-from pathconvert.conversion.trace import Slot
+from pathconvert.conversion.tracing.ties import first_names
+from pathconvert.conversion.tracing.trace import Slot
 
 #: Number of elements that are rescaled at a time.
 BLOCK = 1 << 16
@@ -79,9 +79,9 @@ def rescale(
     for name, first in first_names(model).items():
         other, kept = tensors.get(name), tensors.get(first)
         if other is not None and kept is not None and other is not kept:  # one memory, two objects
-            copied = memo.setdefault(id(kept), copy.deepcopy(kept))
-            memo[id(other)] = copied if isinstance(other, nn.Parameter) else copied.detach()
-    return copy.deepcopy(model, memo | computed_tensors(model))
+            shared = memo.setdefault(id(kept), copy.deepcopy(kept))
+            memo[id(other)] = shared if isinstance(other, nn.Parameter) else shared.detach()
+    return copied(model, memo)
 
 
 def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:

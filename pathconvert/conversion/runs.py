@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pathconvert.conversion.groups import FIXED
-from pathconvert.conversion.trace import IdVector
+from pathconvert.conversion.tracing.trace import IdVector
 
 RunLength = list[int]
 

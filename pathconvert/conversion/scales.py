@@ -10,6 +10,17 @@ s_next / s_i = ±1.
 ``pow2``  s_i rounded to a power of two: pivots land in [2^-½, 2^½] and every product is exact
 =======  ===========================================================================================
 
+Factors multiply along chains, so that without more ado they would leave every range in deep
+networks. They are kept within 2^±40, or what the dtype allows if that is less, by **recentring**: a
+factor that leaves this range is multiplied by a power of two, 2^k. Any positive factor keeps the
+function, so that this is exact in both gauges, and restoring needs nothing but the factor. The
+pivot then becomes ±2^(k_next − k), which is not ±1 only where k changes along the chain. All units
+of a group get the same k, a multiple of the range's width that brings the group's median near 1, so
+that the layers between two such places have the weights that they had before; a unit that is still
+outside gets a k of its own. (The alternative, to hold such units back at 1, would put factors of 1
+and 2^-40 next to each other in one layer, and its weights would be as far apart.) The record has
+the pivots' magnitudes if any of them is not ±1.
+
 A unit is **held back**, which means that its factor stays 1, if its factor would move a weight out
 of the normal range of its dtype or would leave too few exponents for the unit's activations.
 Activations keep half of the exponents. With ``unit`` a factor may go further, up to 2²⁴ from the
@@ -31,15 +42,30 @@ from pathconvert.choices import Gauge
 from pathconvert.conversion.groups import FIXED, Units
 from pathconvert.conversion.pivots import FloatVector, Pivots
 from pathconvert.conversion.rescale import BLOCK, factors
-from pathconvert.conversion.trace import Slot
+from pathconvert.conversion.tracing.trace import Slot
+
+#: Factors stay between 2 to the power of minus and plus this.
+RANGE = 40
 
 
 def choose_scales(
-    units: Units, pivots: Pivots, tensors: Mapping[str, Tensor], gauge: Gauge, target: float = 1.0
+    units: Units,
+    pivots: Pivots,
+    tensors: Mapping[str, Tensor],
+    gauge: Gauge,
+    target: float = 1.0,
+    base: FloatVector | None = None,
 ) -> tuple[FloatVector, NDArray[np.bool_], NDArray[np.bool_]]:
-    """Choose the factors with which pivots become ±``target``.
+    """Choose the factors with which pivots become ±``target``, or that times a power of two.
 
     The factor of a unit is 1 if it has no pivot, is held back, or lies on a circle of pivots.
+
+    Args:
+        units, pivots: of the network; the pivots' values are those without any factor.
+        tensors: parameters and buffers by name; they are only read.
+        gauge: as in the module's docstring.
+        target: the size of a pivot; λ of Path-BN.
+        base: the factors that the tensors contain already, [units]; None if they contain none.
 
     Returns:
         The factors, [units]; which units are held back, [units]; and which lie on a circle of
@@ -49,10 +75,37 @@ def choose_scales(
     ranges = _Ranges(units, tensors, gauge)
     while True:
         scales, circular = _propagate(pivots, gauge, held, target)
-        leaving = ranges.leaving(scales) & ~held
+        scales = _recentred(units, scales, (pivots.layer >= 0) & ~held & ~circular, ranges.width)
+        leaving = ranges.leaving(scales, 1.0 if base is None else base) & ~held
         if not leaving.any():
             return scales, held, circular
         held |= leaving
+
+
+def _recentred(
+    units: Units, scales: FloatVector, scaled: NDArray[np.bool_], width: int
+) -> FloatVector:
+    """Factors times powers of two, so that they are within 2^±``width``.
+
+    Args:
+        units: the network's scale groups.
+        scales: factors, [units].
+        scaled: which units have a factor of their own, [units]; the others keep theirs.
+        width: the range, in powers of two.
+    """
+    exponent = np.log2(scales)
+    outside = scaled & (np.abs(exponent) > width)
+    if not outside.any():
+        return scales
+    group_of = units.group_of()
+    shift = np.zeros(len(scales))
+    for index in np.unique(group_of[outside]):
+        mine = scaled & (group_of == index)
+        shift[mine] = -width * np.round(np.median(exponent[mine]) / width)
+    alone = scaled & (np.abs(exponent + shift) > width)
+    shift[alone] = -width * np.round(exponent[alone] / width)
+    recentred: FloatVector = np.ldexp(scales, shift.astype(np.int32))
+    return recentred
 
 
 def _propagate(
@@ -93,11 +146,19 @@ class _Ranges:
                 min(self.lowest, tiny * 2**24),
                 max(self.highest, largest / 2**24),
             )
+        widest = min(-np.log2(self.lowest), np.log2(self.highest)) if self.slots else RANGE
+        #: the range to which factors are recentred, in powers of two
+        self.width = int(min(RANGE, widest))
 
-    def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
-        """Which units have to be held back, [units]."""
+    def leaving(self, scales: FloatVector, base: FloatVector | float) -> NDArray[np.bool_]:
+        """Which units have to be held back, [units].
+
+        Args:
+            scales: factors, [units].
+            base: those that the tensors contain already, [units], or 1.
+        """
         leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
-        padded = np.append(scales, 1.0)
+        padded = np.append(scales / base, 1.0)
         for slot in self.slots:
             rows, columns = (
                 padded[slot.rows],

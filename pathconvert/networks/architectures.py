@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathconvert.conversion.ties import first_names
+from pathconvert.conversion.tracing.ties import first_names
 from pathconvert.errors import ArchitectureError
 from pathconvert.networks.builders import (
     build_by_path,
@@ -414,7 +414,7 @@ def _tie(model: nn.Module, first: Mapping[str, str], architecture: Architecture)
 
     Args:
         model: changed in place.
-        first: tensor → the first one with the same memory (``conversion/ties.py``).
+        first: tensor → the first one with the same memory (``conversion/tracing/ties.py``).
         architecture: for the message.
 
     Raises:

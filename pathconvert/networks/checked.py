@@ -14,13 +14,18 @@ import torch
 from torch import nn
 
 from pathconvert.choices import Gauge, PivotRule, Scope
+from pathconvert.conversion.diagnosis import first_not_finite
 from pathconvert.conversion.equivalence import (
     PASSING_NOISE_RATIO,
     EquivalenceReport,
+    forward_outputs,
     verify,
     verify_conversion,
 )
+from pathconvert.conversion.pivots import MIN_PIVOT
+from pathconvert.conversion.record import Record
 from pathconvert.conversion.reparameterize import Conversion, reparameterize, resume
+from pathconvert.conversion.whole import require_same_whole
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files.weights import tensors_digest
 from pathconvert.networks.architectures import Architecture
@@ -33,16 +38,31 @@ from pathconvert.path_bn.restoring import restore
 from pathconvert.path_bn.skip_scale import with_skip_scale
 from pathconvert.path_bn.statistics import CHUNK
 
+#: Seeds of the inputs on which a network that was converted part by part is compared as a whole.
+WHOLE_SEEDS = (0, 1)
+
 
 def convert_network(
-    network: LoadedNetwork, scope: Scope, pivot: PivotRule, gauge: Gauge, *, partial: bool
+    network: LoadedNetwork,
+    scope: Scope,
+    pivot: PivotRule,
+    gauge: Gauge,
+    *,
+    min_pivot: float = MIN_PIVOT,
+    partial: bool,
 ) -> Conversion:
     """Reparameterize a network with a random input of its size.
 
     See :func:`~pathconvert.conversion.reparameterize.reparameterize`.
     """
     return reparameterize(
-        network.model, random_input(network.architecture), scope, pivot, gauge, partial=partial
+        network.model,
+        random_input(network.architecture),
+        scope,
+        pivot,
+        gauge,
+        min_pivot=min_pivot,
+        partial=partial,
     )
 
 
@@ -90,16 +110,59 @@ def _equality(
     return verify_conversion(original, other, parts, random_input(architecture, batch=16, seed=1))
 
 
-def _require(equality: EquivalenceReport, what: str) -> EquivalenceReport:
-    """The report, if the comparison passed; else refuse to write ``what``."""
+def _require_finite(model: nn.Module, architecture: Architecture) -> None:
+    """Check that a network's own results are finite, as nothing can be compared otherwise.
+
+    Raises:
+        EquivalenceError: they are not; it names the first layer.
+    """
+    inputs = random_input(architecture)
+    layer = first_not_finite(model, lambda: forward_outputs(model, inputs))
+    if layer is not None:
+        name = layer or "the network"
+        raise EquivalenceError(
+            f"the results of {name} in the original are not finite, so nothing can be compared; no"
+            " file was written",
+            "Check its weights and statistics for NaN, infinity and numbers that overflow.",
+        )
+
+
+def _require_equality(
+    original: nn.Module, converted: nn.Module, record: Record, network: LoadedNetwork, what: str
+) -> EquivalenceReport:
+    """Compare two networks, part by part and as a whole.
+
+    Args:
+        original, converted: the networks before and after the conversion.
+        record: of the conversion.
+        network: says how to make inputs.
+        what: the network that would be written, for the message.
+
+    Returns:
+        The comparison. If a network that was converted part by part only agrees as a whole in exact
+        arithmetic (``whole.py``), it is that of the parts.
+
+    Raises:
+        EquivalenceError: they differ; ``what`` is not written.
+    """
+    equality = _equality(original, converted, record.parts, network.architecture)
     if not equality.passed:
+        _require_finite(original, network.architecture)
         raise EquivalenceError(
             f"{what} differs from the original: its error is {equality.noise_ratio:.3g} times the"
             f" noise of the dtype (limit: {PASSING_NOISE_RATIO:g}), largest difference"
             f" {equality.max_abs:.3g}; no file was written",
             "Try --gauge pow2, and report it: a conversion should never change the function.",
         )
-    return equality
+    if record.parts == ("",):  # the whole was the only part
+        return equality
+    inputs = [random_input(network.architecture, seed=seed) for seed in WHOLE_SEEDS]
+    try:
+        whole = require_same_whole(original, converted, record, inputs)
+    except EquivalenceError as error:
+        message = f"{what} differs from the original: {error}; no file was written"
+        raise EquivalenceError(message, error.tip) from error
+    return equality if whole is None else EquivalenceReport.worst([equality, whole])
 
 
 def save_checked(
@@ -117,10 +180,11 @@ def save_checked(
 
     def check(written: LoadedNetwork) -> None:
         assert written.record is not None
-        equality = _equality(
-            network.model, written.model, written.record.parts, network.architecture
+        reports.append(
+            _require_equality(
+                network.model, written.model, written.record, network, "the converted network"
+            )
         )
-        reports.append(_require(equality, "the converted network"))
 
     save_converted(converted, network, path, force=force, check=check)
     return reports[0]
@@ -149,8 +213,9 @@ def restore_checked(
     def check(written: LoadedNetwork) -> None:
         # The restored network is the original again, so its noise is the measure, as it was for the
         # conversion.
-        equality = _equality(written.model, network.model, record.parts, network.architecture)
-        reports.append(_require(equality, "the restored network"))
+        reports.append(
+            _require_equality(written.model, network.model, record, network, "the restored network")
+        )
 
     save_plain(restored, network, path, force=force, check=check)
     digest = network.metadata["source"].get("tensors_sha256")
@@ -220,6 +285,4 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
 
 
 def _top1(network: LoadedNetwork, images: torch.Tensor) -> torch.Tensor:
-    from pathconvert.conversion.equivalence import forward_outputs
-
     return forward_outputs(network.model, images)[0].flatten(1).argmax(1)

@@ -12,7 +12,7 @@ from torch import nn
 from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.record import form_of, record_of
 from pathconvert.conversion.reparameterize import Conversion, make_record
-from pathconvert.errors import ArchitectureError
+from pathconvert.errors import ArchitectureError, PathconvertError
 from pathconvert.files.checkpoint import read_checkpoint
 from pathconvert.files.weights import tensors_digest
 from pathconvert.files.writing import write_checkpoint
@@ -35,16 +35,37 @@ def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = F
 
     Raises:
         OutputError: the file exists and ``force`` is False, or it cannot be written.
+        PathconvertError: a tensor is not finite.
     """
     if isinstance(converted, Conversion):
         model, record = converted.model, make_record(converted)
     else:
         model = unwrapped(converted)
         record = record_of(model)
+    _require_finite(model)
     stock = leave_path_bn(model) if has_path_bn(model) else model
     return write_checkpoint(
         path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force
     )
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Check that no tensor is NaN, and no parameter infinite.
+
+    A buffer may be infinite, as masks of attention are.
+
+    Raises:
+        PathconvertError: one is; the message names it.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in (parameters | dict(model.named_buffers())).items():
+        if not tensor.is_floating_point():
+            continue
+        if bool(tensor.isnan().any()) or (name in parameters and bool(tensor.isinf().any())):
+            raise PathconvertError(
+                f"{name} contains numbers that are not finite, so the network is not saved",
+                "Check the weights of the network that was converted for NaN and infinity.",
+            )
 
 
 def _own_architecture(model: nn.Module) -> Architecture | None:
@@ -88,6 +109,7 @@ def save_converted(
 
     Raises:
         OutputError: the file exists and ``force`` is False, or it cannot be written.
+        PathconvertError: a tensor is not finite.
     """
     file = network.checkpoint
     if network.metadata:  # the file that was converted first remains the source
@@ -95,6 +117,7 @@ def save_converted(
     else:
         source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
         source |= {"name": file.path.name, "sha256": file.sha256} if file else {}
+    _require_finite(converted.model if isinstance(converted, Conversion) else converted)
     if isinstance(converted, Conversion):
         tensors, record = network.tensors_of(converted.model), make_record(converted)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,14 +14,17 @@ from torch.nn.utils import parametrize
 from pathconvert.conversion.calls import Arguments, Stack, observe, watched
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
 from pathconvert.conversion.groups import Layer
-from pathconvert.conversion.modules import as_arguments
+from pathconvert.conversion.modules import as_arguments, copied, refuse_unreadable
 from pathconvert.conversion.path_bn_record import RecordedLayer, RecordedReader
+from pathconvert.conversion.remainder import is_derived, is_split_exactly
 from pathconvert.conversion.reparameterize import Conversion
-from pathconvert.conversion.trace import IdVector
+from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.path_bn.form import index_tensor
 from pathconvert.path_bn.layer import BATCH_NORM_OF, kind_of
 
 LAST = "is the last layer: no normalization comes before an output"
+#: Number of dimensions of what a layer reads and makes.
+RANKS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 NO_PIVOT = "holds no pivot: it begins a chain, or what it reads has its pivots elsewhere"
 
 
@@ -59,7 +61,11 @@ def choose_candidates(
 
     Returns:
         These layers; and for each other layer, by name, why it does not take the form.
+
+    Raises:
+        TraceError: the network has TorchScript modules.
     """
+    refuse_unreadable(conversion.model, scripted=True)
     model, units, pivots = conversion.model, conversion.units, conversion.pivots
     usable = (pivots.layer >= 0) & ~conversion.held_back() & ~conversion.circular()
     chosen, left = [], {}
@@ -177,7 +183,7 @@ def _obstacle(
         return "has a weight that other code reads too"
     if not calls:
         return "runs only in training mode (an auxiliary head)"
-    rank = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}[kind]
+    rank = RANKS[kind]
     ranks = {(args[0] if args else kwargs["input"]).dim() for args, kwargs in calls}
     if ranks != {rank}:
         return f"reads inputs of {min(ranks)} dimensions, but its BatchNorm needs {rank}"
@@ -192,11 +198,6 @@ def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) 
     if layer.follower is None:
         return None
     bn: Any = model.get_submodule(layer.follower)
-    if type(bn).forward not in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return (
-            f"is followed by {layer.follower} ({type(bn).__name__}), which is not torch's own"
-            " BatchNorm"
-        )
     if not isinstance(bn, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
         return (
             f"is followed by {layer.follower} ({type(bn).__name__}), which is made for other"
@@ -204,6 +205,12 @@ def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) 
         )
     if bn.weight is None or bn.running_mean is None or bn._forward_hooks or bn._forward_pre_hooks:
         return f"is followed by {layer.follower}, which has no γ, no running statistics, or hooks"
+    shape = (4, len(bn.running_mean), *(3,) * (RANKS[kind] - 2))
+    if is_derived(bn) and not is_split_exactly(bn, shape):
+        return (
+            f"is followed by {layer.follower} ({type(bn).__name__}), which is not a BatchNorm of"
+            " torch with something after it"
+        )
     return None
 
 
@@ -226,7 +233,7 @@ def _no_way_for_a_bias(
     if not remaining:
         return lost
     readers = sorted({bn for c in remaining for bn, _, _ in c.layer.readers})
-    plain = copy.deepcopy(model).double()
+    plain = copied(model).double()
     for name in readers:
         bn: Any = plain.get_submodule(name)
         nn.init.ones_(bn.weight)
@@ -251,7 +258,7 @@ def _biases_move(
 
     The readers' means take the bias up.
     """
-    biased = copy.deepcopy(plain)
+    biased = copied(plain)
     generator = torch.Generator().manual_seed(0)
     for c in candidates:
         layer: Any = biased.get_submodule(c.name)

@@ -6,7 +6,6 @@ Every layer that holds pivots takes the form, except for the last of the network
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.conversion.arithmetic import affine_map, centre_tap
+from pathconvert.conversion.bisection import working
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
-from pathconvert.conversion.modules import named_tensors, unwrapped
+from pathconvert.conversion.modules import copied, named_tensors, unwrapped
 from pathconvert.conversion.path_bn_record import PathBnRecord
 from pathconvert.conversion.record import attach_record, form_of
 from pathconvert.conversion.reparameterize import Conversion, make_record, reparameterize
@@ -114,10 +114,12 @@ def to_path_bn(
         )
         left |= {c.name: unknown for c in chosen if c.name not in statistics}
         chosen = [c for c in chosen if c.name in statistics]
+    chosen, asked = _not_asked_for(conversion, chosen, example_input, skip_scale)
+    left |= asked
     if not chosen:
         raise _no_layer(conversion, left)
 
-    model = copy.deepcopy(conversion.model)
+    model = copied(conversion.model)
     entered = [_enter(model, c, conversion, skip_scale) for c in chosen]
     source: dict[str, Any] = {"source": "gaussian"}
     if calibration is not None:
@@ -188,23 +190,66 @@ def _measured(
     return {c.name: _of_images(before, c, measured[c.name], begin) for c in candidates}, count
 
 
+def _not_asked_for(
+    conversion: Conversion, chosen: list[Candidate], example_input: Any, skip_scale: float
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The candidates that the forward only calls.
+
+    A forward may also ask a layer or its BatchNorm for its class or for an attribute, and do
+    something else, or fail, if that is another one. This is tried with layers in Path-BN form that
+    still compute what the original layer and BatchNorm do.
+
+    Returns:
+        These candidates; and for each other one, by name, why it is left.
+    """
+    expected = forward_outputs(conversion.model, example_input, dtype=torch.float64)
+    if not all(bool(output.isfinite().all()) for output in expected):
+        return chosen, {}  # nothing can be compared
+
+    def works(candidates: list[Candidate]) -> bool:
+        model = copied(conversion.model).double()
+        for candidate in candidates:
+            layer = model.get_submodule(candidate.name)
+            module: Any = _enter(model, candidate, conversion, skip_scale).module
+            parts = [layer] if candidate.bn is None else [layer, module.bn]
+            module.forward = nn.Sequential(*parts).forward
+        try:
+            found = forward_outputs(model, example_input, dtype=torch.float64)
+        except Exception:  # a forward may raise anything
+            return False
+        return _difference(expected, found, run_dtype(conversion.model)) is None
+
+    kept = working(works, chosen)
+    why = "is asked by the forward for what a layer in Path-BN form does not have"
+    return kept, {c.name: why for c in chosen if c not in kept}
+
+
 def _require_same(before: nn.Module, after: nn.Module, example_input: Any) -> None:
     """Compare both networks on the example in float64, as a safeguard.
 
     The limit allows for rounded weights and statistics.
     """
-    tolerance = min(2.0**16 * torch.finfo(run_dtype(before)).eps, 0.25)
-    pairs = zip(
-        *(forward_outputs(model, example_input, dtype=torch.float64) for model in (before, after)),
-        strict=True,
+    old, new = (
+        forward_outputs(model, example_input, dtype=torch.float64) for model in (before, after)
     )
-    for a, b in pairs:
+    difference = _difference(old, new, run_dtype(before))
+    if difference is not None:
+        raise EquivalenceError(
+            f"Path-BN form changed the network's output by {difference:.2e}",
+            "This should never happen; please report it.",
+        )
+
+
+def _difference(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> float | None:
+    """By how much an output changed; None if none changed by more than rounding in ``dtype``."""
+    tolerance = min(2.0**16 * torch.finfo(dtype).eps, 0.25)
+    if [a.shape for a in before] != [b.shape for b in after]:
+        return math.inf
+    for a, b in zip(before, after, strict=True):
         difference = float((a - b).abs().max()) if a.numel() else 0.0
-        if not difference <= tolerance * float(a.abs().max()):
-            raise EquivalenceError(
-                f"Path-BN form changed the network's output by {difference:.2e}",
-                "This should never happen; please report it.",
-            )
+        if not difference <= tolerance * float(a.abs().max() if a.numel() else 0.0):
+            return difference
+    return None
 
 
 def _enter(
@@ -216,10 +261,10 @@ def _enter(
     rows, columns = index_tensor(candidate.rows), index_tensor(candidate.columns)
     weight = centre_tap(layer.weight.detach().double().cpu())
     values = gain[rows] * weight[rows, columns % weight.shape[1]] / skip_scale
-    if conversion.gauge == "unit":  # exactly ±1, without the rounding of the weights
-        values = torch.where(
-            (values.abs() - 1).abs() <= pivot_rounding(model), values.sign(), values
-        )
+    if conversion.gauge == "unit":  # ±1 or another power of two, without the weights' rounding
+        power = torch.exp2(values.abs().log2().round())
+        is_power = (values.abs() / power - 1).abs() <= pivot_rounding(model)
+        values = torch.where(is_power, values.sign() * power, values)
     device = layer.weight.device
     places = rows.to(device), columns.to(device), values.to(device)
     module = replace_layer(model, candidate.recorded(), *places, skip_scale)

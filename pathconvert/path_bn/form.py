@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -10,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathconvert.conversion.modules import unwrapped
+from pathconvert.conversion.modules import copied, unwrapped
 from pathconvert.conversion.path_bn_record import RecordedLayer, path_bn_misfit
 from pathconvert.conversion.record import Record, attach_record, record_of
+from pathconvert.conversion.remainder import Remainder, is_derived, plain_batch_norm
 from pathconvert.errors import RecordError
 from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
 
@@ -40,7 +40,7 @@ def leave_path_bn(model: nn.Module) -> nn.Module:
     record = record_of(model)
     if record.path_bn is None:
         raise RecordError(f"this {type(model).__name__} is in path form, not in Path-BN form")
-    model = copy.deepcopy(model)
+    model = copied(model)
     attach_record(model, dataclasses.replace(record, form="path", path_bn=None))
     left_over = []
     for recorded in record.path_bn.layers:
@@ -49,7 +49,10 @@ def leave_path_bn(model: nn.Module) -> nn.Module:
         layer, bn, bias = module.to_layer(keep_batch_norm=recorded.bn is not None)
         replace(model, module, layer)
         if recorded.bn is not None and bn is not None:
-            replace(model, model.get_submodule(recorded.bn), bn)
+            place = model.get_submodule(recorded.bn)
+            if isinstance(place, Remainder):
+                bn = place.with_normalization(bn)
+            replace(model, place, bn)
         left_over.append((recorded, bias))
     for recorded, bias in left_over:
         for reader in recorded.readers:
@@ -76,8 +79,11 @@ def insert_path_bn(model: nn.Module, record: Record) -> nn.Module:
     assert record.path_bn is not None
     try:
         for recorded in record.path_bn.layers:
-            none = torch.zeros(recorded.pivots, dtype=torch.int64)
-            replace_layer(model, recorded, none, none, none, record.path_bn.skip_scale)
+            # three tensors: one under two names would count as tied when tensors are loaded
+            rows, columns, values = (
+                torch.zeros(recorded.pivots, dtype=torch.int64) for _ in range(3)
+            )
+            replace_layer(model, recorded, rows, columns, values, record.path_bn.skip_scale)
     except (AttributeError, AssertionError, TypeError, IndexError, RuntimeError) as error:
         raise path_bn_misfit(error) from error
     attach_record(model, record)
@@ -94,6 +100,8 @@ def replace_layer(
 ) -> PathBN:
     """Put one layer into Path-BN form, with the BatchNorm that follows it or a new one.
 
+    What that BatchNorm's module does besides normalising stays in its place.
+
     Args:
         model: changed in place.
         recorded: the layer's entry in the record.
@@ -104,7 +112,10 @@ def replace_layer(
         bn = model.get_submodule(recorded.bn)
         if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
             raise TypeError(f"{recorded.bn} is not a BatchNorm")
-        replace(model, bn, nn.Identity().train(bn.training))
+        place: nn.Module = nn.Identity().train(bn.training)
+        if is_derived(bn):
+            place, bn = Remainder(bn), plain_batch_norm(bn)
+        replace(model, model.get_submodule(recorded.bn), place)
     else:
         kind = kind_of(layer)
         assert kind is not None

@@ -149,7 +149,7 @@ class PathBN(nn.Module):
         places = [rows, columns % into, *(torch.full_like(rows, size // 2) for size in kernel)]
         self.register_buffer("_place", torch.stack(places), persistent=False)
         several = len(torch.unique(rows)) < len(rows)
-        gather, gain = columns, gains
+        gather, gain = columns.clone(), gains
         if not several:  # a row without a pivot reads any channel, times 0
             gather = columns.new_zeros(out).index_put((rows,), columns)
             gain = gains.new_zeros(out).index_put((rows,), gains)

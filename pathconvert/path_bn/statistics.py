@@ -37,7 +37,7 @@ from pathconvert.conversion.calls import Arguments, watched
 from pathconvert.conversion.groups import Layer, Units
 from pathconvert.conversion.modules import as_arguments, mode_of
 from pathconvert.conversion.pivots import FloatVector
-from pathconvert.conversion.trace import IdVector
+from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.errors import PathconvertError, first_line
 from pathconvert.path_bn.form import index_tensor
 from pathconvert.path_bn.layer import PathBN

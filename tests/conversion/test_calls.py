@@ -67,12 +67,43 @@ def test_tensor_uses_tells_own_from_foreign_uses() -> None:
 def test_observe_notes_every_call_and_restores_buffers() -> None:
     model = Borrower().double()
     observed = observe(model, (torch.ones(4, 3), 2.0), torch.float64)
-    assert observed.calls["own"][0][0][0].shape == (4, 3)
-    assert observed.calls[""][0][0][1] == 2.0
-    assert all(t.is_meta for calls in observed.calls.values() for t in calls[0][0][:1])
+    assert observed.calls["own"][0].arguments[0][0].shape == (4, 3)
+    assert observed.calls[""][0].arguments[0][1] == 2.0
+    calls = [call for made in observed.calls.values() for call in made]
+    assert all(call.arguments[0][0].is_meta for call in calls)
+    assert [one.rpartition(".")[2] for one in observed.calls["own"][0].functions] == ["linear"]
+    assert all(call.escapes == frozenset() for call in calls)
     assert model.get_buffer("calls") == 0
 
 
 def test_observe_fills_an_empty_batch() -> None:
     observed = observe(nn.Sequential(nn.Linear(3, 2)), (torch.ones(0, 3),), torch.float32)
-    assert observed.calls["0"][0][0][0].shape == (1, 3)
+    assert observed.calls["0"][0].arguments[0][0].shape == (1, 3)
+
+
+class KeepsInside(nn.Module):
+    """Keeps an inner tensor, which is read after the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.own(x).relu()
+        return self.kept * 2
+
+
+def test_observe_names_what_leaves_a_call_otherwise_than_as_its_result() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = KeepsInside()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.inner.kept
+
+    observed = observe(Reads(), (torch.ones(2, 3),), torch.float32)
+    (call,) = observed.calls["inner"]
+    names = [call.functions[number] for number, _ in call.escapes]
+    assert [name.rpartition(".")[2] for name in names] == ["relu"]
+    assert observed.calls["inner.own"][0].escapes == frozenset()

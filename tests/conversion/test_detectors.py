@@ -11,8 +11,8 @@ from sample_networks import network
 from torch import nn
 
 from pathconvert.conversion.equivalence import forward_outputs, verify_conversion
-from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.reparameterize import convert_traced, reparameterize
+from pathconvert.conversion.tracing.parts import trace_network
 
 pytestmark = pytest.mark.usefixtures("free_memory")
 

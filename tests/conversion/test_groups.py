@@ -11,13 +11,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pathconvert.conversion.groups import FIXED, find_units
-from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.pivots import _match, choose_pivots
 from pathconvert.conversion.record import Record
 from pathconvert.conversion.rescale import factors, rescale
 from pathconvert.conversion.runs import decode_runs, encode_runs
 from pathconvert.conversion.scales import choose_scales
-from pathconvert.conversion.trace import PINNED, ZERO, Slot, Trace
+from pathconvert.conversion.tracing.parts import trace_network
+from pathconvert.conversion.tracing.trace import PINNED, ZERO, Slot, Trace
 from pathconvert.errors import RecordError
 
 

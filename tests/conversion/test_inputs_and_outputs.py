@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import pathconvert
 from pathconvert.conversion.groups import find_units
-from pathconvert.conversion.parts import trace_network
+from pathconvert.conversion.tracing.parts import trace_network
 
 
 @dataclass

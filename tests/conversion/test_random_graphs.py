@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from random_examples import examples
 from reference.oracle import Node, NodeNetwork, Oracle, execute, random_weights
 from torch import Tensor, nn
 
 import pathconvert
 from pathconvert.conversion.groups import FIXED, Units, find_units
-from pathconvert.conversion.parts import trace_network
 from pathconvert.conversion.pivots import Pivots, choose_pivots
 from pathconvert.conversion.reparameterize import convert_traced
 from pathconvert.conversion.rescale import rescale
 from pathconvert.conversion.scales import choose_scales
+from pathconvert.conversion.tracing.parts import trace_network
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,13 +35,6 @@ COMBINATIONS = [
     for p in ("matching", "max", "diagonal")
     for g in ("unit", "pow2")
 ]
-
-
-def examples(count: int) -> Any:
-    return hypothesis.settings(
-        max_examples=count, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
 
 
 class Builder:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pathconvert
-from pathconvert.conversion.ties import first_names, overlaps
+from pathconvert.conversion.tracing.ties import first_names, overlaps
 from pathconvert.errors import ArchitectureError
 
 BUILDER = """

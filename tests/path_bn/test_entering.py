@@ -263,7 +263,7 @@ class Odd(nn.Module):
         self.kind = kind
         self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
         self.conv = nn.Conv2d(6, 6, 3, padding=1, bias=kind != "bias behind a ReLU")
-        self.bn = ActivatedNorm(6) if kind == "own BatchNorm" else nn.BatchNorm2d(6)
+        self.bn = GatedNorm(6) if kind == "own BatchNorm" else nn.BatchNorm2d(6)
         self.other = nn.BatchNorm2d(6)
         self.last = nn.Linear(6, 4)
 
@@ -282,15 +282,23 @@ class Odd(nn.Module):
         return y.softmax(1) if self.kind == "softmax" else y
 
 
-class ActivatedNorm(nn.BatchNorm2d):
+class GatedNorm(nn.BatchNorm2d):
+    """Reads γ for something else than normalising, too."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
+        return super().forward(input) * self.weight.sigmoid().view(1, -1, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("kind", "left"),
     [
-        ("own BatchNorm", "is followed by bn (ActivatedNorm), which is not torch's own BatchNorm"),
+        (
+            "own BatchNorm",
+            (
+                "is followed by bn (GatedNorm), which is not a BatchNorm of torch with something"
+                " after it"
+            ),
+        ),
         ("weight read elsewhere", "has a weight that other code reads too"),
         (
             "bias behind a ReLU",

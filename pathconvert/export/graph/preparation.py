@@ -6,13 +6,12 @@ that the network does not take.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pathconvert.conversion.modules import computed_tensors
+from pathconvert.conversion.modules import copied, refuse_unreadable
 from pathconvert.errors import PathconvertError, first_line
 from pathconvert.export.graph.balancing import balanced
 from pathconvert.export.graph.folding import fold, unfolded
@@ -58,10 +57,11 @@ def prepare(model: nn.Module, example_input: Tensor, options: ExportOptions) -> 
             sizes.
         TraceError, EquivalenceError: the network cannot be folded.
     """
+    refuse_unreadable(model, scripted=True)
     outputs = outputs_of(model, example_input, auxiliary=options.auxiliary, softmax=options.softmax)
-    wrap = Wrapper(outputs.keys, options.preprocessing, options.softmax)
-    original = wrap(copy.deepcopy(model, computed_tensors(model)).eval())
-    folded = fold(copy.deepcopy(model, computed_tensors(model)).double(), example_input)
+    wrap = Wrapper(outputs.keys, options.preprocessing, options.softmax, outputs.changes_input)
+    original = wrap(copied(model).eval())
+    folded = fold(copied(model).double(), example_input)
     idle = tuple(f"{part}." for part in outputs.idle)
     batch_norms = tuple(name for name in unfolded(folded) if not f"{name}.".startswith(idle))
     if options.gauge == "balanced":
@@ -108,7 +108,7 @@ def _check_size(exported: nn.Module) -> None:
 @torch.no_grad()
 def _check_other_size(original: nn.Module, x: Tensor) -> None:
     try:
-        copy.deepcopy(original).float()(x)
+        copied(original).float()(x)
     except RuntimeError as error:
         raise PathconvertError(
             "the network only takes inputs of the example's size: with an input of size "

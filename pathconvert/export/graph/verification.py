@@ -19,7 +19,6 @@ is therefore run in PyTorch as well, with every layer's result rounded to float1
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathconvert.conversion.calls import leaves, watched
-from pathconvert.conversion.modules import own_inputs
+from pathconvert.conversion.modules import copied, own_inputs
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.export.runtime.diagnosis import runtime_line
 from pathconvert.export.runtime.session import ort, session_options
@@ -126,7 +125,7 @@ def torch_runner(model: nn.Module, dtype: torch.dtype) -> Forward:
 
     The function returns the outputs in float64.
     """
-    model = copy.deepcopy(model).to(dtype).eval()
+    model = copied(model).to(dtype).eval()
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -147,16 +146,11 @@ def prove(file: Forward, original: nn.Module, inputs: Sequence[Tensor], precisio
 
     Raises:
         Differs: an output differs from the network's; the error carries the input.
-        EquivalenceError: the network's own outputs are not finite.
+        EquivalenceError: the network's own outputs are not finite, or all are empty.
     """
     exact, narrow = torch_runner(original, torch.float64), torch_runner(original, torch.float32)
     results = [(x, file(x), exact(x), narrow(x) if precision == "fp32" else None) for x in inputs]
-    for _, _, reference, _ in results:
-        if not all(bool(torch.isfinite(expected).all()) for expected in reference):
-            raise EquivalenceError(
-                "the network's own outputs are not finite",
-                "Check its weights for NaN and infinity.",
-            )
+    _require_usable([(reference, rounded) for _, _, reference, rounded in results])
     worst_error = worst_ratio = 0.0
     noises = _noises([(reference, rounded) for _, _, reference, rounded in results])
     for x, got, reference, _ in results:
@@ -175,6 +169,26 @@ def prove(file: Forward, original: nn.Module, inputs: Sequence[Tensor], precisio
             if precision == "fp16":
                 _check_half(value, expected, error, x)
     return Proof(worst_error, worst_ratio, tuple(dict.fromkeys(tuple(x.shape) for x in inputs)))
+
+
+def _require_usable(results: list[tuple[list[Tensor], list[Tensor] | None]]) -> None:
+    """Check that the network's own outputs, in float64 and float32, can be compared with a file's.
+
+    Raises:
+        EquivalenceError: they are not finite, or all are empty.
+    """
+    if not any(expected.numel() for reference, _ in results for expected in reference):
+        raise EquivalenceError(
+            "there is nothing to compare the file on, because all outputs of the network are empty",
+            "Give an example input of at least one, with no side of size 0.",
+        )
+    for reference, rounded in results:
+        for outputs, where in ((reference, ""), (rounded or [], " in float32")):
+            if not all(bool(torch.isfinite(output).all()) for output in outputs):
+                raise EquivalenceError(
+                    f"the network's own outputs are not finite{where}",
+                    "Check its weights for NaN, infinity and numbers that overflow.",
+                )
 
 
 def _times(error: float, noise: float) -> str:
@@ -249,7 +263,7 @@ def half_runner(exported: nn.Module, tip: str = "") -> Forward:
         EquivalenceError: raised by the returned function if a layer's result exceeds float16's
             range.
     """
-    model = copy.deepcopy(exported).float().eval()
+    model = copied(exported).float().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
 
@@ -341,7 +355,7 @@ def first_difference(
 
 def _module_results(exported: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
     """Leaf module → its results in float64, one per call."""
-    model = copy.deepcopy(exported).double().eval()
+    model = copied(exported).double().eval()
     results: dict[str, list[Tensor]] = {}
 
     def note(name: str, result: Any) -> None:

@@ -5,7 +5,6 @@ Parts of the network that never run are handled here, too.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.conversion.calls import watched
-from pathconvert.conversion.modules import computed_tensors
+from pathconvert.conversion.modules import copied
+from pathconvert.conversion.precision import is_mixed
 from pathconvert.errors import PathconvertError, first_line
 from pathconvert.networks.preprocessing import Preprocessing
 
@@ -31,6 +31,8 @@ class Exported(nn.Module):
         preprocessing: the normalisation to put into the graph, uint8 [N, 3, H, W] → float; None for
             none.
         softmax: whether to add a softmax over the classes, dimension 1.
+        changes_input: whether the network changes its input in place. It is then given a copy;
+            otherwise the exporter would write the changed input as a further output of the graph.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Exported(nn.Module):
         preprocessing: Preprocessing | None,
         *,
         softmax: bool,
+        changes_input: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.keys, self.softmax = network, keys, softmax
+        self.changes_input = changes_input
         self.normalises = preprocessing is not None
         if preprocessing is not None:
             # (pixel / 255 − mean) / std = pixel · scale + shift
@@ -59,6 +63,8 @@ class Exported(nn.Module):
         if self.normalises:
             scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
             x = x.to(scale.dtype) * scale + shift
+        elif self.changes_input:
+            x = x.clone()
         result = self.network(x)
         chosen = [result[key] for key in self.keys] if self.keys else [result]
         if self.softmax:
@@ -73,23 +79,35 @@ class Wrapper:
     keys: tuple[str, ...]
     preprocessing: Preprocessing | None
     softmax: bool
+    changes_input: bool = False
 
     def __call__(self, network: nn.Module) -> Exported:
-        return Exported(network, self.keys, self.preprocessing, softmax=self.softmax).eval()
+        return Exported(
+            network,
+            self.keys,
+            self.preprocessing,
+            softmax=self.softmax,
+            changes_input=self.changes_input,
+        ).eval()
 
     def raw(self, x: Tensor) -> Tensor:
-        """Normalised [N, …] → the input of the graph.
+        """Normalised [N, …] → the input of the graph, in memory of its own.
 
         These are the same values in float32, or uint8 pixels.
         """
         if self.preprocessing is None:
             # for channels-last inputs the exporter adds nodes
-            return x.detach().float().contiguous()
+            return _own_float(x).contiguous()
         mean, std = (
             torch.tensor(v).view(1, -1, 1, 1)
             for v in (self.preprocessing.mean, self.preprocessing.std)
         )
         return ((x.detach().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _own_float(x: Tensor) -> Tensor:
+    """A copy of ``x`` in float32, as a forward may change its input in place."""
+    return x.detach().to(torch.float32, copy=True)
 
 
 # ---- the outputs of a network --------------------------------------------------------------------
@@ -104,10 +122,12 @@ class Outputs:
             returns a tensor.
         idle: the parts that do not run in evaluation mode, such as auxiliary heads. Their weights
             are not exported.
+        changes_input: whether it changes its input in place.
     """
 
     keys: tuple[str, ...]
     idle: tuple[str, ...]
+    changes_input: bool
 
 
 @torch.no_grad()
@@ -116,7 +136,7 @@ def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax
 
     Args:
         model: not changed.
-        example_input: a normalised input, [N, …].
+        example_input: a normalised input, [N, …]; not changed.
         auxiliary: whether the output of an auxiliary head is wanted, too.
         softmax: whether a softmax will follow.
 
@@ -132,18 +152,17 @@ def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax
             " standard operators cannot follow",
             "Export only the backbone: export_onnx(model.backbone, …).",
         )
-    runner = copy.deepcopy(model, computed_tensors(model)).float().eval()
-    x = example_input[:1].float()
-    called: set[str] = set()
+    runner = copied(model).float().eval()
+    given, called = example_input[:1], set[str]()
+    x = _own_float(given)
+    untouched = x._version
     try:
         with watched(dict(runner.named_modules()), before=lambda name, _: called.add(name)):
             result = runner(x)
     except (RuntimeError, ValueError) as error:
-        size = "×".join(map(str, example_input.shape[1:]))
-        raise PathconvertError(
-            f"{name} cannot run on inputs of size {size}: {first_line(error)}",
-            "Give another size: --input-size.",
-        ) from error
+        raise _cannot_run(model, example_input, error) from error
+    # every change in place counts up the version of a tensor, except one through ``x.data``
+    changes_input = x._version != untouched or not torch.equal(x, given.float())
     keys: tuple[str, ...] = ()
     if isinstance(result, Mapping) and isinstance(result.get("out"), Tensor):
         keys = ("out", "aux") if auxiliary and "aux" in result else ("out",)
@@ -164,8 +183,26 @@ def outputs_of(model: nn.Module, example_input: Any, *, auxiliary: bool, softmax
             " softmax",
             "Leave --with-softmax out.",
         )
-    return Outputs(
-        keys, _idle_parts(runner, called, lambda: torch.equal(scores_of(runner(x)), scores))
+
+    def unchanged() -> bool:
+        return torch.equal(scores_of(runner(_own_float(given))), scores)
+
+    return Outputs(keys, _idle_parts(runner, called, unchanged), changes_input)
+
+
+def _cannot_run(model: nn.Module, x: Tensor, error: Exception) -> PathconvertError:
+    """The refusal of a network that fails with ``error`` in float32 on ``x``, [N, …]."""
+    name = type(model).__name__
+    if is_mixed(model):
+        return PathconvertError(
+            f"{name} has tensors of several dtypes and cannot run in float32, as its file would: "
+            f"{first_line(error)}",
+            "Let its forward cast to the dtype of its weights, x.to(self.conv.weight.dtype).",
+        )
+    size = "×".join(map(str, x.shape[1:]))
+    return PathconvertError(
+        f"{name} cannot run on inputs of size {size}: {first_line(error)}",
+        "Give another size: --input-size.",
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.conversion.equivalence import run_dtype
+from pathconvert.conversion.precision import CastsTo, is_mixed
 from pathconvert.errors import CheckpointError, PathconvertError, RuntimeUnavailable, first_line
 from pathconvert.export.card import ModelCard
 from pathconvert.export.runtime.providers import open_session, require_device, require_size
@@ -46,7 +47,7 @@ class Engine:
             leaves free.
         fixed_batch: the only batch size that it takes; None if it takes any.
         run: inputs [N, *input_size] → the first output, [N, classes] for a classifier. Inputs are
-            uint8 if ``takes_pixels``, else float32.
+            uint8 if ``takes_pixels``, else float32; they are not changed.
         runner: the same inputs → a function to time, which runs the network on them.
         fallback: why ``auto`` chose the CPU, or which heavy nodes run on the CPU beside a GPU; else
             None.
@@ -191,7 +192,7 @@ def torch_engine(
     where, fallback = torch_device(name, device)
     model = network.model.eval().to(where)
     if where == "cpu" or not own_dtype:
-        model = model.float()
+        model = _Casting(model).float() if is_mixed(model) else model.float()
     calls = _TorchCalls(name, model, where, run_dtype(model))
     return Engine(
         name=name,
@@ -210,6 +211,22 @@ def torch_engine(
         gives_probabilities=_gives_probabilities(network.architecture),
         training=network.training,
     )
+
+
+class _Casting(nn.Module):
+    """A network whose explicit casts go to the dtype of its input.
+
+    A network of several dtypes casts between its layers, which have one dtype here.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Any:
+        """Inputs [N, …] → what the network returns."""
+        with CastsTo(input.dtype):
+            return self.network(input)
 
 
 def compiled(engine: Engine) -> Engine:
@@ -258,24 +275,29 @@ class _TorchCalls:
     def runner(self, array: Array) -> Call:
         """Run the network once, and return a function that runs it again.
 
+        The function runs it on one batch again and again. A network that changes its input in place
+        would make more of it every time, and is given a copy, which is timed too.
+
         Raises:
             PathconvertError: the network cannot run on inputs of this size, or cannot be compiled.
         """
-        batch = self._input(array)
+        batch, first = self._input(array), self._input(array)
         if self.compiled:
-            self._compile(batch)
+            self._compile(first)
         else:
-            self._try(batch)
+            self._try(first)
+        changes_input = not torch.equal(first, batch)
 
         def call() -> None:
-            self._output(batch)
+            self._output(batch.clone() if changes_input else batch)
             if self.device == "cuda":
                 torch.cuda.synchronize()
 
         return call
 
     def _input(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.device, self.dtype)
+        # a copy, as a forward may change its input in place
+        return torch.from_numpy(array).to(self.device, self.dtype, copy=True)
 
     def _output(self, batch: Tensor) -> Any:
         with torch.inference_mode():

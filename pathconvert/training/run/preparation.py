@@ -5,7 +5,6 @@ This makes its head, its conversion and the statistics of Path-BN.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pathconvert.conversion.calls import watched
+from pathconvert.conversion.modules import copied
 from pathconvert.conversion.record import Record, form_of, record_of
 from pathconvert.conversion.reparameterize import reparameterize
 from pathconvert.errors import DataError, PathconvertError
@@ -105,7 +105,7 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
     record = network.record
     network = dataclasses.replace(
         network,
-        model=copy.deepcopy(network.model).float(),
+        model=copied(network.model).float(),
         architecture=dataclasses.replace(
             architecture, input_size=(len(chosen.preprocessing.mean), *crop)
         ),

@@ -11,13 +11,33 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pathconvert.conversion.function_call import Call, changes_its_input, pinned_like
-from pathconvert.conversion.trace import Offender
+from pathconvert.conversion.tracing.function_call import Call, changes_its_input, pinned_like
+from pathconvert.conversion.tracing.trace import PINNED, ZERO, Offender
 
 
 def works_in_place(call: Call) -> bool:
     """Whether the call changes its first argument in place."""
     return changes_its_input(call.func) or call.kwargs.get("inplace") is True
+
+
+def is_constant(call: Call, tensor: Tensor) -> bool:
+    """Whether a tensor has factor 1 and is not a weight: no unit's factor reaches it."""
+    if call.tracer.name_of(tensor) is not None:
+        return False
+    return not call.tracer.is_live(tensor) or bool((call.ids(tensor) <= PINNED).all())
+
+
+def is_zero(call: Call, value: Any) -> bool:
+    """Whether a number or a tensor is 0 in every call of the network.
+
+    A buffer may be written between two calls, so that its numbers do not tell.
+    """
+    if not isinstance(value, Tensor):
+        return isinstance(value, int | float) and value == 0
+    if call.tracer.is_live(value):
+        return bool((call.ids(value) == ZERO).all())
+    known = value.device.type != "meta" and id(value) not in call.tracer.names
+    return known and not bool(value.any())
 
 
 def gate(call: Call) -> Any:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from pathconvert.conversion.function_call import Call, Rule, pinned_like
-from pathconvert.conversion.pinning import pin
-from pathconvert.conversion.trace import BatchNormCall, Slot
+from pathconvert.conversion.tracing.function_call import Call, Rule, pinned_like
+from pathconvert.conversion.tracing.pinning import is_constant, is_zero, pin
+from pathconvert.conversion.tracing.trace import ZERO, BatchNormCall, Slot
 
 
 def convolution(spatial: int, *, transposed: bool = False) -> Rule:
@@ -29,6 +30,8 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
         result = call.run()
         channel = result.dim() - 1 - spatial
         names = _weight_names(call, weight, bias)
+        if weight.dim() == spatial + 2 and is_constant(call, weight):
+            return _constant_filter(call, result, channel, transposed=transposed)
         if (
             names is None
             or weight.dim() != spatial + 2
@@ -46,6 +49,32 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
         return call.with_ids(result, torch.from_numpy(rows).view(shape))
 
     return rule
+
+
+def _constant_filter(call: Call, result: Tensor, channel: int, *, transposed: bool) -> Any:
+    """A convolution whose filter has no factor: a blur, a shift, a fixed basis.
+
+    Its result is linear in x, so a row shares the factor of the channels that it reads. Those are
+    the channels with a tap other than 0; all of its group where the filter has no numbers.
+    """
+    x, weight, bias = (call.argument(name) for name in ("input", "weight", "bias"))
+    if bias is not None and not is_zero(call, bias):
+        return pin(call, result)
+    groups = int(call.argument("groups", 1))
+    columns = call.channel_ids(call.ids(x), channel, x.shape[channel])
+    taps = torch.ones(weight.shape[:2], dtype=torch.bool)
+    if not call.tracer.is_live(weight):
+        taps = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+    blocks = taps.unflatten(0, (groups, -1))  # [groups, rows per group, columns per group]
+    blocks = blocks.transpose(1, 2) if transposed else blocks
+    read = np.where(blocks.numpy(), columns.reshape(groups, 1, -1), ZERO).reshape(
+        -1, blocks.shape[2]
+    )
+    rows = read.max(1)
+    call.trace.tie(read.ravel(), rows.repeat(read.shape[1]), call.where)
+    shape = [1] * result.dim()
+    shape[channel] = -1
+    return call.with_ids(result, torch.from_numpy(rows).view(shape))
 
 
 def _weight_names(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str, str | None] | None:
@@ -70,6 +99,7 @@ def batch_norm(call: Call) -> Any:
     columns = call.channel_ids(call.ids(x), 1, x.shape[1])
     name_of = call.tracer.name_of
     title = _title(call, (mean, var, weight), x.shape[1])
+    _pin_statistics(call, (mean, var), f"is a statistic of the BatchNorm {title}")
     rows = _affine_rows(call, weight, bias, x.shape[1], f"the BatchNorm {title}")
     call.trace.batch_norms.append(
         BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps)
@@ -79,6 +109,17 @@ def batch_norm(call: Call) -> Any:
     result = torch.empty_like(x, device="meta")
     call.tracer.step(title, x, result)
     return call.with_ids(result, torch.from_numpy(rows).view(shape))
+
+
+def _pin_statistics(call: Call, statistics: Sequence[Tensor | None], reason: str) -> None:
+    """Give mean and variance the factor 1, wherever else the network reads or makes them."""
+    for tensor in statistics:
+        if tensor is None or not call.tracer.is_live(tensor):
+            continue
+        if call.tracer.has_ids(tensor):
+            call.tracer.pin_tensor(tensor, reason)
+        else:
+            call.tracer.set(tensor, pinned_like(tensor))
 
 
 def _title(call: Call, tensors: Sequence[Tensor | None], size: int) -> str:
@@ -109,6 +150,7 @@ def _affine_rows(
             call.trace.slots.append(Slot(name, rows))
         elif parameter is not None:
             call.trace.pin(rows, f"comes from {title}, whose γ or β is computed")
+            call.trace.pin(call.ids(parameter).flatten().numpy(), f"is γ or β of {title}")
     if names[0] is None:
         call.trace.pin(rows, f"comes from {title}, which has no γ")
     return rows
@@ -124,6 +166,8 @@ def normalization(*, channels_last: bool) -> Rule:
         x, weight, bias = (call.argument(name) for name in ("input", "weight", "bias"))
         title = f"the normalization {call.tracer.path or call.name}"
         call.trace.pin(call.ids(x).flatten().numpy(), f"enters {title}, which is not homogeneous")
+        statistics = [call.argument(name) for name in ("running_mean", "running_var")]
+        _pin_statistics(call, statistics, f"is a statistic of {title}")
         result = torch.empty_like(x, device="meta")
         if weight is None:
             return call.with_ids(result, pinned_like(x))

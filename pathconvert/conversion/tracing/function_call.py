@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pathconvert.conversion.signatures import bound_arguments
-from pathconvert.conversion.trace import PINNED, IdVector, Trace
+from pathconvert.conversion.tracing.signatures import bound_arguments
+from pathconvert.conversion.tracing.trace import PINNED, IdVector, Trace
 
 if TYPE_CHECKING:
-    from pathconvert.conversion.tracer import Tracer
+    from pathconvert.conversion.tracing.tracer import Tracer
 
 
 def compact(ids: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from pathconvert.conversion.contractions import attention, einsum, matmul
-from pathconvert.conversion.elementwise import (
+import torch
+
+from pathconvert.conversion.tracing.contractions import attention, einsum, matmul
+from pathconvert.conversion.tracing.elementwise import (
     carry,
     clamp,
     compare,
@@ -28,7 +30,7 @@ from pathconvert.conversion.elementwise import (
     tie,
     where,
 )
-from pathconvert.conversion.function_call import (
+from pathconvert.conversion.tracing.function_call import (
     NUMBERLESS,
     Call,
     NotBound,
@@ -37,9 +39,9 @@ from pathconvert.conversion.function_call import (
     device,
     metadata,
 )
-from pathconvert.conversion.layer_rules import batch_norm, convolution, normalization
-from pathconvert.conversion.pinning import activation, gate, pin
-from pathconvert.conversion.reindexing import (
+from pathconvert.conversion.tracing.layer_rules import batch_norm, convolution, normalization
+from pathconvert.conversion.tracing.pinning import activation, gate, pin
+from pathconvert.conversion.tracing.reindexing import (
     along,
     cat,
     fold,
@@ -68,7 +70,7 @@ RULES: dict[str, Rule] = {
         "feature_dropout",
     ), carry),
     **dict.fromkeys((
-        "to", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
+        "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
     ), convert_kind),
     "prelu": prelu,
     **dict.fromkeys((
@@ -163,6 +165,8 @@ def rule_of(func: Any) -> tuple[str, Callable[[Call], Any]]:
     if not _is_torchs_own(func) or func.__name__ == "__float__":
         return str(getattr(func, "__name__", func)), pin
     name = _attribute(func.__self__) if func.__name__ == "__get__" else func.__name__
+    if isinstance(func, torch._ops.OpOverload):
+        name = name.partition(".")[0]  # aten::add.Tensor
     plain = name if name in RULES else name.strip("_")
     if (
         name.startswith(("__i", "__r"))

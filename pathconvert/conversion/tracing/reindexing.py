@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pathconvert.conversion.elementwise import tie
-from pathconvert.conversion.function_call import Call, Rule, compact
-from pathconvert.conversion.pinning import pin
-from pathconvert.conversion.trace import PINNED, ZERO
+from pathconvert.conversion.tracing.elementwise import tie
+from pathconvert.conversion.tracing.function_call import Call, Rule, compact
+from pathconvert.conversion.tracing.pinning import is_zero, pin
+from pathconvert.conversion.tracing.trace import PINNED, ZERO
 
 # ---- elements that move --------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def reindex(call: Call) -> Any:
 
 
 def iterate(call: Call) -> Any:
-    """``for row in x``."""
+    """``for row in x``: every row takes the ids that it has in x."""
     return iter(reindex(dataclasses.replace(call, func=torch.unbind)))
 
 
@@ -92,19 +92,22 @@ def pad(call: Call) -> Any:
 def set_item(call: Call) -> Any:
     """``y[index] = x``: the elements that are overwritten take the ids of what is written.
 
-    Other tensors that share the memory would keep their old ids, so they pin it.
+    Other tensors that share the memory would keep their old ids, so that ids that change are pinned
+    then.
     """
     target, index, value = call.args
     live = [t for t in tree_leaves(index) if isinstance(t, Tensor) and call.tracer.is_live(t)]
-    if live or call.tracer.has_other_views(target):
+    if live or not call.tracer.has_ids(target) or id(target) in call.tracer.names:
         return pin(call)
-    if isinstance(value, Tensor):
-        ids = call.ids(value)
-    else:
-        ids = torch.tensor(ZERO if value == 0 else PINNED)
-    full = call.ids(target).expand(target.shape).clone()
-    full[index] = ids
-    call.tracer.set(target, compact(full))
+    ids = call.ids(value) if isinstance(value, Tensor) else torch.tensor(PINNED)
+    old = call.ids(target).expand(target.shape)
+    new = old.clone()
+    new[index] = torch.tensor(ZERO) if is_zero(call, value) else ids
+    if torch.equal(old, new):  # x[:, 0] *= 2 writes a view back to where it lies already
+        return None
+    if call.tracer.has_other_views(target):
+        return pin(call)
+    call.tracer.set(target, compact(new))
     return None
 
 

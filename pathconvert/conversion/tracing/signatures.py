@@ -148,6 +148,8 @@ def _fits(kind: str, value: Any) -> bool:
         return isinstance(value, numbers.Number | torch.SymInt | torch.dtype | torch.layout) or (
             isinstance(value, Tensor) and value.dim() == 0
         )
+    if kind == "bool":
+        return isinstance(value, bool)  # torch.std(x, 1) is along a dimension
     if kind == "str":
         return isinstance(value, str)
     return True

@@ -18,11 +18,11 @@ from torch import nn
 
 from pathconvert.conversion.calls import Arguments, Observed, Stack, observe
 from pathconvert.conversion.equivalence import run_dtype
-from pathconvert.conversion.modules import as_arguments, meta_inputs
-from pathconvert.conversion.rules import rule_of
-from pathconvert.conversion.ties import first_names, overlaps
-from pathconvert.conversion.trace import Trace
-from pathconvert.conversion.tracer import Tracer, run
+from pathconvert.conversion.modules import as_arguments, meta_inputs, refuse_unreadable
+from pathconvert.conversion.tracing.rules import rule_of
+from pathconvert.conversion.tracing.ties import first_names, overlaps
+from pathconvert.conversion.tracing.trace import Trace
+from pathconvert.conversion.tracing.tracer import Tracer, run
 from pathconvert.errors import TraceError, first_line
 
 
@@ -57,8 +57,9 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
         What was traced, and why the rest was not.
 
     Raises:
-        TraceError: no part of the network can be traced.
+        TraceError: no part of the network can be traced, or a lazy module has not run yet.
     """
+    refuse_unreadable(model)
     arguments = as_arguments(example_input)
     dtype = run_dtype(model)
     try:

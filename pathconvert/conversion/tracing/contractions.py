@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathconvert.conversion.elementwise import carrier_and_gate
-from pathconvert.conversion.function_call import Call
-from pathconvert.conversion.pinning import pin
-from pathconvert.conversion.trace import Slot
+from pathconvert.conversion.tracing.elementwise import carrier_and_gate
+from pathconvert.conversion.tracing.function_call import Call
+from pathconvert.conversion.tracing.pinning import pin
+from pathconvert.conversion.tracing.trace import Slot
 
 
 def matmul(call: Call) -> Any:
@@ -96,4 +96,7 @@ def attention(call: Call) -> Any:
         tensor = call.argument(name)
         if isinstance(tensor, Tensor) and call.tracer.is_live(tensor):
             call.tracer.pin_tensor(tensor, f"is the {name} in {call.where}")
-    return call.with_ids(call.run(), call.tied(call.ids(value), [value.dim() - 2]))
+    result, ids = call.run(), call.tied(call.ids(value), [value.dim() - 2])
+    if call.argument("enable_gqa") and ids.shape[-3] > 1:  # several heads read one head of v
+        ids = ids.repeat_interleave(result.shape[-3] // value.shape[-3], -3)
+    return call.with_ids(result, ids)

@@ -1,4 +1,4 @@
-"""Model + example → :class:`~pathconvert.conversion.trace.Trace`, by running the forward once.
+"""Model + example → a :class:`~pathconvert.conversion.tracing.trace.Trace`, in one forward.
 
 The forward runs on the *meta* device, which has shapes but no numbers, under a
 :class:`torch.overrides.TorchFunctionMode`. The ids of an activation have the same rank as it has; a
@@ -13,6 +13,7 @@ example.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,20 +25,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pathconvert.conversion.calls import Observed, function_name, running_modules
-from pathconvert.conversion.function_call import (
+from pathconvert.conversion.modules import (
+    frozen_batch_norms_as_calls,
+    mode_of,
+    output_tensors,
+)
+from pathconvert.conversion.tracing.function_call import (
     NUMBERLESS,
     Call,
     Rule,
     changes_its_input,
     pinned_like,
 )
-from pathconvert.conversion.modules import (
-    frozen_batch_norms_as_calls,
-    mode_of,
-    output_tensors,
-)
-from pathconvert.conversion.ties import first_names
-from pathconvert.conversion.trace import PINNED, ZERO, Slot, Step, Trace
+from pathconvert.conversion.tracing.ties import first_names
+from pathconvert.conversion.tracing.trace import PINNED, ZERO, Slot, Step, Trace
 from pathconvert.errors import PathconvertError, TraceError, first_line
 
 #: Functions whose result holds zeros, or nothing yet.
@@ -78,6 +79,7 @@ class Tracer(TorchFunctionMode):
         self.seen: set[str] = set()
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._uses: Counter[int] = Counter()
+        self._written: set[int] = set()
         self._anonymous: Counter[str] = Counter()
         self._steps: list[tuple[str, int, int]] = []
 
@@ -102,7 +104,7 @@ class Tracer(TorchFunctionMode):
         A floating-point buffer of the state dict can be rescaled, so it is followed as a parameter
         is. Everything else is a constant.
         """
-        if id(tensor) in self._values:
+        if id(tensor) in self._values or self._is_written(tensor):
             return True
         name = self.names.get(id(tensor))
         is_weight = name in self.saved and tensor.is_floating_point()
@@ -112,8 +114,21 @@ class Tracer(TorchFunctionMode):
         """Remember the ids of a tensor."""
         known = self._values.get(id(tensor))
         self._values[id(tensor)] = (tensor, ids)
+        if id(tensor) not in self.names and tensor.device.type != "meta":
+            self._mark_written(tensor)
         if known is not None and known[1] is not ids and bool((known[1] == ZERO).any()):
             self._overwritten(tensor)
+
+    def _mark_written(self, tensor: Tensor) -> None:
+        """Treat a constant and its views as activations: their numbers are not known any more."""
+        if tensor.layout is torch.strided:
+            self._written.add(tensor.untyped_storage()._cdata)
+
+    def _is_written(self, tensor: Tensor) -> bool:
+        """Whether a constant, or one that it is a view of, was overwritten with other numbers."""
+        if not self._written or tensor.device.type == "meta" or tensor.layout is not torch.strided:
+            return False
+        return tensor.untyped_storage()._cdata in self._written
 
     def _overwritten(self, tensor: Tensor) -> None:
         """Pin the zeros in other views of a tensor that was changed in place.
@@ -131,7 +146,9 @@ class Tracer(TorchFunctionMode):
         if known is not None:
             return known[1]
         if self.is_live(tensor):
-            name = self.names[id(tensor)]
+            name = self.names.get(id(tensor))
+            if name is None or self._is_written(tensor):
+                return pinned_like(tensor)
             vector = self.trace.fresh(tensor.numel())
             self.trace.slots.append(Slot(name, vector))
             self.set(tensor, torch.from_numpy(vector).view(tensor.shape))
@@ -254,6 +271,10 @@ class Tracer(TorchFunctionMode):
         # the update of num_batches_tracked
         on_a_copy = writes and any(id(tensor) in self.names for tensor in tensors)
         result = call.run() if on_a_copy else func(*args, **kwargs)
+        if writes and (on_a_copy or is_random(name)):
+            self._mark_written(args[0])
+        elif is_random(name):
+            return tree_map_only(Tensor, self._without_numbers, result)
         if func in MAKES_ZEROS and result.is_floating_point() and result.dim() > 1:
             zeros = torch.empty_like(result, device="meta")  # activations may be written into it
             self.set(zeros, pinned_like(zeros) * ZERO)
@@ -263,6 +284,21 @@ class Tracer(TorchFunctionMode):
             if is_meta and id(leaf) not in self.names:
                 self.set(leaf, pinned_like(leaf))
         return result
+
+    def _without_numbers(self, tensor: Tensor) -> Tensor:
+        """A meta tensor with factor 1, as the next run draws other numbers."""
+        drawn = torch.empty_like(tensor, device="meta")
+        self.set(drawn, pinned_like(drawn))
+        return drawn
+
+
+@functools.cache
+def is_random(name: str) -> bool:
+    """Whether an operation of torch draws random numbers, as its operator is tagged."""
+    operator = getattr(torch.ops.aten, name.strip("_"), None)
+    overloads = [] if operator is None else operator.overloads()
+    tag = torch.Tag.nondeterministic_seeded
+    return any(tag in getattr(operator, overload).tags for overload in overloads)
 
 
 def run(

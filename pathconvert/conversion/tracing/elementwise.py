@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathconvert.conversion.function_call import Call, compact, pinned_like
-from pathconvert.conversion.pinning import activation, gate, pin, works_in_place
-from pathconvert.conversion.trace import PINNED, ZERO, Slot
+from pathconvert.conversion.tracing.function_call import Call, compact, pinned_like
+from pathconvert.conversion.tracing.pinning import activation, gate, is_zero, pin, works_in_place
+from pathconvert.conversion.tracing.trace import PINNED, ZERO, Slot
 
 # ---- one operand ---------------------------------------------------------------------------------
 
@@ -48,27 +48,37 @@ def new(call: Call) -> Any:
     return call.with_ids(result, ids * ZERO if call.name in HOLDS_NO_NUMBER else ids)
 
 
-def convert_kind(call: Call) -> Any:
-    """``to``, ``float``, ``cpu``: the dtype or the device changes.
+#: What the methods named after a dtype convert to.
+NAMED_KINDS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
-    Here the result stays on the meta device.
+
+def convert_kind(call: Call) -> Any:
+    """``to``, ``type``, ``float``, ``cpu``: the dtype or the device changes.
+
+    Here the result of an activation stays on the meta device.
     """
-    kinds = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, torch.dtype)]
-    named = {
-        "float": torch.float32,
-        "double": torch.float64,
-        "half": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }
     x = call.input
-    if call.name == "type" and not kinds:
-        return pin(call) if len(call.args) + len(call.kwargs) > 1 else call.func(x)
+    given = [*call.args[1:], *call.kwargs.values()]
+    if call.name == "type" and not given:
+        return call.func(torch.empty(0, dtype=x.dtype))
+    kinds = [leaf for leaf in given if isinstance(leaf, torch.dtype)]
+    if call.name == "type" and not kinds:  # "torch.FloatTensor" or torch.FloatTensor
+        kind = given[0]
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
+        kinds = [getattr(torch, name.rpartition(".")[2]).dtype]
     others = [leaf.dtype for leaf in call.tensors() if leaf is not x]
-    dtype = (kinds or others or [named.get(call.name, x.dtype)])[0]
-    if not dtype.is_floating_point:
-        return pin(call)
+    dtype = (kinds or others or [NAMED_KINDS.get(call.name, x.dtype)])[0]
     if dtype == x.dtype:
         return x
+    if not call.tracer.is_live(x) and x.device.type != "meta":
+        return x.to(dtype)  # a constant keeps its numbers
+    if not dtype.is_floating_point:
+        return pin(call)
     return call.with_ids(torch.empty_like(x, dtype=dtype, device="meta"), call.ids(x))
 
 
@@ -78,6 +88,8 @@ def clamp(call: Call) -> Any:
     One from below, as GeM pooling has it, pins and does not refuse the network.
     """
     low, high = call.argument("min"), call.argument("max")
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return carry(call) if high is None and is_zero(call, low) else pin(call)
     is_number = isinstance(low, int | float)
     if high is None and is_number and low == 0:
         return carry(call)
@@ -93,21 +105,25 @@ def threshold(call: Call) -> Any:
 
 
 def compare(call: Call) -> Any:
-    """x > 0, x == 0, sign(x): a positive factor does not change the result, which has factor 1."""
-    x, other = call.input, call.argument("other", 0)
-    is_zero = isinstance(other, int | float) and other == 0
-    if isinstance(other, Tensor) and not call.tracer.is_live(other) and other.device.type != "meta":
-        is_zero = not bool(other.any())
-    return call.with_ids(call.run(), pinned_like(x)) if is_zero else pin(call)
+    """x > 0, x == 0, sign(x): a positive factor does not change the result, which has factor 1.
+
+    In place it pins, as other views of x would keep their ids.
+    """
+    if works_in_place(call) or not is_zero(call, call.argument("other", 0)):
+        return pin(call)
+    return call.with_ids(call.run(), pinned_like(call.input))
 
 
 # ---- several operands ----------------------------------------------------------------------------
 
 
 def aligned(call: Call, tensors: list[Tensor]) -> list[Tensor]:
-    """The operands' ids, broadcast to a common shape in the same way as the operands."""
+    """The operands' ids, broadcast to a common shape in the same way as the operands.
+
+    A constant 0 has the id ``ZERO``, which fits any factor.
+    """
     rank = max(t.dim() for t in tensors)
-    all_ids = [call.ids(t) for t in tensors]
+    all_ids = [pinned_like(t) * ZERO if is_zero(call, t) else call.ids(t) for t in tensors]
     padded = [ids[(None,) * (rank - ids.dim())] for ids in all_ids]
     shape = torch.broadcast_shapes(*[ids.shape for ids in padded])
     return [ids.expand(shape) for ids in padded]
@@ -165,6 +181,10 @@ def _select(call: Call, condition: Tensor, *choices: Any) -> Any:
     return call.with_ids(call.run(), compact(torch.where(a == ZERO, b, a)))
 
 
+#: The names of a quotient.
+QUOTIENTS = ("div", "divide", "true_divide", "truediv")
+
+
 def product(call: Call) -> Any:
     """x · y is bilinear: exactly one operand carries its factor.
 
@@ -175,7 +195,7 @@ def product(call: Call) -> Any:
     if call.argument("rounding_mode") is not None:
         return pin(call)
     if len(operands) == 1:
-        if not isinstance(both[0], Tensor) and call.name != "mul":
+        if not isinstance(both[0], Tensor) and call.name in QUOTIENTS:
             return pin(call)  # number / x
         return call.with_ids(call.run(), call.ids(operands[0]))
     carrier, gate = carrier_and_gate(call, operands)
@@ -196,7 +216,7 @@ def carrier_and_gate(call: Call, operands: list[Tensor]) -> tuple[Tensor, Tensor
         Carrier and gate.
     """
     first, second = operands
-    if call.name == "div" or works_in_place(call):
+    if call.name in QUOTIENTS or works_in_place(call):
         return first, second
     free = [bool((call.ids(t) > PINNED).any()) and not call.tracer.name_of(t) for t in operands]
     size = [t.numel() for t in operands]
