@@ -121,6 +121,85 @@ def example_for(name: str, small: bool) -> Any:
 # ---- one network ---------------------------------------------------------------------------------
 
 
+#: The other tools that are measured, if they are installed.
+OTHERS = {"brevitas": brevitas, "aimet": aimet}
+
+
+def _run_tools(
+    model: nn.Module,
+    example: Any,
+    image: Any,
+    tools: dict[str, Callable[[nn.Module, Any], Result]],
+    result: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Let all tools take turns; what the first turn shows goes into ``result``.
+
+    Returns:
+        Tool → seconds of its steps in its fastest turn.
+    """
+    best: dict[str, dict[str, float]] = {}
+    turns = GIANT_TURNS if result["parameters"] > GIANT else TURNS
+    for turn in range(turns):
+        for tool, function in list(tools.items()):
+            gc.collect()
+            try:
+                with _quiet():
+                    one = function(model, example)
+            except Exception as error:
+                line = (str(error).strip().splitlines() or [""])[0][:200]
+                result[tool] = {"failed": f"{type(error).__name__}: {line}"}
+                del tools[tool]
+                continue
+            if tool not in best or sum(one.seconds.values()) < sum(best[tool].values()):
+                best[tool] = one.seconds
+            if turn == 0 and "conversion" in one.more:
+                result["pivots"][tool] = _ours(model, one.more["conversion"], image)
+            elif turn == 0:
+                result[tool] = _theirs(model, one, example)
+            del one
+    return best
+
+
+def _ours(model: nn.Module, conversion: Any, image: Any) -> dict[str, Any]:
+    """What our conversion gives."""
+    return {
+        "channels_block": conversion.counts()["channels_rescaled"],
+        "noise_ratio": verify_conversion(
+            model, conversion.model, conversion.parts, image
+        ).noise_ratio,
+        "fallbacks": list(conversion.pivot_fallbacks),
+    }
+
+
+def _theirs(model: nn.Module, one: Result, example: Any) -> dict[str, Any]:
+    """What another tool gives, compared on what it was traced on.
+
+    value_trace writes sizes into some graphs.
+    """
+    found = {**one.more, "channels": tied_count(one.ties), "_channels": one.channels}
+    try:
+        found["noise_ratio"] = verify(model, one.model, example).noise_ratio
+    except Exception as error:
+        found["noise_ratio"] = None
+        found["noise_failed"] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
+def _network_scope(model: nn.Module, example: Any, image: Any, result: dict[str, Any]) -> None:
+    """Add the numbers of scope network, and the channels that only other tools rescale."""
+    conversion = ours("max", "network")(model, example).more["conversion"]
+    rescaled, left = our_channels(conversion)
+    result["channels_network"] = conversion.counts()["channels_rescaled"]
+    result["noise_ratio_network"] = verify_conversion(
+        model, conversion.model, conversion.parts, image
+    ).noise_ratio
+    for tool in OTHERS:
+        if "_channels" in result.get(tool, {}):
+            theirs = result[tool].pop("_channels")
+            result[tool]["producer_channels"] = len(theirs)
+            result[tool]["not_rescaled_by_us"] = exceptions(theirs, rescaled, left)
+
+
 def measure(
     name: str, pivots: list[str], others: dict[str, str | None], quick: bool = False
 ) -> dict[str, Any]:
@@ -136,68 +215,14 @@ def measure(
         "pivots": {},
     }
     tools: dict[str, Callable[[nn.Module, Any], Result]] = {pivot: ours(pivot) for pivot in pivots}
-    functions = {"brevitas": brevitas, "aimet": aimet}
     tools |= {
-        tool: functions[tool]
-        for tool, state in others.items()
-        if state and "not import" not in state
+        tool: OTHERS[tool] for tool, state in others.items() if state and "not import" not in state
     }
-    best: dict[str, dict[str, float]] = {}
-    turns = GIANT_TURNS if count > GIANT else TURNS
-    for turn in range(turns):
-        for tool, function in list(tools.items()):
-            gc.collect()
-            try:
-                with _quiet():
-                    one = function(model, example)
-            except Exception as error:
-                result[tool] = {
-                    "failed": (
-                        f"{type(error).__name__}:"
-                        f" {(str(error).strip().splitlines() or [''])[0][:200]}"
-                    )
-                }
-                del tools[tool]
-                continue
-            if tool not in best or sum(one.seconds.values()) < sum(best[tool].values()):
-                best[tool] = one.seconds
-            if turn == 0:
-                if tool in pivots:
-                    conversion = one.more["conversion"]
-                    parts = conversion.parts
-                    report = verify_conversion(model, conversion.model, parts, image)
-                    result["pivots"][tool] = {
-                        "channels_block": conversion.counts()["channels_rescaled"],
-                        "noise_ratio": report.noise_ratio,
-                        "fallbacks": list(conversion.pivot_fallbacks),
-                    }
-                else:
-                    result[tool] = {
-                        **one.more,
-                        "channels": tied_count(one.ties),
-                        "_channels": one.channels,
-                    }
-                    try:  # on what it was traced on: value_trace writes sizes into some graphs
-                        result[tool]["noise_ratio"] = verify(model, one.model, example).noise_ratio
-                    except Exception as error:
-                        result[tool]["noise_ratio"] = None
-                        result[tool]["noise_failed"] = f"{type(error).__name__}: {error}"[:200]
-            del one
+    best = _run_tools(model, example, image, tools, result)
     for tool, seconds in best.items():
         target = result["pivots"][tool] if tool in pivots else result[tool]
         target["seconds"] = {**seconds, "sum": sum(seconds.values())}
-    network_scope = ours("max", "network")(model, example).more["conversion"]
-    rescaled, left = our_channels(network_scope)
-    result["channels_network"] = network_scope.counts()["channels_rescaled"]
-    result["noise_ratio_network"] = verify_conversion(
-        model, network_scope.model, network_scope.parts, image
-    ).noise_ratio
-    del network_scope
-    for tool in functions:
-        if "_channels" in result.get(tool, {}):
-            theirs = result[tool].pop("_channels")
-            result[tool]["producer_channels"] = len(theirs)
-            result[tool]["not_rescaled_by_us"] = exceptions(theirs, rescaled, left)
+    _network_scope(model, example, image, result)
     result["recognise_seconds"] = _recognise(model)
     if not quick:
         result["total_seconds"] = _total(name, model)

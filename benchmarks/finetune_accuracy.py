@@ -130,7 +130,8 @@ def show(runs: dict[str, Any], steps: int, grid: int, seeds: int) -> Table:
     return table
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--steps", type=int, default=200)
@@ -155,7 +156,11 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="Begin no run after so long."
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     data = Path(os.environ["PATHCONVERT_DATA"])
     common = Settings(
@@ -198,17 +203,28 @@ def main() -> None:
                 if rate is not None:
                     measure(name, rate, seed)
     if arguments.curves:
-        longer = changed(common, epochs=arguments.curves)
-        weights = data / "weights" / "resnet56_cifar10.pth"
-        histories = {
-            name: curves(longer, arguments.arch, weights, name, best_rate(runs, name, grid) or 0.03)
-            for name in ("SGD+BN", "G-SGD+Path-BN")
-        }
-        if arguments.output:
-            stored["curves"] = histories
-            arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-            plot(histories, arguments.output.with_suffix(".png"))
+        rates = {name: best_rate(runs, name, grid) or 0.03 for name in ("SGD+BN", "G-SGD+Path-BN")}
+        _train_curves(arguments, common, data, rates, stored)
     Console().print(show(runs, arguments.steps, grid, arguments.seeds))
+
+
+def _train_curves(
+    arguments: argparse.Namespace,
+    common: Settings,
+    data: Path,
+    rates: dict[str, float],
+    stored: dict[str, Any],
+) -> None:
+    """Train the methods of ``rates`` for ``--curves`` epochs; keep and plot their histories."""
+    longer = changed(common, epochs=arguments.curves)
+    weights = data / "weights" / "resnet56_cifar10.pth"
+    histories = {
+        name: curves(longer, arguments.arch, weights, name, rate) for name, rate in rates.items()
+    }
+    if arguments.output:
+        stored["curves"] = histories
+        arguments.output.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+        plot(histories, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from pathconvert.commands.options import (
     TrustPickle,
 )
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
+
+if TYPE_CHECKING:
+    from pathconvert.networks.loading import LoadedNetwork
 
 
 def reparam(
@@ -109,12 +112,7 @@ def reparam(
             save_checked,
         )
 
-        if network.form in (form, "path-bn"):
-            form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
-            raise RecordError(
-                f"{source} is converted already: it is in {form_now}",
-                f"Restore it first: pathconvert restore {source}",
-            )
+        _require_unconverted(network, source, form)
         with steps.step("convert"):
             conversion = (
                 resume_conversion(network)
@@ -140,6 +138,20 @@ def reparam(
     for remark in summary["notes"]:
         note(f"note: {remark}")
     emit(summary, facts(f"{source} → {path}", reports.summary_rows(summary)), as_json)
+
+
+def _require_unconverted(network: LoadedNetwork, source: str, form: ConvertedForm) -> None:
+    """Refuse a network that is in the wanted form already, or in Path-BN form.
+
+    Raises:
+        RecordError: it is.
+    """
+    if network.form in (form, "path-bn"):
+        form_now = {"path": "path form", "path-bn": "Path-BN form"}[network.form]
+        raise RecordError(
+            f"{source} is converted already: it is in {form_now}",
+            f"Restore it first: pathconvert restore {source}",
+        )
 
 
 def restore(

@@ -247,7 +247,7 @@ def observe(
 
     def enter(name: str, call: Arguments) -> None:
         uses.paused = True  # the copies of the arguments are not the network's own work
-        running.append(_Span(_one_at_least(meta_inputs(call, None)), len(uses.names)))
+        running.append(_Span(one_at_least(meta_inputs(call, None)), len(uses.names)))
         uses.paused = False
         spans.setdefault(name, []).append(running[-1])
 
@@ -282,14 +282,14 @@ def observe(
     return Observation(calls, _by_name(model, uses))
 
 
-def _one_at_least(call: Arguments) -> Arguments:
+def one_at_least(call: Arguments) -> Arguments:
     """The call with batches of one in place of empty ones, as ids need at least one element.
 
     A detector that found no box calls its heads with empty batches.
     """
 
     def filled(tensor: Tensor) -> Tensor:
-        return tensor.new_empty((1, *tensor.shape[1:])) if tensor.shape[:1] == (0,) else tensor
+        return tensor.new_zeros((1, *tensor.shape[1:])) if tensor.shape[:1] == (0,) else tensor
 
     filled_call: Arguments = tree_map_only(Tensor, filled, call)
     return filled_call

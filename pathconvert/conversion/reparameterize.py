@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pathconvert.choices import Gauge, PivotRule, Scope, require_choice
 from pathconvert.conversion.groups import Group, Units, find_units, offenders_inside
@@ -212,6 +213,7 @@ def convert_traced(
             "--partial (partial=True) pins what enters such an activation and converts the rest",
         )
     tensors = named_tensors(model)
+    _require_finite(units, tensors)
     reasons = [_pinned_by(group, scope) for group in units.groups]
     free = np.repeat(
         [reason is None for reason in reasons], [group.size for group in units.groups]
@@ -235,6 +237,21 @@ def convert_traced(
     )
     attach_record(rescaled, make_record(conversion))
     return conversion
+
+
+def _require_finite(units: Units, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a network with NaN or infinite weights, whose effective weights mean nothing.
+
+    Raises:
+        PathconvertError: a parameter is not finite; the message names it.
+    """
+    for slot in units.slots:
+        extrema = torch.aminmax(tensors[slot.parameter]) if tensors[slot.parameter].numel() else ()
+        if not all(bool(extremum.isfinite()) for extremum in extrema):
+            raise PathconvertError(
+                f"{slot.parameter} has NaN or infinite values",
+                "The training diverged, or values overflowed float16: give an earlier checkpoint.",
+            )
 
 
 def _pinned_by(group: Group, scope: Scope) -> str | None:

@@ -134,7 +134,11 @@ class _Ranges:
     """Finds the units whose factors move a weight out of the normal range of its dtype."""
 
     def __init__(self, units: Units, tensors: Mapping[str, Tensor], gauge: Gauge) -> None:
-        self.slots = [slot for slot in units.slots if (slot.rows >= 0).any() or _reads(slot)]
+        self.slots = [
+            slot
+            for slot in units.slots
+            if tensors[slot.parameter].numel() and ((slot.rows >= 0).any() or _reads(slot))
+        ]
         self.tensors = tensors
         self._spans: dict[str, tuple[float, float]] = {}
         infos = [torch.finfo(tensors[slot.parameter].dtype) for slot in self.slots]

@@ -248,3 +248,26 @@ def test_float64_networks_beyond_the_range_of_float32_have_their_own_noise(nets:
     wrong = copy.deepcopy(conversion.model)
     wrong.get_parameter("fc.weight").data[0, 0] *= 1 + 1e-9
     assert not pathconvert.verify(model, wrong, x).passed
+
+
+def test_a_layer_without_channels_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(5, 0), nn.ReLU(), nn.Linear(0, 3)).double()
+    inputs = torch.randn(2, 5, dtype=torch.float64)
+    conversion = pathconvert.reparameterize(model, inputs)
+    assert torch.equal(conversion.model(inputs), model(inputs))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[2].weight[0, 1] = float("nan")
+    with pytest.raises(pathconvert.errors.PathconvertError) as refused:
+        pathconvert.reparameterize(model, torch.randn(2, 5))
+    assert str(refused.value) == "2.weight has NaN or infinite values"
+
+
+def test_an_example_with_an_empty_side_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(pathconvert.errors.TraceError) as refused:
+        pathconvert.reparameterize(model, torch.randn(2, 3, 0, 4))
+    assert str(refused.value) == "the example input is empty: its size is 2×3×0×4"

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from pathconvert.conversion.calls import Arguments, Observed, Stack, observe
+from pathconvert.conversion.calls import Arguments, Observed, Stack, observe, one_at_least
 from pathconvert.conversion.equivalence import run_dtype
 from pathconvert.conversion.modules import as_arguments, meta_inputs, refuse_unreadable
 from pathconvert.conversion.tracing.rules import rule_of
@@ -57,10 +58,12 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
         What was traced, and why the rest was not.
 
     Raises:
-        TraceError: no part of the network can be traced, or a lazy module has not run yet.
+        TraceError: no part of the network can be traced, a lazy module has not run yet, or the
+            example has no elements.
     """
     refuse_unreadable(model)
-    arguments = as_arguments(example_input)
+    arguments, _ = one_at_least((as_arguments(example_input), {}))
+    _require_elements(arguments)
     dtype = run_dtype(model)
     try:
         trace, seen, notes = _trace_calls(
@@ -76,6 +79,21 @@ def trace_network(model: nn.Module, example_input: Any) -> Traced:
     unused = [name for name, _ in model.named_parameters() if first[name] not in seen]
     notes |= {name: "never used by the forward" for name in unused if not _inside(name, notes)}
     return Traced(trace, parts, notes)
+
+
+def _require_elements(arguments: tuple[Any, ...]) -> None:
+    """Refuse an example without elements, which would not show how channels go together.
+
+    Raises:
+        TraceError: a tensor of the example is empty.
+    """
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor) and not leaf.numel():
+            size = "×".join(map(str, leaf.shape))
+            raise TraceError(
+                f"the example input is empty: its size is {size}",
+                "Give an example of at least one image.",
+            )
 
 
 def _pin_overlapping(trace: Trace, shared: dict[str, str]) -> None:
