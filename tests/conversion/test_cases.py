@@ -138,9 +138,9 @@ VARIATIONS = {
     "torch.layer_norm": Case(
         classifier(lambda s, x: F.relu(s.c2(F.relu(torch.layer_norm(x, x.shape[2:])))),
             c2=conv(8, 8)), 8),
-    "aten add": Case(
-        classifier(lambda s, x: F.relu(torch.ops.aten.add.Tensor(s.c2(x), x, alpha=2)),
-            c2=conv(8, 8, padding=1)), 0),
+    "aten mul": Case(
+        classifier(lambda s, x: F.relu(torch.ops.aten.mul.Scalar(s.c2(x), 2)),
+            c2=conv(8, 8, padding=1)), 16),
     "x.where": Case(classifier(lambda s, x: x.where(x > 0, -x)), 8),
     # what is used twice
     "a buffer and its transpose": Case(
