@@ -94,7 +94,11 @@ def assert_same(
 
 
 def factors_keep(model: nn.Module, x: Any, training: bool = True) -> tuple[Units, Traced]:
-    """Check that random factors on all free units change no output; returns the units."""
+    """Check that random factors on all free units change no output; returns the units.
+
+    A BatchNorm that carries factors in its statistics is exact in evaluation mode only
+    (``tests/conversion/test_carrying.py`` says how close training mode is).
+    """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     traced = trace_network(model, x)
     units = find_units(traced.trace)
@@ -108,9 +112,14 @@ def factors_keep(model: nn.Module, x: Any, training: bool = True) -> tuple[Units
             scales[group.start : group.start + group.size] = np.exp(rng.uniform(0.5, 2, group.size))
     scaled = rescale(model, units.slots, scales)
     assert_same(model, scaled, x)
-    if training:
+    if training and not carries(units):
         assert_same(model, scaled, x, training=True, tolerance=1e-8)
     return units, traced
+
+
+def carries(units: Units) -> bool:
+    """Whether a BatchNorm carries factors in its running statistics."""
+    return any(slot.statistic for slot in units.slots)
 
 
 def free(units: Units) -> dict[str, int]:

@@ -95,7 +95,7 @@ def _notes(conversion: Conversion) -> list[str]:
             f"{recentred} pivots are λ times a power of two instead of λ (±1 in path form), so that"
             " factors do not leave their range"
         )
-    hint = deploy_hint(conversion.model, [group.pinned_by for group in conversion.groups])
+    hint = deploy_hint(conversion)
     notes += [hint] if hint else []
     if counts["channels_circular"]:
         notes.append(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pathconvert.conversion.carrying import Carriers, carriers
 from pathconvert.conversion.tracing.trace import (
     PINNED,
     BatchNormCall,
@@ -33,6 +34,8 @@ from pathconvert.conversion.tracing.trace import (
 )
 
 FIXED = -1
+#: How the reason of a channel begins that is pinned because a BatchNorm reads it.
+READ_BY_BATCH_NORM = "enters the BatchNorm "
 
 
 @dataclass(frozen=True)
@@ -121,23 +124,18 @@ def find_units(trace: Trace) -> Units:
     slots = _one_slot_a_parameter(trace)
     label_of = _components(trace)
     label_count = int(label_of.max()) + 1
-    absorbed, reasons, names = _status(trace, slots, label_of, label_count)
+    carrying = carriers(trace, slots, label_of)
+    absorbed, reasons, names = _status(trace, slots, label_of, label_count, carrying)
     residual = np.zeros(label_count, dtype=bool)
     residual[label_of[_concatenate(trace.residual)]] = True
     groups, unit_of_label = _bundle(slots, label_of, absorbed, reasons, names, residual)
 
     unit_of = unit_of_label[label_of]
     unit_of[: PINNED + 1] = FIXED
-    unit_slots = tuple(
-        Slot(
-            s.parameter,
-            unit_of[s.rows],
-            None if s.columns is None else unit_of[s.columns],
-            s.groups,
-            s.transposed,
-        )
-        for s in slots
-    )
+    unit_slots = tuple(_in_units(slot, unit_of) for slot in slots)
+    statistics = tuple(_in_units(slot, unit_of) for pair in carrying.values() for slot in pair)
+    free = np.repeat([group.pinned_by is None for group in groups], [g.size for g in groups])
+    statistics = tuple(s for s in statistics if free[s.rows[s.rows >= 0]].any())
     batch_norms = tuple({call.name: call for call in trace.batch_norms}.values())
     reader, position = _single_readers(trace, batch_norms, label_of, absorbed)
     bn_units = [unit_of[call.rows] for call in batch_norms]
@@ -153,7 +151,13 @@ def find_units(trace: Trace) -> Units:
         follower = followers.get(slot.parameter)
         readers = () if follower or not absorbed[rows].any() else reads.of(rows)
         layers.append(dataclasses.replace(layer, follower=follower, readers=readers))
-    return Units(groups, unit_slots, tuple(layers), batch_norms)
+    return Units(groups, unit_slots + statistics, tuple(layers), batch_norms)
+
+
+def _in_units(slot: Slot, unit_of: IdVector) -> Slot:
+    """A slot with units in place of ids."""
+    columns = None if slot.columns is None else unit_of[slot.columns]
+    return dataclasses.replace(slot, rows=unit_of[slot.rows], columns=columns)
 
 
 def offenders_inside(trace: Trace) -> list[Offender]:
@@ -207,9 +211,11 @@ def _components(trace: Trace) -> IdVector:
 
 
 def _status(
-    trace: Trace, slots: list[Slot], label_of: IdVector, count: int
+    trace: Trace, slots: list[Slot], label_of: IdVector, count: int, carrying: Carriers
 ) -> tuple[NDArray[np.bool_], IdVector, list[str]]:
     """Which labels are absorbed or pinned.
+
+    A label that layers and BatchNorms read is free if all these BatchNorms are in ``carrying``.
 
     Returns:
         Whether a label is absorbed, [labels]; the index of the reason why it is pinned, [labels],
@@ -224,8 +230,6 @@ def _status(
     for ids, reason in trace.pins:
         pin(ids, reason)
     pinned_otherwise = reasons < np.iinfo(np.int64).max
-    for call in trace.batch_norms:
-        pin(call.columns, f"enters the BatchNorm {call.name}, which normalises any factor away")
 
     def holds(vectors: Iterable[IdVector]) -> NDArray[np.bool_]:
         mask = np.zeros(count, dtype=bool)
@@ -236,6 +240,10 @@ def _status(
     made_by_norm = holds(call.rows for call in trace.batch_norms)
     read_by_layer = holds(slot.columns for slot in slots if slot.columns is not None)
     absorbed = read_by_norm & ~made_by_norm & ~read_by_layer & ~pinned_otherwise
+    for call in trace.batch_norms:
+        carried = read_by_layer if call.name in carrying else np.zeros(count, dtype=bool)
+        columns = call.columns[~carried[label_of[call.columns]]]
+        pin(columns, f"{READ_BY_BATCH_NORM}{call.name}, which normalises any factor away")
     reasons[reasons == np.iinfo(np.int64).max] = -1
     return absorbed, reasons, list(names)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
         attributes = vars(module)
         before.append((attributes, dict(attributes)))
         before += [
-            (value, value.copy())
+            (value, value.copy() if value else ())  # most are empty, and there are many
             for value in attributes.values()
             if isinstance(value, dict | list | set)
         ]
@@ -139,6 +140,39 @@ def refuse_unreadable(model: nn.Module, *, scripted: bool = False) -> None:
                 f"{where} is a TorchScript module, whose compiled forward cannot be watched",
                 "Build the network without torch.jit.script and torch.jit.trace.",
             )
+
+
+#: Types of arguments that contain no tensor.
+PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among ``tree_leaves(tree)``, several times as fast for the usual arguments."""
+    kind = type(tree)
+    if kind in PLAIN:
+        return
+    if isinstance(tree, Tensor):
+        yield tree
+    elif kind in (tuple, list, dict, OrderedDict):
+        for branch in tree if kind in (tuple, list) else tree.values():
+            if type(branch) not in PLAIN:
+                yield from tensors_in(branch)
+    elif not isinstance(tree, nn.Module | set):
+        yield from (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def with_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``tree_map_only(Tensor, change, tree)``, several times as fast for the usual arguments."""
+    kind = type(tree)
+    if kind in PLAIN:
+        return tree
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if kind in (tuple, list):
+        return kind([with_tensors(change, branch) for branch in tree])
+    if kind is dict:
+        return {key: with_tensors(change, branch) for key, branch in tree.items()}
+    return tree_map_only(Tensor, change, tree)
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:

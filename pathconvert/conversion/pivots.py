@@ -154,15 +154,16 @@ class _Placing:
     def _place_in(self, index: int, unit: IdVector, column: IdVector) -> None:
         """Choose the pivots of the units that one layer hosts."""
         layer = self.units.layers[index]
-        norms = self.units.batch_norms
-        row, top_row = self._rows(layer, column)
-        value = _values_at(layer, row, column, norms, self.tensors)
-        top = np.abs(_values_at(layer, top_row, column, norms, self.tensors))
+        gains = _gains(layer, self.units.batch_norms, self.tensors)
+        row, top_row = self._rows(layer, column, gains)
+        value = _values_at(layer, row, column, gains, self.tensors)
+        top_value = _values_at(layer, top_row, column, gains, self.tensors)
+        top = np.abs(top_value)
         live = top[(top > 0) & np.isfinite(top)]
         limit = self.min_pivot * np.maximum(top, np.median(live) if live.size else 0.0)
         if self.rule == "matching":
-            row = np.where(np.abs(value) < limit, top_row, row)
-            value = _values_at(layer, row, column, norms, self.tensors)
+            small = np.abs(value) < limit
+            row, value = np.where(small, top_row, row), np.where(small, top_value, value)
         near_dead = (np.abs(value) < limit) & (value != 0)
         none = near_dead | (value == 0) | ~np.isfinite(value)
         self.layer[unit] = np.where(none, -1, index)
@@ -171,7 +172,7 @@ class _Placing:
         self.next_unit[unit] = layer.next_units[row]
         self.near_dead[unit] = near_dead
 
-    def _rows(self, layer: Layer, column: IdVector) -> tuple[IdVector, IdVector]:
+    def _rows(self, layer: Layer, column: IdVector, gains: Tensor) -> tuple[IdVector, IdVector]:
         """The row of each column by the rule, and that of its largest |a|, [columns] each."""
         per_group = len(layer.rows) // layer.groups
         rule: PivotRule = "max" if per_group == 1 else self.rule
@@ -183,7 +184,7 @@ class _Placing:
         chosen = []
         for start in range(0, len(column), length):
             part = column[start : start + length]
-            effective = _effective_taps(layer, part, self.units.batch_norms, self.tensors)
+            effective = _effective_taps(layer, part, gains, self.tensors)
             first_row = part // (len(layer.columns) // layer.groups) * per_group
             chosen.append(first_row + np.stack(_choose_rows(layer, part, effective, rule)))
         row, top_row = np.concatenate(chosen, axis=1)
@@ -199,7 +200,8 @@ def pivots_at(
     for index, one in enumerate(units.layers):
         mine = np.flatnonzero(layer == index)
         if mine.size:
-            value[mine] = _values_at(one, row[mine], column[mine], units.batch_norms, tensors)
+            gains = _gains(one, units.batch_norms, tensors)
+            value[mine] = _values_at(one, row[mine], column[mine], gains, tensors)
             next_unit[mine] = one.next_units[row[mine]]
     none = (value == 0) | ~np.isfinite(value)
     return Pivots(
@@ -215,12 +217,12 @@ def pivots_at(
 
 
 def _effective_taps(
-    layer: Layer,
-    columns: IdVector,
-    batch_norms: tuple[BatchNormCall, ...],
-    tensors: Mapping[str, Tensor],
+    layer: Layer, columns: IdVector, gains: Tensor, tensors: Mapping[str, Tensor]
 ) -> Tensor:
-    """a = γ / √(var + eps) · w at the centre tap, float64 [hosted columns, rows per group]."""
+    """a = γ / √(var + eps) · w at the centre tap, float64 [hosted columns, rows per group].
+
+    ``gains`` are those of :func:`_gains`, [rows].
+    """
     weight = centre_tap(tensors[layer.parameter])
     rows_per_group, columns_per_group = (
         len(layer.rows) // layer.groups,
@@ -228,7 +230,7 @@ def _effective_taps(
     )
     column = torch.from_numpy(columns)
     block = column // columns_per_group
-    gain = _gains(layer, batch_norms, tensors).view(layer.groups, rows_per_group)
+    gain = gains.view(layer.groups, rows_per_group)
     if layer.transposed:  # stored [in, out / groups]
         taps = weight[column]
     elif layer.groups == 1:  # stored [out, in]
@@ -247,16 +249,17 @@ def _values_at(
     layer: Layer,
     rows: IdVector,
     columns: IdVector,
-    batch_norms: tuple[BatchNormCall, ...],
+    gains: Tensor,
     tensors: Mapping[str, Tensor],
 ) -> FloatVector:
-    """a at the given rows and columns of the centre tap, float64 [places]."""
+    """a at the given rows and columns of the centre tap, float64 [places].
+
+    ``gains`` are those of :func:`_gains`, [rows].
+    """
     weight = centre_tap(tensors[layer.parameter])
     row, column = torch.from_numpy(rows), torch.from_numpy(columns)
     first, second = (column, row) if layer.transposed else (row, column)  # as stored
-    values = (
-        weight[first, second % weight.shape[1]].double() * _gains(layer, batch_norms, tensors)[row]
-    )
+    values = weight[first, second % weight.shape[1]].double() * gains[row]
     found: FloatVector = values.numpy()
     return found
 

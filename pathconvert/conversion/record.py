@@ -23,12 +23,14 @@ from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.path_bn_record import PathBnRecord
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.runs import decode_runs, encode_runs
-from pathconvert.conversion.tracing.trace import IdVector, Slot
+from pathconvert.conversion.tracing.trace import IdVector, Slot, Statistic
 from pathconvert.errors import RecordError
 from pathconvert.formats import require_format
 from pathconvert.version import __version__
 
-FORMAT_VERSION = 1
+#: Version 2 has statistics among its tensors, which a reader of version 1 would rescale wrongly. A
+#: record without any is written as version 1, so that older versions of pathconvert read it.
+FORMAT_VERSION = 2
 
 # ---- the record ----------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
         stored: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if any(s.statistic for s in self.slots) else 1,
             "tool": self.tool,
             "form": self.form,
             **self.choices,
@@ -183,7 +185,7 @@ class Record:
         Raises:
             RecordError: it has another format version, or is damaged.
         """
-        require_format(stored, FORMAT_VERSION, "the conversion record has", RecordError)
+        require_format(stored, (1, FORMAT_VERSION), "the conversion record has", RecordError)
         try:
             record = _read(stored)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -245,6 +247,10 @@ def _ids(values: Any) -> IdVector:
 def _encode_slot(slot: Slot) -> dict[str, Any]:
     """The entry of a slot in the record's ``tensors``."""
     encoded: dict[str, Any] = {"rows": encode_runs(slot.rows)}
+    if slot.statistic is not None:
+        encoded |= {"statistic": slot.statistic}
+    if slot.statistic == "variance":
+        encoded |= {"eps": slot.eps}
     if slot.columns is not None:
         encoded |= {
             "columns": encode_runs(slot.columns),
@@ -262,7 +268,16 @@ def _decode_slot(name: str, encoded: Mapping[str, Any]) -> Slot:
         decode_runs(encoded["columns"]) if "columns" in encoded else None,
         encoded.get("groups", 1),
         encoded.get("transposed", False),
+        _statistic(encoded.get("statistic")),
+        float(encoded.get("eps", 0.0)),
     )
+
+
+def _statistic(stored: Any) -> Statistic | None:
+    """The stored name of a statistic; raises ValueError for one that does not exist."""
+    if stored is not None and stored not in get_args(Statistic):
+        raise ValueError(f"there is no statistic {stored!r}")
+    return cast("Statistic | None", stored)
 
 
 def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], unit_count: int) -> None:

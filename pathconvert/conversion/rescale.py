@@ -1,8 +1,9 @@
 """Apply factors to a copy of the weights, in float64.
 
-Each element becomes ``parameter[row, column] · s[row] / s[column]``. With ``inverse=True`` the same
-call divides by the same factor. Restoring therefore undoes a conversion up to the rounding of the
-weights' dtype, and exactly if the factors are powers of two.
+Each element becomes ``parameter[row, column] · s[row] / s[column]``, a running variance v becomes
+``s² · (v + eps) − eps`` (``carrying.py``). With ``inverse=True`` the same call undoes that.
+Restoring therefore undoes a conversion up to the rounding of the weights' dtype, and exactly if the
+factors are powers of two and no variance is rescaled.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Te
     It is computed in blocks that are small enough for the CPU's cache.
     """
     new = torch.empty_like(old, memory_format=torch.contiguous_format)
+    if slot.statistic == "variance":
+        new.copy_(_scaled_variance(old, slot, padded_scales, inverse))
+        return new
     length = max(1, BLOCK * len(old) // max(1, old.numel()))
     parts = factors(slot, padded_scales, old.shape, length)
     for target, block, factor in zip(
@@ -100,3 +104,10 @@ def _scaled(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Te
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new
+
+
+def _scaled_variance(old: Tensor, slot: Slot, padded_scales: Tensor, inverse: bool) -> Tensor:
+    """s² · (v + eps) − eps or its inverse, float64 [C]."""
+    scale = padded_scales[torch.from_numpy(slot.rows)].view_as(old).to(old.device)
+    scale = 1 / scale if inverse else scale
+    return torch.where(scale == 1, old.double(), scale**2 * (old.double() + slot.eps) - slot.eps)

@@ -21,6 +21,9 @@ outside gets a k of its own. (The alternative, to hold such units back at 1, wou
 and 2^-40 next to each other in one layer, and its weights would be as far apart.) The record has
 the pivots' magnitudes if any of them is not ±1.
 
+Units that a BatchNorm reads have a narrower range, which its running variance sets
+(``carrying.py``); their group gets the smallest k that brings all of them into it.
+
 A unit is **held back**, which means that its factor stays 1, if its factor would move a weight out
 of the normal range of its dtype or would leave too few exponents for the unit's activations.
 Activations keep half of the exponents. With ``unit`` a factor may go further, up to 2²⁴ from the
@@ -39,6 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathconvert.choices import Gauge
+from pathconvert.conversion.carrying import carried_range
 from pathconvert.conversion.groups import FIXED, Units
 from pathconvert.conversion.pivots import FloatVector, Pivots
 from pathconvert.conversion.rescale import BLOCK, factors
@@ -72,38 +76,45 @@ def choose_scales(
         pivots, [units].
     """
     held = np.zeros(units.count, dtype=bool)
-    ranges = _Ranges(units, tensors, gauge)
+    ranges = _Ranges(units, tensors, gauge, 1.0 if base is None else base)
     while True:
         scales, circular = _propagate(pivots, gauge, held, target)
-        scales = _recentred(units, scales, (pivots.layer >= 0) & ~held & ~circular, ranges.width)
-        leaving = ranges.leaving(scales, 1.0 if base is None else base) & ~held
+        scales = _recentred(units, scales, (pivots.layer >= 0) & ~held & ~circular, ranges)
+        leaving = ranges.leaving(scales) & ~held
         if not leaving.any():
             return scales, held, circular
         held |= leaving
 
 
 def _recentred(
-    units: Units, scales: FloatVector, scaled: NDArray[np.bool_], width: int
+    units: Units, scales: FloatVector, scaled: NDArray[np.bool_], ranges: _Ranges
 ) -> FloatVector:
-    """Factors times powers of two, so that they are within 2^±``width``.
+    """Factors times powers of two, so that they are within the range of each.
 
     Args:
         units: the network's scale groups.
         scales: factors, [units].
         scaled: which units have a factor of their own, [units]; the others keep theirs.
-        width: the range, in powers of two.
+        ranges: 2^±``width``, or from the exponent ``start`` on where a variance carries the factor.
     """
-    exponent = np.log2(scales)
-    outside = scaled & (np.abs(exponent) > width)
+    exponent, width = np.log2(scales), ranges.width
+    start, carried = ranges.start, ranges.start > -width
+    outside = scaled & ((exponent < start) | (exponent > width))
     if not outside.any():
         return scales
+    near_one = -width * np.round(exponent / width)
+    from_start = width * np.ceil((start - exponent) / width)
+    alone = np.where(carried, from_start, near_one)
     group_of = units.group_of()
     shift = np.zeros(len(scales))
     for index in np.unique(group_of[outside]):
         mine = scaled & (group_of == index)
         shift[mine] = -width * np.round(np.median(exponent[mine]) / width)
-    alone = scaled & (np.abs(exponent + shift) > width)
-    shift[alone] = -width * np.round(exponent[alone] / width)
+        if carried[mine].any():
+            shift[mine] = from_start[mine & carried].max()
+    moved = exponent + shift
+    still = scaled & ((moved < start) | (moved > width))
+    shift[still] = alone[still]
     recentred: FloatVector = np.ldexp(scales, shift.astype(np.int32))
     return recentred
 
@@ -133,37 +144,57 @@ def _propagate(
 class _Ranges:
     """Finds the units whose factors move a weight out of the normal range of its dtype."""
 
-    def __init__(self, units: Units, tensors: Mapping[str, Tensor], gauge: Gauge) -> None:
+    def __init__(
+        self,
+        units: Units,
+        tensors: Mapping[str, Tensor],
+        gauge: Gauge,
+        base: FloatVector | float,
+    ) -> None:
         self.slots = [
             slot
             for slot in units.slots
             if tensors[slot.parameter].numel() and ((slot.rows >= 0).any() or _reads(slot))
         ]
-        self.tensors = tensors
+        self.tensors, self.base = tensors, base
         self._spans: dict[str, tuple[float, float]] = {}
         infos = [torch.finfo(tensors[slot.parameter].dtype) for slot in self.slots]
         tiny = max((info.tiny for info in infos), default=0.0)
         largest = min((info.max for info in infos), default=np.inf)
-        self.lowest, self.highest = tiny**0.5, largest**0.5
+        lowest, highest = tiny**0.5, largest**0.5
         if gauge == "unit":
-            self.lowest, self.highest = (
-                min(self.lowest, tiny * 2**24),
-                max(self.highest, largest / 2**24),
-            )
-        widest = min(-np.log2(self.lowest), np.log2(self.highest)) if self.slots else RANGE
+            lowest, highest = min(lowest, tiny * 2**24), max(highest, largest / 2**24)
+        widest = min(-np.log2(lowest), np.log2(highest)) if self.slots else RANGE
         #: the range to which factors are recentred, in powers of two
         self.width = int(min(RANGE, widest))
-
-    def leaving(self, scales: FloatVector, base: FloatVector | float) -> NDArray[np.bool_]:
-        """Which units have to be held back, [units].
-
-        Args:
-            scales: factors, [units].
-            base: those that the tensors contain already, [units], or 1.
-        """
-        leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
-        padded = np.append(scales / base, 1.0)
+        self.lowest, self.highest = np.full(units.count, lowest), np.full(units.count, highest)
+        #: the exponent from which on a unit's factor is in that range, [units]
+        self.start = np.full(units.count, -float(self.width))
         for slot in self.slots:
+            if slot.statistic == "variance":
+                self._narrow(slot, gauge)
+
+    def _narrow(self, slot: Slot, gauge: Gauge) -> None:
+        """Narrow the ranges of the units that a BatchNorm reads (``carrying.py``)."""
+        variance = self.tensors[slot.parameter].detach().double().flatten().numpy()
+        present = np.append(self.base * np.ones(len(self.start)), 1.0)[slot.rows]
+        largest = torch.finfo(self.tensors[slot.parameter].dtype).max
+        low, high = carried_range((variance + slot.eps) / present**2 - slot.eps, slot.eps, largest)
+        there = slot.rows >= 0
+        if gauge == "pow2":
+            low, high = np.ones_like(low), np.ones_like(high)
+        np.maximum.at(self.lowest, slot.rows[there], low[there])
+        np.minimum.at(self.highest, slot.rows[there], high[there])
+        wide = there & (high >= 2.0**self.width) & (low > 0)
+        np.maximum.at(self.start, slot.rows[wide], np.log2(low[wide]))
+
+    def leaving(self, scales: FloatVector) -> NDArray[np.bool_]:
+        """Which units have to be held back because of their factors, [units]."""
+        leaving: NDArray[np.bool_] = (scales < self.lowest) | (scales > self.highest)
+        padded = np.append(scales / self.base, 1.0)
+        for slot in self.slots:
+            if slot.statistic == "variance":
+                continue
             rows, columns = (
                 padded[slot.rows],
                 padded[slot.columns] if slot.columns is not None else np.ones(1),

@@ -53,13 +53,6 @@ def test_batch_norm_on_a_concatenation_pins_what_comes_in_and_makes_new_units() 
     assert unit_vector(units, "a.weight", "rows") == [-1] * 4
 
 
-def test_a_convolution_read_by_batch_norm_and_another_is_pinned() -> None:
-    net = two_convolutions(lambda s, x: torch.cat([s.n(x), F.relu(x)], 1), 8, n=nn.BatchNorm2d(4))
-    units, _ = factors_keep(net, images())
-    assert free(units) == {"n": 4}
-    assert pinned(units)["a"] == "enters the BatchNorm n, which normalises any factor away"
-
-
 def test_shared_batch_norm_on_two_convolutions() -> None:
     net = two_convolutions(lambda s, x: torch.cat([F.relu(s.n(s.c(x))), F.relu(s.n(s.d(x)))], 1), 8,
                            n=nn.BatchNorm2d(4), c=nn.Conv2d(4, 4, 1),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pathconvert.conversion.modules import tensors_in, with_tensors
 from pathconvert.conversion.tracing.signatures import bound_arguments
 from pathconvert.conversion.tracing.trace import PINNED, IdVector, Trace
 
@@ -90,7 +90,11 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, including those in nested lists."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return list(self._tensors)
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensors_in((self.args, self.kwargs)))
 
     def ids(self, tensor: Tensor) -> Tensor:
         """The tensor's ids (:meth:`Tracer.ids`)."""
@@ -127,17 +131,14 @@ class Call:
             # an index is passed on as it is
             return self.ids(tensor).expand(tensor.shape) if followed else tensor
 
-        return self.func(
-            *tree_map_only(Tensor, ids, self.args), **tree_map_only(Tensor, ids, self.kwargs)
-        )
+        return self.func(*with_tensors(ids, self.args), **with_tensors(ids, self.kwargs))
 
     def with_ids(self, result: Any, ids: Tensor) -> Any:
         """Give ``ids`` to ``result`` and return it.
 
         Of several results, the first gets them and the rest are pinned.
         """
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for position, tensor in enumerate(tensors):
+        for position, tensor in enumerate(tensors_in(result)):
             self.tracer.set(tensor, ids if position == 0 else pinned_like(tensor))
         return result
 

@@ -89,9 +89,9 @@ def _weight_names(call: Call, weight: Tensor, bias: Tensor | None) -> tuple[str,
 
 
 def batch_norm(call: Call) -> Any:
-    """BatchNorm normalises any factor of its input away (its running statistics stay).
+    """BatchNorm normalises any factor of its input away; γ and β produce new units.
 
-    γ and β produce new units.
+    Its running statistics stay, or are rescaled with the channels that it reads (``carrying.py``).
     """
     names = ("input", "running_mean", "running_var", "weight", "bias")
     x, mean, var, weight, bias = (call.argument(name) for name in names)
@@ -99,16 +99,48 @@ def batch_norm(call: Call) -> Any:
     columns = call.channel_ids(call.ids(x), 1, x.shape[1])
     name_of = call.tracer.name_of
     title = _title(call, (mean, var, weight), x.shape[1])
-    _pin_statistics(call, (mean, var), f"is a statistic of the BatchNorm {title}")
+    statistics = _running_statistics(call, mean, var, eps)
+    if statistics is None:
+        _pin_statistics(call, (mean, var), f"is a statistic of the BatchNorm {title}")
     rows = _affine_rows(call, weight, bias, x.shape[1], f"the BatchNorm {title}")
     call.trace.batch_norms.append(
-        BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps)
+        BatchNormCall(title, rows, columns, name_of(weight), name_of(var), eps, statistics)
     )
     shape = [1] * x.dim()
     shape[1] = -1
     result = torch.empty_like(x, device="meta")
     call.tracer.step(title, x, result)
     return call.with_ids(result, torch.from_numpy(rows).view(shape))
+
+
+def _running_statistics(
+    call: Call, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Slot, Slot] | None:
+    """The running statistics that the call normalises with, each with ids of its own.
+
+    None if the call uses the statistics of its batch, or the network does anything else with them.
+    """
+    name_of, known = call.tracer.name_of, call.tracer.statistics
+    mean_name, var_name = name_of(mean), name_of(var)
+    if mean is None or var is None or mean_name is None or var_name is None:
+        return None
+    if isinstance(mean, nn.Parameter) or isinstance(var, nn.Parameter):
+        return None
+    for name, tensor in ((mean_name, mean), (var_name, var)):
+        if call.tracer.has_ids(tensor):
+            if name not in known or not np.array_equal(
+                known[name], call.ids(tensor).flatten().numpy()
+            ):
+                return None
+        else:
+            known[name] = call.trace.fresh(tensor.numel())
+            call.tracer.set(tensor, torch.from_numpy(known[name]).view(tensor.shape))
+    if call.argument("training", False):
+        return None
+    return (
+        Slot(mean_name, known[mean_name], statistic="mean"),
+        Slot(var_name, known[var_name], statistic="variance", eps=eps),
+    )
 
 
 def _pin_statistics(call: Call, statistics: Sequence[Tensor | None], reason: str) -> None:

@@ -98,7 +98,7 @@ def _require_elements(arguments: tuple[Any, ...]) -> None:
 
 def _pin_overlapping(trace: Trace, shared: dict[str, str]) -> None:
     """Pin the tensors that share a part of their memory with others (``ties.py``)."""
-    for slot in list(trace.slots):
+    for slot in trace.every_slot():
         if slot.parameter in shared:
             reason = f"{slot.parameter} shares a part of its memory with {shared[slot.parameter]}"
             for vector in (slot.rows, slot.columns):
@@ -232,7 +232,7 @@ class _PartSearch:
 
 def _pin_shared(trace: Trace, parts: set[str], uses: dict[str, set[Stack]]) -> None:
     """Pin the parameters of parts that are also used outside of all parts."""
-    for slot in list(trace.slots):
+    for slot in trace.every_slot():
         if any(not parts.intersection(stack) for stack in uses.get(slot.parameter, ())):
             for vector in (slot.rows, slot.columns):
                 if vector is not None:

@@ -37,19 +37,28 @@ class Signature:
     parameters: inspect.Signature
     types: dict[str, str]
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments by name, without defaults; None if the call does not fit."""
+    def names(self, count: int, keywords: tuple[str, ...]) -> tuple[str, ...] | None:
+        """The parameter of each argument, in the order in which a call gives them.
+
+        Args:
+            count: number of arguments that are given by position.
+            keywords: names of the others.
+
+        Returns:
+            The names; None if the call does not fit.
+        """
         known = self.parameters.parameters
-        named = {
-            name if name in known else ALIASES.get(name, name): v for name, v in kwargs.items()
-        }
+        named = [name if name in known else ALIASES.get(name, name) for name in keywords]
+        places = dict(zip(named, range(count, count + len(named)), strict=True))
         try:
-            bound = self.parameters.bind(*args, **named).arguments
+            bound = self.parameters.bind(*range(count), **places).arguments
         except TypeError:
             return None
-        if all(_fits(self.types.get(name, ""), value) for name, value in bound.items()):
-            return dict(bound)
-        return None
+        return tuple(sorted(bound, key=bound.__getitem__))
+
+    def fits(self, arguments: dict[str, Any]) -> bool:
+        """Whether the arguments, by name, have the types that the signature asks for."""
+        return all(_fits(self.types.get(name, ""), value) for name, value in arguments.items())
 
 
 def bound_arguments(
@@ -63,11 +72,25 @@ def bound_arguments(
         args, kwargs: of the call; ``out`` is left aside.
     """
     kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-    for signature in signatures_of(func, name):
-        bound = signature.bind(args, kwargs)
-        if bound is not None:
+    values = (*args, *kwargs.values())
+    for signature, names in _signatures_for(func, name, len(args), tuple(kwargs)):
+        bound = dict(zip(names, values, strict=True))
+        if signature.fits(bound):
             return bound
     return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _signatures_for(
+    func: Callable[..., Any], name: str, count: int, keywords: tuple[str, ...]
+) -> tuple[tuple[Signature, tuple[str, ...]], ...]:
+    """The signatures that a call may have, and the parameter of each of its arguments.
+
+    They depend on the number of arguments and their names alone, and networks make the same few
+    calls again and again, so that they are kept.
+    """
+    named = ((one, one.names(count, keywords)) for one in signatures_of(func, name))
+    return tuple((one, names) for one, names in named if names is not None)
 
 
 @functools.cache
@@ -76,7 +99,7 @@ def signatures_of(func: Callable[..., Any], name: str) -> tuple[Signature, ...]:
     if isinstance(func, types.FunctionType):
         signature = inspect.signature(func)
         kinds = {parameter.kind for parameter in signature.parameters.values()}
-        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
             return (Signature(_with_input(signature), {}),)
     own = getattr(func, "_schema", None)
     schemas = [own] if own is not None else torch._C._jit_get_schemas_for_operator(f"aten::{name}")

@@ -18,6 +18,7 @@ solves them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +26,27 @@ from numpy.typing import NDArray
 ZERO, PINNED = 0, 1
 
 IdVector = NDArray[np.int64]
+Statistic = Literal["mean", "variance"]
 
 
 @dataclass(frozen=True)
 class Slot:
     """How a parameter is indexed by ids.
 
-    Rescaling multiplies ``parameter[row, column]`` by ``factor[row] / factor[column]``.
+    Rescaling multiplies ``parameter[row, column]`` by ``factor[row] / factor[column]``. The running
+    variance v of a BatchNorm becomes factor² · (v + eps) − eps, so that v + eps is multiplied by
+    factor².
 
     Attributes:
-        parameter: its name in ``model.named_parameters()`` (or buffers, for a frozen BatchNorm).
+        parameter: its name in ``model.named_parameters()`` (or buffers, for a frozen BatchNorm and
+            for running statistics).
         rows: ids of the elements that it produces, [rows].
         columns: ids of the elements that it reads, [columns]; None for biases, γ and β.
         groups: number of groups of a convolution; row block g reads only column block g.
         transposed: whether it is stored as [in, out / groups, …], as transposed convolutions are.
+        statistic: ``mean`` or ``variance`` if it is a running statistic of a BatchNorm that reads
+            rescaled channels, which are its rows; None for everything else.
+        eps: of the BatchNorm; only for ``variance``.
     """
 
     parameter: str
@@ -46,6 +54,8 @@ class Slot:
     columns: IdVector | None = None
     groups: int = 1
     transposed: bool = False
+    statistic: Statistic | None = None
+    eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class BatchNormCall:
         columns: ids that it reads, [C].
         weight, var: names of γ and of the running variance; None where there is none.
         eps: as in the module.
+        statistics: the running mean and variance that the call normalises with, if they could be
+            rescaled with the channels that it reads; their rows are ids of their own. None if the
+            call uses the statistics of its batch.
     """
 
     name: str
@@ -66,6 +79,7 @@ class BatchNormCall:
     weight: str | None
     var: str | None
     eps: float
+    statistics: tuple[Slot, Slot] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,11 @@ class Trace:
             list(self.steps),
             self.id_count,
         )
+
+    def every_slot(self) -> list[Slot]:
+        """The slots of all parameters and of the running statistics that calls normalise with."""
+        statistics = (call.statistics or () for call in self.batch_norms)
+        return [*self.slots, *(slot for pair in statistics for slot in pair)]
 
     def followers(self) -> dict[str, str]:
         """Names of steps → the one step that reads their result in every call.

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from pathconvert.conversion.calls import Observed, function_name, running_modules
 from pathconvert.conversion.modules import (
     frozen_batch_norms_as_calls,
     mode_of,
     output_tensors,
+    tensors_in,
+    with_tensors,
 )
 from pathconvert.conversion.tracing.function_call import (
     NUMBERLESS,
@@ -38,7 +40,7 @@ from pathconvert.conversion.tracing.function_call import (
     pinned_like,
 )
 from pathconvert.conversion.tracing.ties import first_names
-from pathconvert.conversion.tracing.trace import PINNED, ZERO, Slot, Step, Trace
+from pathconvert.conversion.tracing.trace import PINNED, ZERO, IdVector, Slot, Step, Trace
 from pathconvert.errors import PathconvertError, TraceError, first_line
 
 #: Functions whose result holds zeros, or nothing yet.
@@ -77,9 +79,12 @@ class Tracer(TorchFunctionMode):
         self.modules = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.seen: set[str] = set()
+        #: Name of a running statistic that a BatchNorm normalises with → its ids.
+        self.statistics: dict[str, IdVector] = {}
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._uses: Counter[int] = Counter()
         self._written: set[int] = set()
+        self._constants: dict[int, Tensor] = {}
         self._anonymous: Counter[str] = Counter()
         self._steps: list[tuple[str, int, int]] = []
 
@@ -207,7 +212,7 @@ class Tracer(TorchFunctionMode):
                 return tensor
             return torch.empty_like(tensor, device="meta")
 
-        return tree_map_only(Tensor, meta, tree)
+        return with_tensors(meta, tree)
 
     def has_ids(self, tensor: Tensor) -> bool:
         """Whether the tensor has ids already: it was made, or used element by element."""
@@ -234,8 +239,10 @@ class Tracer(TorchFunctionMode):
         self._count += 1
         self._compare(number, func)
         result = self._followed(func, args, kwargs or {})
+        if self.observed is None:
+            return result
         for place, leaf in enumerate(tree_leaves(result)):
-            if self.observed is not None and (number, place) in self.observed.escapes:
+            if (number, place) in self.observed.escapes:
                 reason = f"leaves {self.path or 'its part'} otherwise than as its result"
                 self.trace.pin(self.ids(leaf).flatten().numpy(), reason)
         return result
@@ -262,7 +269,7 @@ class Tracer(TorchFunctionMode):
         tensors = call.tensors()
         self.seen.update(self.names[id(tensor)] for tensor in tensors if id(tensor) in self.names)
         if rule not in NUMBERLESS:
-            self._uses.update(id(tensor) for tensor in tensors if self.is_live(tensor))
+            self._note_reads(func, args, tensors)
         if any(self.is_live(tensor) for tensor in tensors):
             if kwargs.get("out") is not None:
                 raise TraceError(f"{call.where} writes into out=, which cannot be followed")
@@ -274,16 +281,35 @@ class Tracer(TorchFunctionMode):
         if writes and (on_a_copy or is_random(name)):
             self._mark_written(args[0])
         elif is_random(name):
-            return tree_map_only(Tensor, self._without_numbers, result)
+            return with_tensors(self._without_numbers, result)
         if func in MAKES_ZEROS and result.is_floating_point() and result.dim() > 1:
             zeros = torch.empty_like(result, device="meta")  # activations may be written into it
             self.set(zeros, pinned_like(zeros) * ZERO)
             return zeros
-        for leaf in tree_leaves(result):
-            is_meta = isinstance(leaf, Tensor) and leaf.device.type == "meta"
-            if is_meta and id(leaf) not in self.names:
+        for leaf in tensors_in(result):
+            if leaf.device.type == "meta" and id(leaf) not in self.names:
                 self.set(leaf, pinned_like(leaf))
         return result
+
+    def _note_reads(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        """Count the reads of activations, and keep the constants of the network that are read."""
+        changed = args[0] if args and changes_its_input(func) else None
+        for tensor in tensors:
+            if self.is_live(tensor):
+                self._uses[id(tensor)] += 1
+            elif tensor is not changed and id(tensor) in self.names:
+                self._constants[id(tensor)] = tensor
+
+    def keeps_tensors(self, module: nn.Module) -> bool:
+        """Whether the forward of ``module`` kept something that its next forward may read.
+
+        That is a tensor that it made and that is an attribute of a module now, or another number in
+        a constant that it read.
+        """
+        kept = (tensor for one in module.modules() for tensor in tensors_in(vars(one)))
+        return any(map(self.is_live, self._constants.values())) or any(
+            id(tensor) not in self.names and self.is_live(tensor) for tensor in kept
+        )
 
     def _without_numbers(self, tensor: Tensor) -> Tensor:
         """A meta tensor with factor 1, as the next run draws other numbers."""
@@ -326,7 +352,7 @@ def run(
     ):
         try:
             outputs = _run_once(tracer, module, args, kwargs)
-            if tracer.observed is None and _keeps_tensors(module, tracer):
+            if tracer.observed is None and tracer.keeps_tensors(module):
                 outputs += _run_once(tracer, module, args, kwargs)
         except PathconvertError:
             raise
@@ -351,12 +377,6 @@ def _run_once(
     with tracer:
         output = module(*args, **kwargs)
     return output_tensors(output)
-
-
-def _keeps_tensors(module: nn.Module, tracer: Tracer) -> bool:
-    """Whether tensors that the forward made are attributes of a module now."""
-    kept = (leaf for one in module.modules() for leaf in tree_leaves(dict(vars(one))))
-    return any(isinstance(leaf, Tensor) and tracer.has_ids(leaf) for leaf in kept)
 
 
 def _output_reason(tracer: Tracer, module: nn.Module) -> str:

@@ -106,9 +106,17 @@ def _largest_results(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Ten
 
 
 def _free(units: Units) -> NDArray[np.bool_]:
-    """Which units can be scaled, because they are not pinned, [units]."""
+    """Which units can be scaled, [units].
+
+    They are not pinned, and no BatchNorm reads them, whose variance could not carry every factor.
+    """
     sizes = [group.size for group in units.groups]
-    return np.repeat([group.pinned_by is None for group in units.groups], sizes).astype(bool)
+    pinned = np.repeat([group.pinned_by is not None for group in units.groups], sizes)
+    free = np.append(~pinned.astype(bool), False)
+    for slot in units.slots:
+        if slot.statistic is not None:
+            free[slot.rows] = False
+    return free[:-1]
 
 
 def _log2_up(values: FloatVector) -> FloatVector:
@@ -123,7 +131,7 @@ def _by_activations(units: Units, results: Mapping[str, Tensor]) -> FloatVector:
     peaks = np.zeros(units.count + 1)  # the last entry takes FIXED = -1
     for slot in units.slots:
         module = slot.parameter.rpartition(".")[0]
-        if module in results and len(results[module]) == len(slot.rows):
+        if slot.statistic is None and module in results and len(results[module]) == len(slot.rows):
             np.maximum.at(peaks, slot.rows, results[module].numpy())
     peaks = peaks[:-1]
     exponents = np.clip(TARGET - _log2_up(peaks), -LARGEST_EXPONENT, LARGEST_EXPONENT)
@@ -157,6 +165,8 @@ def _weight_peaks(model: nn.Module, units: Units) -> tuple[FloatVector, FloatVec
     produced, read = np.zeros(units.count + 1), np.zeros(units.count + 1)
     tensors = dict(model.named_buffers()) | dict(model.named_parameters())
     for slot in units.slots:
+        if slot.statistic is not None:
+            continue
         rows, columns = _slot_peaks(tensors[slot.parameter], slot)
         np.maximum.at(produced, slot.rows, rows)
         if slot.columns is not None:

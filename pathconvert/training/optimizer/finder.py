@@ -113,7 +113,7 @@ class _Finder:
         self.vectors = {
             self._name_in(model, slot.parameter): slot.rows
             for slot in record.slots
-            if slot.columns is None
+            if slot.columns is None and slot.statistic is None
         }
         self.gammas = {
             name
