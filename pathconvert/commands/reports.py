@@ -83,7 +83,7 @@ def _notes(conversion: Conversion) -> list[str]:
         held_back = counts["channels_held_back"]
         notes.append(
             f"{held_back} channels were held back: rescaled, they would leave the dtype's normal"
-            " range"
+            " range, or a BatchNorm that reads them could not carry their factors"
         )
     if counts["channels_near_dead"]:
         notes.append(

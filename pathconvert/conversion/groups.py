@@ -162,6 +162,8 @@ def _in_units(slot: Slot, unit_of: IdVector) -> Slot:
 
 def offenders_inside(trace: Trace) -> list[Offender]:
     """The activations that are not homogeneous and whose results a layer or a BatchNorm reads."""
+    if not trace.offenders:
+        return []
     label_of = _components(trace)
     columns = [slot.columns for slot in trace.slots if slot.columns is not None]
     read = np.zeros(int(label_of.max()) + 1, dtype=bool)

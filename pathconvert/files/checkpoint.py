@@ -37,7 +37,6 @@ from pathconvert.files.safetensors_header import safetensors_header
 from pathconvert.files.weights import (
     FLOAT_TIP,
     STATE_DICT_TIP,
-    check_weights,
     integer_weights,
     is_quantized,
 )
@@ -98,7 +97,6 @@ def read_checkpoint(
         loaded, text = _load_torch(path, kind, trust_pickle=trust_pickle), None
     state, chosen = _choose_state(path, _unwrap_module(loaded), key)
     tensors, prefix = _strip_prefix(_only_tensors(path, state))
-    check_weights(path, tensors)
     if kind is not Kind.SAFETENSORS:
         text = _metadata_text(state)
     return Checkpoint(path, tensors, chosen, prefix, _parse_metadata(path, text))

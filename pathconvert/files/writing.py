@@ -18,9 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pathconvert.errors import OutputError
+from pathconvert.files.layout import Layout
 from pathconvert.files.refusals import quote
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
+#: Suffixes of checkpoints; the first is safetensors, the others are torch.save.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
+#: The layout of files that have the network's own names and no keys.
+BARE = Layout()
 Checked = TypeVar("Checked")
 
 
@@ -35,7 +39,7 @@ def prepare_output(
             False.
     """
     path = Path(path)
-    if path.suffix.lower() not in suffixes:
+    if not path.name.lower().endswith(tuple(suffixes)):
         message = f"{path} has the suffix {quote(path.suffix)}; expected {', '.join(suffixes)}."
         example = f"{path.stem.strip('.') or 'network'}{suffixes[0]}"
         raise OutputError(message, f"Give a name that ends in {suffixes[0]}, such as {example}.")
@@ -88,6 +92,7 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     metadata: dict[str, Any] | None,
     *,
+    layout: Layout = BARE,
     force: bool = False,
     source: Path | None = None,
     check: Callable[[Path], None] | None = None,
@@ -98,6 +103,8 @@ def write_checkpoint(
         path: the output; its suffix decides the format.
         tensors: the tensors by name.
         metadata: a JSON object to store beside them, or None.
+        layout: the names and keys that they get in the file; by default, their own names and no
+            key. A safetensors file has no keys.
         force: replace a file that exists.
         source: the file that the tensors came from, which is not overwritten.
         check: called with the temporary file before it is renamed; if it raises, that file is
@@ -108,12 +115,18 @@ def write_checkpoint(
             is left behind.
     """
     path = prepare_output(path, force=force, source=source)
-    write = _write_safetensors if path.suffix.lower() == ".safetensors" else _write_torch
-    text = None if metadata is None else json.dumps(metadata)
+    text, named = None if metadata is None else json.dumps(metadata), layout.named(tensors)
+
+    def write(file: Path) -> None:
+        if path.suffix.lower() == ".safetensors":
+            _write_safetensors(file, named, text)
+        else:
+            _write_torch(file, named, text, layout)
+
     write_atomically(
         path,
         tensors,
-        lambda file: write(file, tensors, text),
+        write,
         check or (lambda _: None),
         force=force,
     )
@@ -174,10 +187,13 @@ def _write_safetensors(temporary: Path, tensors: Mapping[str, Tensor], text: str
     temporary.chmod(0o666 & ~umask)  # the library creates files that only their owner can read
 
 
-def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | None) -> None:
-    """Write a state dict that a strict ``load_state_dict`` accepts.
+def _write_torch(
+    temporary: Path, tensors: Mapping[str, Tensor], text: str | None, layout: Layout
+) -> None:
+    """Write a state dict that a strict ``load_state_dict`` accepts, under the keys of ``layout``.
 
-    It is read by ``load_state_dict(torch.load(file, weights_only=True), strict=True)``.
+    It is read by ``load_state_dict(torch.load(file, weights_only=True), strict=True)`` if there are
+    no keys.
     """
     state = OrderedDict((name, _compact(tensor)) for name, tensor in tensors.items())
     if text is not None:
@@ -185,7 +201,11 @@ def _write_torch(temporary: Path, tensors: Mapping[str, Tensor], text: str | Non
     with temporary.open(
         "wb"
     ) as file:  # Python's own file raises the system's error, torch's does not
-        torch.save(state, file)
+        torch.save(
+            layout.wrapped(state),
+            file,
+            _use_new_zipfile_serialization=layout.container != "torch-legacy",
+        )
 
 
 def _compact(tensor: Tensor) -> Tensor:

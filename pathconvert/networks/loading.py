@@ -17,6 +17,7 @@ from pathconvert.choices import Form
 from pathconvert.conversion.record import Record, attach_record
 from pathconvert.errors import ArchitectureError, CheckpointError
 from pathconvert.files.checkpoint import Checkpoint, read_checkpoint
+from pathconvert.files.weights import check_weights
 from pathconvert.networks import architectures
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.metadata import check_version, own_labels, own_preprocessing
@@ -162,6 +163,7 @@ def open_network(
     own_preprocessing(checkpoint)  # damaged metadata is refused here, before the network is built
     own_labels(checkpoint)
     tensors = architectures.modern_names(checkpoint.tensors)
+    check_weights(checkpoint.path, tensors)
     architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
     model = build_form(architecture, tensors, checkpoint)
     names = tuple(leave_path_bn(model).state_dict()) if has_path_bn(model) else tuple(tensors)

@@ -251,7 +251,11 @@ def test_a_pickled_module_loads_when_trusted(here):
 def test_outputs_that_cannot_be(refused, here, monkeypatch):
     for output, message in (
         ("no/x.pt", "The folder no of the output no/x.pt does not exist."),
-        ("x.onnx", "x.onnx has the suffix '.onnx'; expected .safetensors, .pt, .pth."),
+        (
+            "x.onnx",
+            "x.onnx has the suffix '.onnx'; expected .safetensors, .pt, .pth, .ckpt, .bin,"
+            " .pth.tar.",
+        ),
     ):
         assert refused("reparam", "sq.pt", "-o", output)[0] == f"error: {message}"
     monkeypatch.setattr(writing.os, "access", lambda *_: False)  # root may write everywhere

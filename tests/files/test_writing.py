@@ -49,7 +49,8 @@ def test_output_paths_that_are_refused(tmp_path, net):
     message = write_refusal(tmp_path / "no" / "a.pt", state)
     assert message == "The folder FOLDER of the output a.pt does not exist."
     message = write_refusal(tmp_path / "a.onnx", state)
-    assert message == "a.onnx has the suffix '.onnx'; expected .safetensors, .pt, .pth."
+    expected = ".safetensors, .pt, .pth, .ckpt, .bin, .pth.tar"
+    assert message == f"a.onnx has the suffix '.onnx'; expected {expected}."
     os.mkfifo(tmp_path / "pipe.pt")
     assert (
         write_refusal(tmp_path / "pipe.pt", state, force=True)
@@ -164,7 +165,7 @@ def test_write_that_fails_in_the_middle(tmp_path, suffix):
 
 
 def test_an_error_of_torch_that_is_no_system_error_propagates(tmp_path, monkeypatch, net):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("not the disk")
 
     monkeypatch.setattr(torch, "save", fail)

@@ -1,0 +1,94 @@
+"""How a file holds a network's tensors: its container, and the names and keys in it.
+
+A training script saves ``{"state_dict": {"module.conv1.weight": …}}``, torchvision's old DenseNet
+files have names of their own, and some frameworks count batches in a tensor of one element. A
+:class:`Layout` says all of this about a file that was read, so that the tensors can be written back
+the way they lay there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+#: ``torch``: torch.save; ``torch-legacy``: torch.save before 1.6; and safetensors.
+Container = Literal["torch", "torch-legacy", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file holds the tensors of a network.
+
+    Attributes:
+        container: the kind of file.
+        key: the keys under which the state dict lies, from the outside to the inside; none if the
+            file is the state dict itself.
+        names: name of a tensor in the network → its name in the file, where they differ.
+        counters: name of a counter in the file → its dtype and shape there, where they differ from
+            the network's (int64, a scalar).
+        left: the number of entries beside the network's tensors, which are not written back.
+    """
+
+    container: Container = "safetensors"
+    key: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    counters: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    left: int = 0
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a network under the names, and in the forms, that the file has."""
+        named = {self.names.get(name, name): tensor for name, tensor in tensors.items()}
+        for name, (dtype, shape) in self.counters.items():
+            named[name] = named[name].to(getattr(torch, dtype)).reshape(shape)
+        return named
+
+    def wrapped(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict under the keys of the file."""
+        for key in reversed(self.key):
+            state = OrderedDict({key: state})
+        return state
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as a JSON object."""
+        return {
+            "container": self.container,
+            "key": list(self.key),
+            "names": dict(self.names),
+            "counters": {
+                name: [dtype, list(shape)] for name, (dtype, shape) in self.counters.items()
+            },
+            "left": self.left,
+        }
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Layout:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``stored`` is not a layout.
+        """
+        if stored["container"] not in get_args(Container):
+            raise ValueError(f"there is no container {stored['container']!r}")
+        counters = {
+            str(name): (_dtype_name(dtype), tuple(int(side) for side in shape))
+            for name, (dtype, shape) in stored["counters"].items()
+        }
+        return Layout(
+            container=stored["container"],
+            key=tuple(str(key) for key in stored["key"]),
+            names={str(name): str(other) for name, other in stored["names"].items()},
+            counters=counters,
+            left=int(stored["left"]),
+        )
+
+
+def _dtype_name(name: Any) -> str:
+    """The name of a dtype of torch; raises ValueError for anything else."""
+    if not isinstance(getattr(torch, str(name), None), torch.dtype):
+        raise ValueError(f"there is no dtype {name!r}")
+    return str(name)
