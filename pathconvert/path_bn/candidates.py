@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from pathconvert.conversion.calls import Arguments, Stack, observe, watched
@@ -16,11 +17,12 @@ from pathconvert.conversion.equivalence import forward_outputs, run_dtype
 from pathconvert.conversion.groups import Layer
 from pathconvert.conversion.modules import as_arguments, copied, refuse_unreadable
 from pathconvert.conversion.path_bn_record import RecordedLayer, RecordedReader
-from pathconvert.conversion.remainder import is_derived, is_split_exactly
 from pathconvert.conversion.reparameterize import Conversion
 from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.path_bn.form import index_tensor
+from pathconvert.path_bn.frozen import is_frozen
 from pathconvert.path_bn.layer import BATCH_NORM_OF, kind_of
+from pathconvert.path_bn.normalizations import can_be_split
 
 LAST = "is the last layer: no normalization comes before an output"
 #: Number of dimensions of what a layer reads and makes.
@@ -195,23 +197,45 @@ def _batch_norm_obstacle(model: nn.Module, layer: Layer, kind: type[nn.Module]) 
 
     None if it can, or if there is none.
     """
+    read_by = [layer.follower] if layer.follower is not None else [bn for bn, *_ in layer.readers]
+    for name in read_by:
+        if not _is_batch_norm(model, name):
+            return (
+                f"is followed by a batch_norm that {_caller(model, name)} calls itself: make it a"
+                f" module of the network, nn.{BATCH_NORM_OF[kind].__name__}"
+            )
     if layer.follower is None:
         return None
     bn: Any = model.get_submodule(layer.follower)
-    if not isinstance(bn, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
+    sizes = nn.BatchNorm2d if is_frozen(bn) else type(bn)
+    if not issubclass(sizes, BATCH_NORM_OF[kind] | nn.SyncBatchNorm):
         return (
             f"is followed by {layer.follower} ({type(bn).__name__}), which is made for other"
             " dimensions"
         )
     if bn.weight is None or bn.running_mean is None or bn._forward_hooks or bn._forward_pre_hooks:
         return f"is followed by {layer.follower}, which has no γ, no running statistics, or hooks"
-    shape = (4, len(bn.running_mean), *(3,) * (RANKS[kind] - 2))
-    if is_derived(bn) and not is_split_exactly(bn, shape):
+    if not can_be_split(bn, (4, len(bn.running_mean), *(3,) * (RANKS[kind] - 2))):
         return (
             f"is followed by {layer.follower} ({type(bn).__name__}), which is not a BatchNorm of"
             " torch with something after it"
         )
     return None
+
+
+def _is_batch_norm(model: nn.Module, name: str) -> bool:
+    """Whether the BatchNorm that a trace calls ``name`` is a module of the network."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    return module is not None and (isinstance(module, _BatchNorm) or is_frozen(module))
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The module whose forward calls the batch_norm that a trace calls ``name``, for messages."""
+    modules = dict(model.named_modules())
+    while name not in modules:  # it is called after a tensor, or by its number in its module
+        name = name.rpartition(".")[0]
+    kind = type(modules[name]).__name__
+    return f"the forward of {name} ({kind})" if name else f"the forward of {kind}"
 
 
 def _no_way_for_a_bias(

@@ -25,6 +25,7 @@ from pathconvert.conversion.reparameterize import Conversion, make_record, repar
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.path_bn.candidates import Candidate, choose_candidates
 from pathconvert.path_bn.form import index_tensor, replace_layer
+from pathconvert.path_bn.frozen import is_frozen
 from pathconvert.path_bn.layer import PathBN
 from pathconvert.path_bn.skip_scale import pivot_rounding, with_skip_scale
 from pathconvert.path_bn.statistics import (
@@ -67,6 +68,10 @@ def to_path_bn(
     begin: Beginning = "training",
 ) -> nn.Module:
     """A copy in Path-BN form (PBN eq. 8-10), the same function in evaluation mode.
+
+    A frozen BatchNorm (torchvision's ``FrozenBatchNorm2d``) stays frozen: its constants are no
+    parameters in Path-BN form either, so that training mode computes what evaluation mode does. To
+    train with the statistics of batches, make it a BatchNorm of torch first.
 
     Args:
         conversion_or_model: a conversion; or a network, which is converted first (scope block,
@@ -291,11 +296,23 @@ def _of_images(
     before: nn.Module, candidate: Candidate, measured: Measured, begin: Beginning
 ) -> Statistics:
     """μ' and var' of a layer from what was measured on calibration images."""
-    if candidate.bn is None or begin == "evaluation":
-        return measured.off_pivot
-    bn = before.get_submodule(candidate.bn)
-    assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    return refer_to_running(measured, bn)
+    bn = None if candidate.bn is None else before.get_submodule(candidate.bn)
+    if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        return refer_to_running(measured, bn) if begin == "training" else measured.off_pivot
+    return measured.off_pivot if bn is None else _constants(before, candidate)
+
+
+def _constants(before: nn.Module, candidate: Candidate) -> Statistics:
+    """μ' and var' of a layer whose BatchNorm is frozen.
+
+    With its own mean and variance all of its constants stay as they are, except that the mean takes
+    in the layer's bias.
+    """
+    assert candidate.bn is not None
+    layer: Any = before.get_submodule(candidate.name)
+    bn: Any = before.get_submodule(candidate.bn)
+    mean, var = bn.running_mean.double().cpu(), bn.running_var.double().cpu()
+    return mean if layer.bias is None else mean - layer.bias.detach().double().cpu(), var
 
 
 @torch.no_grad()
@@ -337,12 +354,15 @@ def _estimates(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The Gaussian estimates (``statistics.py``) by layer.
 
-    They are for the layers whose units are made by BatchNorms.
+    They are for the layers whose units are made by BatchNorms. Frozen BatchNorms need none.
     """
     tensors = named_tensors(conversion.model)
     moments = unit_moments(conversion.units, tensors)
     found = {}
     for c in candidates:
+        if c.bn is not None and is_frozen(conversion.model.get_submodule(c.bn)):
+            found[c.name] = _constants(conversion.model, c)
+            continue
         estimate = estimate_sum(c.layer, c.bn, Places(c.units, c.rows, c.columns), tensors, moments)
         if all(bool(torch.isfinite(values).all()) for values in estimate):
             found[c.name] = estimate

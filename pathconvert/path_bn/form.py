@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pathconvert.conversion.modules import copied, unwrapped
 from pathconvert.conversion.path_bn_record import RecordedLayer, path_bn_misfit
 from pathconvert.conversion.record import Record, attach_record, record_of
-from pathconvert.conversion.remainder import Remainder, is_derived, plain_batch_norm
+from pathconvert.conversion.remainder import Remainder
 from pathconvert.errors import RecordError
 from pathconvert.path_bn.layer import BATCH_NORM_OF, PathBN, kind_of
+from pathconvert.path_bn.normalizations import split
 
 
 def has_path_bn(model: nn.Module) -> bool:
@@ -109,13 +110,9 @@ def replace_layer(
     """
     layer = model.get_submodule(recorded.name)
     if recorded.bn is not None:
-        bn = model.get_submodule(recorded.bn)
-        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            raise TypeError(f"{recorded.bn} is not a BatchNorm")
-        place: nn.Module = nn.Identity().train(bn.training)
-        if is_derived(bn):
-            place, bn = Remainder(bn), plain_batch_norm(bn)
-        replace(model, model.get_submodule(recorded.bn), place)
+        whole = model.get_submodule(recorded.bn)
+        bn, rest = split(whole)
+        replace(model, whole, rest)
     else:
         kind = kind_of(layer)
         assert kind is not None

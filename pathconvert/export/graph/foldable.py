@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.conversion.arithmetic import affine_map
-from pathconvert.conversion.remainder import Remainder
+from pathconvert.conversion.remainder import Remainder, is_derived
 from pathconvert.conversion.tracing.trace import Trace
 from pathconvert.export.graph.observing import NormalizationCall, Run
+from pathconvert.path_bn.frozen import is_frozen
+from pathconvert.path_bn.normalizations import split
 
-BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)
 _LAYERS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -28,7 +28,6 @@ _LAYERS = (
     nn.Linear,
 )
 _LAYER_FORWARDS = {kind.forward for kind in _LAYERS}
-_NORM_FORWARDS = {kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm2d)}
 _CONV_FORWARDS = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
@@ -51,6 +50,11 @@ class Foldable:
 
 
 # ---- what can be folded --------------------------------------------------------------------------
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm of torch, derived from one, or a frozen one."""
+    return isinstance(module, _BatchNorm) or is_frozen(module)
 
 
 class Folder:
@@ -158,15 +162,16 @@ def _has_own_weights(layer: nn.Module, barred: set[int]) -> bool:
 def _foldable(name: str, module: nn.Module, run: Run, barred: set[int]) -> Foldable | None:
     """A module as a BatchNorm that can be folded; None if it is none.
 
-    Either its forward is that of torch's BatchNorm, or it calls ``batch_norm`` on its own tensors.
+    Either its forward is that of torch's BatchNorm, or it is a frozen BatchNorm, or it calls
+    ``batch_norm`` on its own tensors.
     """
-    if isinstance(module, BATCH_NORMS) and type(module).forward in _NORM_FORWARDS:
+    if is_batch_norm(module) and (is_frozen(module) or not is_derived(module)):
         own = (*module.parameters(False), *module.buffers(False))
         fixed = all(isinstance(t, Tensor) for t in (module.running_mean, module.running_var))
         if module.training or not fixed or any(id(tensor) in barred for tensor in own):
             return None
         gain, shift, _ = affine_map(module)
-        return Foldable(gain, shift, lambda _: nn.Identity().eval())
+        return Foldable(gain, shift, lambda module: split(module)[1].eval())
     calls = run.normalizations.get(name, set())
     if not name or len(calls) != 1:
         return None

@@ -45,7 +45,7 @@ from pathconvert.conversion.tracing.rules import rule_of
 from pathconvert.conversion.tracing.trace import Trace
 from pathconvert.conversion.tracing.tracer import Tracer, run
 from pathconvert.errors import ArchitectureError, PathconvertError, TraceError
-from pathconvert.export.graph.foldable import BATCH_NORMS, Folder
+from pathconvert.export.graph.foldable import Folder, is_batch_norm
 from pathconvert.export.graph.observing import Run, is_same, require_finite, run_observed
 from pathconvert.networks import architectures
 
@@ -91,9 +91,10 @@ def _widened(model: nn.Module) -> nn.Module:
 def unfolded(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the BatchNorms in ``model``.
 
-    In a folded network, those that could not be folded.
+    In a folded network, those that could not be folded. What a forward normalises without a module
+    for it, with ``F.batch_norm`` and tensors of its own, has no name and is not among them.
     """
-    return tuple(name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS))
+    return tuple(name for name, module in model.named_modules() if is_batch_norm(module))
 
 
 def example_for(model: nn.Module) -> Tensor:
