@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pathconvert.conversion.frozen import frozen_batch_norms_as_calls
 from pathconvert.conversion.modules import (
-    frozen_batch_norms_as_calls,
     meta_inputs,
     mode_of,
     own_inputs,
@@ -263,7 +263,7 @@ def observe(
             mode_of(model, training=False),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
-            frozen_batch_norms_as_calls(),
+            frozen_batch_norms_as_calls(model),
             _uses_of(model) as uses,
         ):
             with watched(dict(model.named_modules()), before=enter, after=leave):

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -240,32 +238,3 @@ def output_tensors(output: Any) -> list[Tensor]:
                 f"the forward returns an object of type {kind}, whose tensors cannot be found"
             )
     return tensors
-
-
-def _frozen_batch_norm(module: Any, x: Tensor) -> Tensor:
-    """The forward of FrozenBatchNorm2d, as a single call of torch."""
-    return F.batch_norm(
-        x,
-        module.running_mean,
-        module.running_var,
-        module.weight,
-        module.bias,
-        False,
-        0.0,
-        module.eps,
-    )
-
-
-@contextlib.contextmanager
-def frozen_batch_norms_as_calls() -> Iterator[None]:
-    """Let torchvision's FrozenBatchNorm2d call ``F.batch_norm``.
-
-    The rule for BatchNorm then follows it.
-    """
-    kind: Any = torchvision.ops.misc.FrozenBatchNorm2d
-    original = kind.forward
-    kind.forward = _frozen_batch_norm
-    try:
-        yield
-    finally:
-        kind.forward = original

@@ -14,13 +14,13 @@ from torch.nn.utils import parametrize
 
 from pathconvert.conversion.calls import Arguments, Stack, observe, watched
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
+from pathconvert.conversion.frozen import is_frozen
 from pathconvert.conversion.groups import Layer
 from pathconvert.conversion.modules import as_arguments, copied, refuse_unreadable
 from pathconvert.conversion.path_bn_record import RecordedLayer, RecordedReader
 from pathconvert.conversion.reparameterize import Conversion
 from pathconvert.conversion.tracing.trace import IdVector
 from pathconvert.path_bn.form import index_tensor
-from pathconvert.path_bn.frozen import is_frozen
 from pathconvert.path_bn.layer import BATCH_NORM_OF, kind_of
 from pathconvert.path_bn.normalizations import can_be_split
 

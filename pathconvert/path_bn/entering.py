@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from pathconvert.conversion.arithmetic import affine_map, centre_tap
 from pathconvert.conversion.bisection import working
 from pathconvert.conversion.equivalence import forward_outputs, run_dtype
+from pathconvert.conversion.frozen import is_frozen
 from pathconvert.conversion.modules import copied, named_tensors, unwrapped
 from pathconvert.conversion.path_bn_record import PathBnRecord
-from pathconvert.conversion.record import attach_record, form_of
-from pathconvert.conversion.reparameterize import Conversion, make_record, reparameterize
+from pathconvert.conversion.record import attach_record, form_of, record_of
+from pathconvert.conversion.reparameterize import Conversion, make_record, reparameterize, resume
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.path_bn.candidates import Candidate, choose_candidates
 from pathconvert.path_bn.form import index_tensor, replace_layer
-from pathconvert.path_bn.frozen import is_frozen
 from pathconvert.path_bn.layer import PathBN
 from pathconvert.path_bn.skip_scale import pivot_rounding, with_skip_scale
 from pathconvert.path_bn.statistics import (
@@ -69,13 +69,14 @@ def to_path_bn(
 ) -> nn.Module:
     """A copy in Path-BN form (PBN eq. 8-10), the same function in evaluation mode.
 
-    A frozen BatchNorm (torchvision's ``FrozenBatchNorm2d``) stays frozen: its constants are no
+    A frozen BatchNorm (torchvision's ``FrozenBatchNorm2d``, timm's
+    ``FrozenBatchNormAct2d``) stays frozen: its constants are no
     parameters in Path-BN form either, so that training mode computes what evaluation mode does. To
     train with the statistics of batches, make it a BatchNorm of torch first.
 
     Args:
         conversion_or_model: a conversion; or a network, which is converted first (scope block,
-            pivot matching).
+            pivot matching) unless it is in path form.
         example_input: a tensor, or a tuple of the forward's positional arguments; the network runs
             on it once.
         calibration: images [N, …], or an iterable of batches; None estimates the statistics from
@@ -141,7 +142,7 @@ def to_path_bn(
 
 
 def _conversion_of(conversion_or_model: Conversion | nn.Module, example_input: Any) -> Conversion:
-    """A conversion as it is; a network is converted first."""
+    """A conversion as it is; a network in path form is taken up; any other is converted first."""
     if isinstance(conversion_or_model, Conversion):
         return conversion_or_model
     model = unwrapped(conversion_or_model)
@@ -149,6 +150,8 @@ def _conversion_of(conversion_or_model: Conversion | nn.Module, example_input: A
         raise PathconvertError(
             "the network is in Path-BN form already", "Call leave_path_bn(model) first."
         )
+    if form_of(model) == "path":
+        return resume(model, example_input, record_of(model))
     return reparameterize(model, example_input)
 
 

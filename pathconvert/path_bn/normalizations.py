@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pathconvert.conversion.frozen import FrozenRemainder, is_frozen, plain_frozen_batch_norm
 from pathconvert.conversion.remainder import (
     OWN,
     Remainder,
@@ -29,7 +30,6 @@ from pathconvert.conversion.remainder import (
     is_split_exactly,
     plain_batch_norm,
 )
-from pathconvert.path_bn.frozen import FrozenRemainder, is_frozen, plain_frozen_batch_norm
 
 #: Number of dimensions of an input → the BatchNorm of torch for it.
 _OF_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -190,3 +190,15 @@ def test_path_bn_enters_leaves_and_restores(skip_scale: float) -> None:
 def test_the_balanced_gauge_leaves_these_channels_alone() -> None:
     model = network()
     assert_same(model, balanced(converted(model).model, images()), images())
+
+
+def test_a_network_in_path_form_enters_path_bn_from_there() -> None:
+    model = network(after=nn.BatchNorm2d(4))
+    model._forward = lambda s, x: s.last(F.relu(s.after(s.conv(F.relu(s.first(x))))))
+    entered = pathconvert.to_path_bn(converted(model, pivot="max").model, images(), images())
+    record = Record.from_json(entered.path_record)
+    assert (record.scope, record.pivot) == ("network", "max")
+    left = pathconvert.leave_path_bn(entered)
+    restored = pathconvert.restore(left, left.path_record)
+    for name, tensor in model.first.state_dict().items():
+        torch.testing.assert_close(restored.first.state_dict()[name], tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,21 @@ def test_other_normalizations_produce_units(norm: nn.Module) -> None:
     )
     assert pinned(units)["a"] == "enters the normalization n, which is not homogeneous"
     assert free(units) == {"n": 4}
+
+
+def test_several_batch_norms_of_one_forward_have_names_of_their_own() -> None:
+    def norm(s: Any, x: Tensor, k: int) -> Tensor:
+        mean, var = getattr(s, f"mean{k}"), getattr(s, f"var{k}")
+        return F.batch_norm(x, mean, var, getattr(s, f"gamma{k}"), getattr(s, f"beta{k}"))
+
+    layers: dict[str, Any] = {"c": nn.Conv2d(4, 4, 1)}
+    for k in (1, 2):
+        layers |= {f"mean{k}": torch.randn(4), f"var{k}": torch.rand(4) + 0.5}
+        layers |= {
+            f"gamma{k}": nn.Parameter(torch.ones(4)),
+            f"beta{k}": nn.Parameter(torch.ones(4)),
+        }
+    net = two_convolutions(lambda s, x: F.relu(norm(s, s.c(F.relu(norm(s, x, 1))), 2)), **layers)
+    units, _ = factors_keep(net, images(), training=False)
+    assert [call.name for call in units.batch_norms] == ["", "mean2"]
+    assert [call.weight for call in units.batch_norms] == ["gamma1", "gamma2"]

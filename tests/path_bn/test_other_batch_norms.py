@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import pathconvert
+from pathconvert.conversion.frozen import CONSTANTS, is_frozen
 from pathconvert.conversion.record import record_of
 from pathconvert.errors import PathconvertError
 from pathconvert.path_bn.form import insert_path_bn
-from pathconvert.path_bn.frozen import CONSTANTS, is_frozen
 from pathconvert.path_bn.normalizations import SyncRemainder, can_be_split, split
 from pathconvert.training.optimizer.gsgd import GSGD
 from pathconvert.training.optimizer.path_groups import path_parameter_groups
@@ -42,6 +42,9 @@ class FrozenActivated(nn.Module):
         gamma, beta, mean, var = (getattr(self, name).view(1, -1, 1, 1) for name in names)
         scale = gamma * (var + self.eps).rsqrt()
         return self.act(self.drop(x * scale + (beta - mean * scale)))
+
+
+FROZEN = FrozenBatchNorm2d, FrozenActivated
 
 
 class SyncActivated(nn.SyncBatchNorm):
@@ -82,7 +85,7 @@ def randomised(model: nn.Module) -> nn.Module:
 # ---- modules of the network ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, nn.SyncBatchNorm, SyncActivated])
+@pytest.mark.parametrize("kind", [*FROZEN, nn.SyncBatchNorm, SyncActivated])
 def test_in_and_out_and_folded_are_equal(kind: type[nn.Module]) -> None:
     model = randomised(Net(kind))
     path_bn = pathconvert.to_path_bn(model, IMAGES, calibration=IMAGES)
@@ -97,7 +100,7 @@ def test_in_and_out_and_folded_are_equal(kind: type[nn.Module]) -> None:
     assert [pathconvert.export.unfolded(one) for one in folded] == [(), ()]
 
 
-@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, SyncActivated])
+@pytest.mark.parametrize("kind", [*FROZEN, SyncActivated])
 def test_a_stock_network_takes_the_form_that_a_record_names(kind: type[nn.Module]) -> None:
     path_bn = pathconvert.to_path_bn(randomised(Net(kind)), IMAGES, calibration=IMAGES)
     built = insert_path_bn(Net(kind).double().eval(), record_of(path_bn))
@@ -328,7 +331,7 @@ class InParts(nn.Module):
         return 2 * y if float(y.sum()) > 0 else y
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm2d, SyncActivated])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, *FROZEN, SyncActivated])
 @pytest.mark.parametrize("outside", [True, False])
 def test_parts_of_a_network_in_data_parallel(kind: type[nn.Module], outside: bool) -> None:
     network = randomised(Net(kind))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.conversion.tracing.function_call import Call, Rule, pinned_like
 from pathconvert.conversion.tracing.pinning import is_constant, is_zero, pin
@@ -157,14 +156,19 @@ def _pin_statistics(call: Call, statistics: Sequence[Tensor | None], reason: str
 def _title(call: Call, tensors: Sequence[Tensor | None], size: int) -> str:
     """A name for a BatchNorm: its module's path, else that of the module whose tensors it uses.
 
+    Where a module's forward calls several, the further ones are named after their first tensor.
     A functional one without any is told from others in its module by its number and its size.
     """
     module = call.tracer.stack[-1] if call.tracer.stack else None
-    if isinstance(module, nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return call.tracer.path or "the network"
-    names = [name for tensor in tensors if (name := call.tracer.name_of(tensor)) is not None]
+    name_of = call.tracer.name_of
+    names = [name for tensor in tensors if (name := name_of(tensor)) is not None]
     if names:
-        return names[0].rpartition(".")[0] or call.tracer.path
+        title, mine = names[0].rpartition(".")[0] or call.tracer.path, tuple(map(name_of, tensors))
+        others = [c for c in call.trace.batch_norms if c.name == title]
+        is_other = any((c.var, c.weight) != mine[1:] for c in others)
+        return names[0] if is_other else title
     return call.tracer.anonymous(f"{call.tracer.path}.batch_norm".lstrip("."), size)
 
 

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pathconvert.conversion.calls import Observed, function_name, running_modules
+from pathconvert.conversion.frozen import frozen_batch_norms_as_calls
 from pathconvert.conversion.modules import (
-    frozen_batch_norms_as_calls,
     mode_of,
     output_tensors,
     tensors_in,
@@ -347,7 +347,7 @@ def run(
         mode_of(tracer.model, training=training),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
-        frozen_batch_norms_as_calls(),
+        frozen_batch_norms_as_calls(tracer.model),
         running_modules(tracer.stack),
     ):
         try:

@@ -15,7 +15,7 @@ from pathconvert.conversion.arithmetic import affine_map
 from pathconvert.conversion.remainder import Remainder, is_derived
 from pathconvert.conversion.tracing.trace import Trace
 from pathconvert.export.graph.observing import NormalizationCall, Run
-from pathconvert.path_bn.frozen import is_frozen
+from pathconvert.conversion.frozen import is_frozen
 from pathconvert.path_bn.normalizations import split
 
 _LAYERS = (

@@ -9,6 +9,9 @@ this is tried on numbers.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,3 +101,19 @@ def _computes_a_batch_norm(module: nn.Module, *, training: bool) -> bool:
         return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
     except Exception:  # the forward of a foreign module may raise anything
         return False
+
+
+@contextlib.contextmanager
+def frozen_batch_norms_as_calls(model: nn.Module) -> Iterator[None]:
+    """Let the frozen BatchNorms of ``model`` call ``F.batch_norm``.
+
+    The rule for BatchNorm then follows them.
+    """
+    frozen = [one for one in model.modules() if "forward" not in vars(one) and is_frozen(one)]
+    for module in frozen:
+        vars(module)["forward"] = functools.partial(normalised, module)
+    try:
+        yield
+    finally:
+        for module in frozen:
+            vars(module).pop("forward", None)
