@@ -44,7 +44,7 @@ COUNTS: dict[str, tuple[int, int, int]] = {
     "mobileone_s0": (0, 8480, 9480),
     "regnetx_002": (6560, 7160, 8160),
     "regnety_002": (7292, 7892, 12156),
-    "repghostnet_050": (2412, 4364, 8832),
+    "repghostnet_050": (4892, 6844, 8832),
     "repvgg_a0": (0, 4496, 5496),
     "res2net50_14w_8s": (5062, 12598, 13598),
     "resnest14d": (2528, 6368, 9288),
