@@ -36,6 +36,8 @@ Start = Literal["bn", "weight"]
 Anchor = Literal["balanced", "initial"]
 #: Where weight decay pulls the values of chains (``training/optimizer/gsgd.py``).
 WeightDecay = Literal["l2", "basis_path_norm"]
+#: How an image is resized (``networks/preprocessing.py``), in Pillow's words.
+Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos"]
 #: Random augmentation of training images. ``auto`` is crop-flip for inputs up to 64 pixels,
 #: resized-crop above.
 Augmentation = Literal["auto", "none", "crop-flip", "resized-crop"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,15 +21,21 @@ from pathconvert.commands.options import (
     Key,
     NumClasses,
     Output,
+    Prefix,
     Source,
     TrustPickle,
+    open_prepared,
+    require_one_size,
+    with_image_options,
 )
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
+from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
 
 if TYPE_CHECKING:
     from pathconvert.networks.loading import LoadedNetwork
 
 
+@with_image_options
 def reparam(
     source: Source,
     output: Output = None,
@@ -82,7 +90,17 @@ def reparam(
             " refusing the network.",
         ),
     ] = False,
+    given: ImageOptions = NOTHING_GIVEN,
     key: Key = None,
+    prefix: Prefix = None,
+    keep_wrapper: Annotated[
+        bool,
+        typer.Option(
+            "--keep-wrapper/--bare",
+            help="Write the tensors under the source's key, prefix and names, not under the"
+            " network's own.",
+        ),
+    ] = False,
     force: Force = False,
     report: Annotated[
         Path | None, typer.Option(help="Write every scale group and pivot to this JSON file.")
@@ -98,12 +116,13 @@ def reparam(
         )
     from pathconvert.commands import reports
 
-    path = checked_output(source, output, form, force)
+    path = checked_output(source, output, f"{form}.safetensors", force)
     if report:
         reports.prepare_report(report, force=force, taken=(Path(source), path))
     with steps.shown():
         with steps.step("load"):
-            network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
+            loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
+            network = open_prepared(loader, source, given)
         from pathconvert.conversion.record import record_of
         from pathconvert.networks.checked import (
             convert_network,
@@ -114,19 +133,21 @@ def reparam(
 
         _require_unconverted(network, source, form)
         with steps.step("convert"):
-            conversion = (
-                resume_conversion(network)
-                if network.record
-                else convert_network(
+            if network.record:
+                conversion = resume_conversion(network)
+            else:
+                conversion = convert_network(
                     network, scope, pivot, gauge, min_pivot=min_pivot, partial=partial
                 )
-            )
-        path_bn = None
+        path_bn, remarks = None, _Remarks()
         if form == "path-bn":
             with steps.step("Path-BN"):
+                remarks = _image_remarks(network, calibrate)
                 conversion, path_bn = enter_path_bn(network, conversion, calibrate, skip_scale)
-        with steps.step("verify and write"):
-            equality = save_checked(path_bn or conversion, network, path, force=force)
+        with steps.step("verify and write"), _explained_by(remarks.misfit):
+            equality = save_checked(
+                path_bn or conversion, network, path, force=force, keep_wrapper=keep_wrapper
+            )
         if report:
             with steps.step("report"):
                 reports.write_report(conversion, report)
@@ -134,10 +155,41 @@ def reparam(
     if network.record:
         note(f"note: {source} is in path form; its scope, pivot rule and gauge were kept")
     summary = reports.summarise(conversion, parts, network, equality, steps.seconds)
-    summary |= {"source": source, "output": str(path)}
+    summary |= {"source": source, "output": str(path), "notes": [*remarks.all, *summary["notes"]]}
     for remark in summary["notes"]:
         note(f"note: {remark}")
     emit(summary, facts(f"{source} → {path}", reports.summary_rows(summary)), as_json)
+
+
+class _Remarks(NamedTuple):
+    """On the calibration images: what is assumed of them, and what looks wrong about them."""
+
+    assumed: tuple[str, ...] = ()
+    misfit: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.assumed + ((self.misfit,) if self.misfit else ())
+
+
+def _image_remarks(network: LoadedNetwork, images: Path | None) -> _Remarks:
+    from pathconvert.networks.calibration import check_folder
+    from pathconvert.networks.prepared import image_notes
+
+    if images is None:
+        return _Remarks()
+    return _Remarks(tuple(image_notes(network)), check_folder(network, images))
+
+
+@contextlib.contextmanager
+def _explained_by(misfit: str | None) -> Iterator[None]:
+    """Let what looks wrong about the images be the tip of a conversion that is not equal."""
+    try:
+        yield
+    except EquivalenceError as error:
+        if misfit is None:
+            raise
+        raise EquivalenceError(str(error), f"{misfit[0].upper()}{misfit[1:]}.") from error
 
 
 def _require_unconverted(network: LoadedNetwork, source: str, form: ConvertedForm) -> None:
@@ -162,9 +214,13 @@ def restore(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Undo a conversion and write the original network. This works after fine-tuning, too."""
+    """Undo a conversion and write the original network. This works after fine-tuning, too.
+
+    The file gets the container, the key, the prefix and the names that the original file had.
+    """
     steps = Steps(2)
-    path = checked_output(source, output, "restored", force)
+    if output:
+        checked_output(source, output, "restored.safetensors", force)
     with steps.shown():
         with steps.step("load"):
             network = Loader(arch, input_size).open(source)
@@ -174,17 +230,21 @@ def restore(
                 "Give the .path.safetensors file that pathconvert reparam wrote.",
             )
         from pathconvert.networks.checked import restore_checked
+        from pathconvert.networks.way_out import original_suffix
 
+        path = checked_output(source, output, f"restored{original_suffix(network)}", force)
         with steps.step("restore, verify and write"):
             equality, identical = restore_checked(network, path, force=force)
     from pathconvert.commands import reports
 
+    layout = reports.layout_facts(network, path)
     result = {
         "source": source,
         "output": str(path),
         "architecture": network.architecture.name,
         "equality": equality.to_json(),
         "bit_identical_to_the_original": identical,
+        "layout": layout,
         "fine_tuned": network.training is not None,
         "seconds": steps.seconds,
     }
@@ -192,13 +252,16 @@ def restore(
     exactly = "bit for bit" if identical else "up to rounding (2 units in the last place)"
     tuned = "has other weights, because the network was fine-tuned"
     rows["original file"] = tuned if network.training else f"restored {exactly}"
+    rows |= reports.layout_rows(layout)
     emit(result, facts(f"{source} → {path}", rows | steps.total()), as_json)
 
 
+@with_image_options
 def verify(
     a: Annotated[str, typer.Argument(help="The original network.")],
     b: Annotated[str, typer.Argument(help="The other network, in any form.")],
     images: Images = None,
+    given: ImageOptions = NOTHING_GIVEN,
     arch: Arch = None,
     input_size: InputSize = None,
     as_json: Json = False,
@@ -208,17 +271,29 @@ def verify(
 
     If not, the exit code is 1.
     """
+    if images is None and given.preparing:
+        raise PathconvertError(
+            f"{given.preparing} has no effect without images", "Add --images DIR."
+        )
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            network_a, network_b = Loader(arch, input_size, trust_pickle=trust_pickle).open_pair(
-                a, b
-            )
+            from pathconvert.networks.prepared import image_notes, prepared
+
+            loader = Loader(arch, input_size, trust_pickle=trust_pickle)
+            require_one_size(loader, given)
+            pair = [prepared(network, given) for network in loader.open_pair(a, b)]
         from pathconvert.commands import reports
         from pathconvert.networks.checked import compare
 
         with steps.step("verify"):
-            comparison = compare(network_a, network_b, images)
+            comparison = compare(pair[0], pair[1], images)
+    if images is not None:
+        # those of the network whose preprocessing is used: one that records it, else the original
+        for remark in image_notes(
+            min(pair, key=lambda network: (not network.was_trained_here, network.form != "plain"))
+        ):
+            note(f"note: {remark}")
     result = comparison.to_json() | {"a": a, "b": b, "seconds": steps.seconds}
     rows = {"equality": reports.equality_text(comparison.equality)}
     if comparison.images:
@@ -233,6 +308,7 @@ def inspect(
     arch: Arch = None,
     input_size: InputSize = None,
     key: Key = None,
+    prefix: Prefix = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -240,7 +316,7 @@ def inspect(
     steps = Steps(2)
     with steps.shown():
         with steps.step("load"):
-            network = Loader(arch, input_size, None, key, trust_pickle).open(source)
+            network = Loader(arch, input_size, None, key, trust_pickle, prefix).open(source)
         from pathconvert.commands import reports
 
         with steps.step("inspect"):

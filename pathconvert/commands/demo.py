@@ -45,8 +45,8 @@ def _lines(
     """The title of each command, and its arguments."""
     onnx, run = str(folder / "digits_resnet18.onnx"), str(folder / "run")
     path, restored, path_bn = (
-        str(folder / f"digits_resnet18.{kind}.safetensors")
-        for kind in ("path", "restored", "path-bn")
+        str(folder / f"digits_resnet18.{kind}")
+        for kind in ("path.safetensors", "restored.pt", "path-bn.safetensors")
     )
     return [
         ("convert", ["reparam", str(source), "--input-size", "3x32x32", "--force", "-o", path]),

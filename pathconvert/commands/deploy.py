@@ -19,10 +19,15 @@ from pathconvert.commands.options import (
     Json,
     Key,
     NumClasses,
+    Prefix,
     Source,
     TrustPickle,
+    open_prepared,
+    opener,
+    with_image_options,
 )
 from pathconvert.errors import CheckpointError, PathconvertError
+from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from pathconvert.export.runtime.predict import PredictReport
 
 
+@with_image_options
 def export(
     source: Source,
     output: Annotated[
@@ -70,7 +76,9 @@ def export(
         typer.Option("--auxiliary", help="Include the auxiliary output of a segmentation network."),
     ] = False,
     images: Images = None,
+    given: ImageOptions = NOTHING_GIVEN,
     key: Key = None,
+    prefix: Prefix = None,
     force: Force = False,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
@@ -83,6 +91,7 @@ def export(
             from pathconvert.export.graph.loaded import export_network, parse_batch, report_rows
             from pathconvert.export.graph.options import ExportOptions
             from pathconvert.files.writing import prepare_output
+            from pathconvert.networks.prepared import image_notes
 
             path = output or default_output(source, ".onnx")
             options = ExportOptions(
@@ -96,7 +105,8 @@ def export(
             )
             prepare_output(path, force=force, source=source_file(source), suffixes=SUFFIXES)
             fixed = parse_batch(batch)
-            network = Loader(arch, input_size, num_classes, key, trust_pickle).open(source)
+            loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
+            network = open_prepared(loader, source, given)
         with steps.step("export, verify and write"):
             report, card = export_network(
                 network,
@@ -107,6 +117,8 @@ def export(
                 images=images,
                 force=force,
             )
+    for remark in image_notes(network) if card.preprocessing or images else ():
+        note(f"note: {remark}")
     result = report.to_json() | {"source": source, "output": str(path), "card": card.to_json()}
     result["seconds"] = report.seconds | steps.seconds
     emit(result, facts(f"{source} → {path}", report_rows(report, card)), as_json)
@@ -139,6 +151,7 @@ def bench(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     key: Key = None,
+    prefix: Prefix = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -156,7 +169,7 @@ def bench(
     with steps.shown(), steps.step("load and measure"):
         from pathconvert.export.runtime.bench import measure
 
-        loader = Loader(arch, input_size, num_classes, key, trust_pickle)
+        loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
         loader.refuse_for_onnx(sources)
         report = measure(
             sources,
@@ -224,6 +237,7 @@ def _batch_sizes(text: str | None) -> list[int] | None:
     return batch_sizes
 
 
+@with_image_options
 def predict(
     model: Annotated[
         str, typer.Argument(help="An .onnx file, a checkpoint in any form, or a torchvision name.")
@@ -231,10 +245,12 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(help="Classes shown per image.", min=1)] = 5,
     device: Device = "auto",
+    given: ImageOptions = NOTHING_GIVEN,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     key: Key = None,
+    prefix: Prefix = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -243,9 +259,17 @@ def predict(
     with steps.shown(), steps.step("load and classify"):
         from pathconvert.export.runtime.predict import predict as classify
 
-        loader = Loader(arch, input_size, num_classes, key, trust_pickle)
+        loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
         loader.refuse_for_onnx([model])
-        report = classify(model, images, top, device, input_size=loader.size, load=loader.open)
+        report = classify(
+            model,
+            images,
+            top,
+            device,
+            input_size=loader.size,
+            load=opener(loader, given),
+            given=given,
+        )
     if report.fallback:
         note(f"note: {model} runs on the CPU: {report.fallback}")
     for remark in report.notes:

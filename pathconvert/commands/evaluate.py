@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +16,16 @@ from pathconvert.commands.options import (
     Json,
     Key,
     NumClasses,
+    Prefix,
     TrustPickle,
+    opener,
+    with_image_options,
 )
+from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
 
 if TYPE_CHECKING:
     from pathconvert.export.runtime.engines import Engine
     from pathconvert.export.runtime.image_classifier import ImageClassifier
-    from pathconvert.networks.loading import LoadedNetwork
     from pathconvert.networks.preprocessing import Preprocessing
     from pathconvert.training.data.images import Images
     from pathconvert.training.run.metrics import EvaluationReport
@@ -40,6 +42,7 @@ DataSpec = Annotated[
 ]
 
 
+@with_image_options
 def evaluate(
     source: Annotated[
         str, typer.Argument(help="A checkpoint in any form, an .onnx file, or a torchvision name.")
@@ -66,21 +69,12 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     workers: Annotated[int, typer.Option(help="Processes that read images.", min=0)] = 0,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Input size, such as 224 or 224x160 (default: the recorded size)."),
-    ] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(help="Mean of each channel in [0, 1], such as 0.5 or 0.485,0.456,0.406."),
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="Standard deviation of each channel, given like --mean.")
-    ] = None,
+    given: ImageOptions = NOTHING_GIVEN,
     arch: Arch = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     key: Key = None,
+    prefix: Prefix = None,
     as_json: Json = False,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -89,15 +83,12 @@ def evaluate(
     with steps.shown():
         with steps.step("load"):
             from pathconvert.export.runtime.scoring import logits_of
-            from pathconvert.networks.preprocessing import parse_sides, parse_values
             from pathconvert.training.data.augmentation import Transform
             from pathconvert.training.data.batches import epoch_batches
             from pathconvert.training.run.metrics import evaluate as measure
 
-            sides = parse_sides(size)
-            means, stds = parse_values(mean, "--mean"), parse_values(std, "--std")
-            loader = Loader(arch, input_size, num_classes, key, trust_pickle)
-            classifier = _open(source, loader, device, sides)
+            loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
+            classifier = _open(source, loader, device, given)
             engine = classifier.engine
             test = labelled_test(
                 classifier,
@@ -105,8 +96,7 @@ def evaluate(
                 val_fraction=val_fraction,
                 seed=seed,
                 limit=limit,
-                mean=means,
-                std=stds,
+                given=given,
             )
         with steps.step("evaluate"):
             batches = epoch_batches(
@@ -144,25 +134,14 @@ def _rows(report: EvaluationReport, classes: int, engine: Engine) -> dict[str, s
     }
 
 
-def _open(
-    source: str, loader: Loader, device: str, sides: tuple[int, int] | None
-) -> ImageClassifier:
-    """Open the source as a classifier, for images of ``sides`` if they are given."""
+def _open(source: str, loader: Loader, device: str, given: ImageOptions) -> ImageClassifier:
+    """Open the source as a classifier, with the user's options for its images."""
     from pathconvert.export.runtime.engines import open_engine
-    from pathconvert.export.runtime.image_classifier import as_classifier
-
-    def load(checkpoint: str) -> LoadedNetwork:
-        network = loader.open(checkpoint)
-        if sides is None:
-            return network
-        channels = (network.architecture.input_size or (3,))[0]
-        resized = replace(network.architecture, input_size=(channels, *sides))
-        return replace(network, architecture=resized)
+    from pathconvert.export.runtime.image_classifier import classifier_with
 
     loader.refuse_for_onnx([source])
-    engine = open_engine(source, device, load=load)
-    channels = (engine.input_size[0] if engine.input_size else None) or 3
-    return as_classifier(engine, (channels, *sides) if sides else loader.size)
+    engine = open_engine(source, device, load=opener(loader, given))
+    return classifier_with(engine, loader.size, given)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -194,8 +173,7 @@ def labelled_test(
     val_fraction: float | None = None,
     seed: int | None = None,
     limit: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    given: ImageOptions = NOTHING_GIVEN,
 ) -> LabelledTest:
     """Find labelled images and match them to a classifier.
 
@@ -206,12 +184,12 @@ def labelled_test(
             the run that fine-tuned the network, or 0.1.
         seed: of that choice and of ``limit``; default: the run's, or 0.
         limit: take at most this many images; None takes all.
-        mean, std: replace those of the recorded preprocessing.
+        given: the user's options; those of the images are in the classifier already.
 
     Raises:
-        DataError: the images cannot be used, or ``mean`` or ``std`` is not usable.
-        PathconvertError: the images' classes are not the network's, its outputs are not class
-            scores, or it normalises its input itself, but ``mean`` or ``std`` is given.
+        DataError: the images cannot be used, or there is not one label per output.
+        PathconvertError: the images' classes are not the network's, or its outputs are not class
+            scores.
     """
     from pathconvert.export.runtime.scoring import number_of_classes, remaining_preprocessing
     from pathconvert.training.data.augmentation import choose_preprocessing
@@ -223,8 +201,9 @@ def labelled_test(
     seed = run.get("seed", 0) if seed is None else seed
     val_fraction = run.get("val_fraction", 0.1) if val_fraction is None else val_fraction
     found = open_data(spec, val_fraction=val_fraction, seed=seed, limit_val=limit, channels=size[0])
-    chosen = choose_preprocessing(classifier.preprocessing, size, mean=mean, std=std)
+    chosen = choose_preprocessing(engine.preprocessing, size, given=given)
     classes = number_of_classes(classifier)
+    given.require_labels_for(classes, engine.name)
     matched = match_labels(found, engine.name, engine.labels, classes)
     held_out = (
         f"{val_fraction:g} of {spec} is held out, chosen by seed {seed}; "
@@ -233,9 +212,7 @@ def labelled_test(
     notes = (chosen.note, matched.note, held_out if found.split and not run else "")
     return LabelledTest(
         images=replace(found.val, labels=matched.labels),
-        preprocessing=remaining_preprocessing(
-            engine, chosen.preprocessing, given=bool(mean or std)
-        ),
+        preprocessing=remaining_preprocessing(engine, chosen.preprocessing),
         classes=classes,
         digest=found.digest,
         notes=tuple(text for text in notes if text),

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pathconvert.choices import TrainingDevice
 from pathconvert.commands.console import Steps, emit, facts, note
 from pathconvert.commands.loading import Loader
-from pathconvert.commands.options import Arch, InputSize, Json, Key, TrustPickle
+from pathconvert.commands.options import Arch, InputSize, Json, Key, Prefix, TrustPickle
 from pathconvert.errors import PathconvertError
 from pathconvert.training.settings import Settings, flag
 
@@ -52,6 +52,7 @@ def _finetune(
     arch: Arch = None,
     input_size: InputSize = None,
     key: Key = None,
+    prefix: Prefix = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write into a folder that is not empty.")
     ] = False,
@@ -69,6 +70,7 @@ def _finetune(
                 "arch": arch,
                 "input_size": input_size,
                 "key": key,
+                "prefix": prefix,
                 "force": force,
             }
             given |= {name: value for name, value in others.items() if value}
@@ -84,7 +86,7 @@ def _finetune(
                 raise PathconvertError(
                     "no images to train on", "Give --data FOLDER, or --data NAME:ROOT."
                 )
-            loader = Loader(arch, input_size, None, key, trust_pickle)
+            loader = Loader(arch, input_size, None, key, trust_pickle, prefix)
             run = _begun(source, loader, resolved, folder, device, force=force, dry_run=dry_run)
     if run.fabric.is_global_zero:
         for remark in run.prepared.notes:

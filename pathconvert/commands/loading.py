@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class Loader:
     num_classes: int | None = None
     key: str | None = None
     trust_pickle: bool = False
+    prefix: str | None = None
 
     @property
     def size(self) -> tuple[int, ...] | None:
@@ -38,7 +40,7 @@ class Loader:
             PathconvertError: all sources are ONNX files, and such an option was given.
         """
         if all(Path(source).suffix.lower() == ".onnx" for source in sources):
-            for name in ("arch", "num_classes", "key", "trust_pickle"):
+            for name in ("arch", "num_classes", "key", "trust_pickle", "prefix"):
                 if getattr(self, name):
                     option = f"--{name.replace('_', '-')}"
                     raise PathconvertError(
@@ -47,7 +49,7 @@ class Loader:
                     )
 
     def open(self, source: str) -> LoadedNetwork:
-        """Load a network, and note which key and prefix were used."""
+        """Load a network, and note what was taken from the file and what was left out."""
         from pathconvert.networks.loading import open_network
 
         network = open_network(
@@ -57,11 +59,10 @@ class Loader:
             input_size=self.size,
             key=self.key,
             trust_pickle=self.trust_pickle,
+            prefix=self.prefix,
         )
-        if network.checkpoint and network.checkpoint.key:
-            note(f"{source}: taking the weights under {network.checkpoint.key!r}")
-        if network.checkpoint and network.checkpoint.prefix:
-            note(f"{source}: prefix {network.checkpoint.prefix!r} removed from every name")
+        for text in network.notes:
+            note(f"{source}: {text}")
         if network.doubt:
             note(f"note: {source}: {network.doubt}")
         return network
@@ -90,7 +91,9 @@ class Loader:
         known = network.architecture
         size = "x".join(map(str, known.input_size)) if known.input_size else None
         classes = known.arguments.get("num_classes")
-        return Loader(known.name, self.input_size or size, classes, self.key, self.trust_pickle)
+        return dataclasses.replace(
+            self, arch=known.name, input_size=self.input_size or size, num_classes=classes
+        )
 
 
 def default_output(source: str, ending: str) -> Path:
@@ -101,9 +104,11 @@ def default_output(source: str, ending: str) -> Path:
     The suffix of an earlier conversion is dropped: ``resnet50.path.safetensors`` becomes
     ``resnet50`` again.
     """
+    from pathconvert.files.writing import SUFFIXES
+
     file = Path(source)
-    stem = file.name
-    for suffix in (".safetensors", ".pth", ".pt"):
+    stem = file.name.removesuffix(".gz").removesuffix(".zip")
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
         stem = stem.removesuffix(suffix)
     left_behind = {".path.safetensors": (), ".path-bn.safetensors": (".path",)}.get(
         ending, (".path", ".path-bn")
@@ -119,9 +124,16 @@ def source_file(source: str) -> Path | None:
     return file if file.exists() else None
 
 
-def checked_output(source: str, output: Path | None, kind: str, force: bool) -> Path:
-    """The path of the result, checked before any work is done."""
+def checked_output(source: str, output: Path | None, ending: str, force: bool) -> Path:
+    """The path of the result, checked before any work is done.
+
+    Args:
+        source: what is converted.
+        output: the path that was given; None for the source's with another ending.
+        ending: such as ``path.safetensors``.
+        force: replace a file that exists.
+    """
     from pathconvert.files.writing import prepare_output
 
-    path = output or default_output(source, f".{kind}.safetensors")
+    path = output or default_output(source, f".{ending}")
     return prepare_output(path, force=force, source=source_file(source))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from pathconvert import choices
+from pathconvert.commands.console import note
+from pathconvert.errors import PathconvertError
+from pathconvert.networks.image_options import ImageOptions
+
+if TYPE_CHECKING:
+    from pathconvert.commands.loading import Loader
+    from pathconvert.networks.loading import LoadedNetwork
 
 
 class Process:
@@ -54,6 +62,56 @@ Key = Annotated[
     str | None,
     typer.Option(help="Key of the checkpoint that holds the weights, such as model_ema."),
 ]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean of each channel, for pixels in [0, 1], such as 0.5 or 0.485,0.456,0.406"
+        " (default: as the weights were trained)."
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        help="Standard deviation of each channel, given like --mean"
+        " (default: as the weights were trained)."
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Size to which images are cropped, such as 224 or 224x160"
+        " (default: the network's input size)."
+    ),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="Length of an image's shorter side before the crop, such as 256, or height and width,"
+        " such as 256x320 (default: as the weights were trained)."
+    ),
+]
+Interpolation = Annotated[
+    choices.Interpolation | None,
+    typer.Option(
+        metavar="WORD",
+        help=f"How images are resized: {', '.join(get_args(choices.Interpolation))}"
+        " (default: as the weights were trained).",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the names of the classes, one per line or as JSON, in the order of the"
+        " outputs."
+    ),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        help="What the names of the network's tensors begin with in the file, such as backbone,"
+        " if it holds several networks."
+    ),
+]
 Images = Annotated[
     Path | None, typer.Option(help="Folder of images on which the networks are compared as well.")
 ]
@@ -94,3 +152,91 @@ def with_debug(command: Callable[..., None]) -> Callable[..., None]:
     signature = signature.replace(parameters=[*signature.parameters.values(), debug])
     vars(run).update(__signature__=signature, __annotations__=hints)
     return run
+
+
+#: The parameter of a command that :func:`with_image_options` replaces by options.
+GIVEN = "given"
+_IMAGE_OPTIONS: dict[str, Any] = {
+    "mean": Mean,
+    "std": Std,
+    "size": Size,
+    "resize": Resize,
+    "interpolation": Interpolation,
+    "labels": Labels,
+}
+
+
+def with_image_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with ``--mean``, ``--std``, … in place of its parameter ``given``.
+
+    The command is called with the :class:`ImageOptions` that they make.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        texts = {name: options.pop(name, None) for name in _IMAGE_OPTIONS}
+        command(*arguments, **options, **{GIVEN: ImageOptions.parse(**texts)})
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += _image_parameters(parameter.kind) if parameter.name == GIVEN else [parameter]
+    hints = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(run).update(__signature__=signature.replace(parameters=parameters), __annotations__=hints)
+    return run
+
+
+def _image_parameters(kind: Any) -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(name, kind, default=None, annotation=annotation)
+        for name, annotation in _IMAGE_OPTIONS.items()
+    ]
+
+
+def open_prepared(loader: Loader, source: str, given: ImageOptions) -> LoadedNetwork:
+    """Load a network, with the user's options for its images in place of what is known of them.
+
+    Raises:
+        PathconvertError: the network cannot be loaded, or the options do not fit it.
+    """
+    from pathconvert.networks.prepared import prepared
+
+    require_one_size(loader, given)
+    return prepared(loader.open(source), given)
+
+
+def opener(loader: Loader, given: ImageOptions) -> Callable[[str], LoadedNetwork]:
+    """A function that loads a network at the size that was given, and notes what is assumed of it.
+
+    For what applies the other options itself, because it opens ONNX files as well.
+
+    Raises:
+        PathconvertError: ``--size`` and ``--input-size`` contradict one another.
+    """
+    require_one_size(loader, given)
+
+    def load(source: str) -> LoadedNetwork:
+        from pathconvert.networks.prepared import assumption_of, resized
+
+        network = loader.open(source)
+        network = dataclasses.replace(network, architecture=resized(network.architecture, given))
+        remark = assumption_of(network, given.over)
+        if remark is not None:
+            note(f"note: {remark}")
+        return network
+
+    return load
+
+
+def require_one_size(loader: Loader, given: ImageOptions) -> None:
+    """Refuse ``--size`` and ``--input-size`` that contradict one another.
+
+    Raises:
+        PathconvertError: they do.
+    """
+    if given.size is not None and loader.size and loader.size[1:] != given.size:
+        height, width = given.size
+        raise PathconvertError(
+            f"--size {height}x{width} and --input-size {loader.input_size} differ",
+            "Give one of them.",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from pathconvert.conversion.path_bn_record import PathBnRecord
 from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.reparameterize import Conversion, reparameterize
 from pathconvert.errors import OutputError, PathconvertError
+from pathconvert.networks.adjusting import summary as described
 from pathconvert.networks.inputs import random_input
 from pathconvert.networks.loading import LoadedNetwork
+from pathconvert.networks.way_out import recorded_layout
 
 
 def summarise(
@@ -139,13 +142,10 @@ def _path_bn_row(path_bn: dict[str, Any]) -> str:
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The rows of the table that reparam prints."""
-    arguments = ", ".join(f"{name}={value}" for name, value in summary["arguments"].items())
     magnitude = summary["pivot_magnitude"]
     seconds = summary["seconds"]
     rows = {
-        "network": (
-            f"{summary['architecture']} ({arguments})" if arguments else summary["architecture"]
-        ),
+        "network": described(summary["architecture"], summary["arguments"]),
         "form": (
             f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge"
             f" {summary['gauge']}"
@@ -310,7 +310,7 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
     """The rows of the table that inspect prints."""
     rows = {
         "form": result["form"],
-        "network": f"{result['architecture']} {result['arguments'] or ''}".strip(),
+        "network": described(result["architecture"], result["arguments"]),
         "parameters": f"{result['parameters'] / 1e6:.2f} M, {', '.join(result['dtypes'])}",
     }
     for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):
@@ -339,3 +339,33 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
             f"{row['group']} {row['largest_over_smallest']:.3g}" for row in result["uneven"][:5]
         )
     return rows
+
+
+def layout_facts(network: LoadedNetwork, path: Path) -> dict[str, Any]:
+    """How a restored file lies, beside the original one.
+
+    Returns:
+        ``key``, ``prefix`` and ``container`` of the file; and ``lost``, what it lacks of the
+        original file.
+    """
+    layout = recorded_layout(network)
+    if layout is None:
+        return {"key": None, "prefix": "", "container": None, "lost": []}
+    lost = list(layout.lost)
+    flat = path.suffix.lower() == ".safetensors"
+    if flat != (layout.container == "safetensors"):
+        lost.append(f"the container {layout.container}")
+    return {
+        "key": ".".join(layout.key) or None if not flat else None,
+        "prefix": layout.prefix,
+        "container": "safetensors" if flat else layout.container,
+        "lost": lost,
+    }
+
+
+def layout_rows(layout: Mapping[str, Any]) -> dict[str, str]:
+    """:func:`layout_facts` as rows of a table."""
+    names = [f"under the key {layout['key']!r}"] if layout["key"] else []
+    names += [f"with the prefix {layout['prefix']!r}"] if layout["prefix"] else []
+    rows = {"tensors": ", ".join(names)} if names else {}
+    return rows | ({"not restored": "; ".join(layout["lost"])} if layout["lost"] else {})

@@ -1,9 +1,9 @@
-"""Read ``.pt``, ``.pth`` and ``.safetensors`` files safely.
+"""Read checkpoints as people have them, safely.
 
 Terms:
     state dict: tensor name → tensor, as ``model.state_dict()`` gives it.
-    wrapper key: the entry of a training script's dictionary under which the state dict lies
-        (``model_ema``).
+    key: the dotted path of the state dict in the file (``model_ema``); see :mod:`.states`, which
+        also says which one is taken where there are several.
     prefix: the text that data-parallel and compiled modules put before every name (``module.``,
         ``_orig_mod.``).
     metadata: this package's own JSON object. A safetensors file carries it in its header under
@@ -11,10 +11,10 @@ Terms:
         keeps its version numbers and where ``load_state_dict(strict=True)`` ignores additional
         entries.
 
-Reading executes nothing: ``torch.load(weights_only=True)`` unless the caller trusts the file.
+Reading executes nothing: pickles run in :mod:`.unpickling`, which only makes tensors, numbers and
+plain containers. Only if the caller trusts the file is a pickled module also loaded as such.
 """
 
-import argparse
 import hashlib
 import json
 import pickle
@@ -26,23 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pathconvert.errors import CheckpointError, first_line
+from pathconvert.errors import CheckpointError
+from pathconvert.files.containers import Container, Loaded, load_file
 from pathconvert.files.filetypes import Kind, recognise
-from pathconvert.files.pickles import describe_code, legacy_contents, zipped_contents
-from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
-from pathconvert.files.safetensors_header import safetensors_header
-from pathconvert.files.weights import (
-    FLOAT_TIP,
-    STATE_DICT_TIP,
-    integer_weights,
-    is_quantized,
+from pathconvert.files.folders import read_folder, read_index
+from pathconvert.files.refusals import AGAIN, one_line, quote, reading, reason
+from pathconvert.files.states import (
+    WRAPPED_IN,
+    WRAPPER_KEYS,
+    State,
+    architecture_beside,
+    choose,
+    is_tensor_like,
+    object_at,
 )
+from pathconvert.files.tensors import Array, as_tensor
+from pathconvert.files.unpickling import Object
+from pathconvert.files.weights import FLOAT_TIP, STATE_DICT_TIP, integer_weights
 
-WRAPPER_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "model_ema", "ema")
-"""Wrapper keys in order of preference."""
+__all__ = ["PREFIXES", "WRAPPER_KEYS", "Checkpoint", "Container", "read_checkpoint"]
 
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -52,12 +56,20 @@ class Checkpoint:
     """The weights in a file.
 
     Attributes:
-        path: the file.
-        tensors: the weights, on the CPU, in file order; their names lack ``prefix``.
-        key: the wrapper key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the
+        path: the file, or the folder.
+        tensors: every plain tensor of the state dict, on the CPU, in file order; their names lack
+            ``prefix``.
+        key: the dotted key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the
             file is a state dict.
         prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing was.
         metadata: this package's own metadata; None if the file carries none.
+        others: the dotted keys of the other state dicts in the file, in the order of preference.
+        skipped: names of entries that are not plain tensors and were left out.
+        container: how the file stores tensors.
+        module: the dotted name of the class, if the weights are those of a pickled module.
+        config: what is known of the network beside its tensors: Hugging Face's and timm's
+            ``config.json``, or ``{"arch": ...}`` as a training script saves it.
+        trusted: the pickled module itself, if the caller trusts the file and it holds one.
     """
 
     path: Path
@@ -65,10 +77,22 @@ class Checkpoint:
     key: str | None
     prefix: str
     metadata: dict[str, Any] | None
+    others: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    container: Container = Container.ZIP
+    module: str | None = None
+    config: dict[str, Any] | None = None
+    trusted: nn.Module | None = None
+    digest: str = field(default="", repr=False)
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal; computed when it is first used."""
+        """SHA-256 of the file, in hexadecimal, computed while it was read.
+
+        For a checkpoint in several files it is that of their digests.
+        """
+        if self.digest:
+            return self.digest
         with reading(self.path), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -76,277 +100,180 @@ class Checkpoint:
 def read_checkpoint(
     path: str | Path, *, key: str | None = None, trust_pickle: bool = False
 ) -> Checkpoint:
-    """Read the weights in a ``.pt``, ``.pth`` or ``.safetensors`` file, recognised by its content.
+    """Read the weights in a file or a folder, which is recognised by its content.
 
     Args:
-        path: the file.
-        key: the wrapper key to take; None takes the first of ``WRAPPER_KEYS`` that contains
-            tensors.
-        trust_pickle: also load pickled modules, which executes whatever code the file contains.
+        path: a file by torch.save of any age, a safetensors file, a pickle of NumPy arrays, one of
+            these in a zip or gz file, the index of a checkpoint in several files, or a folder
+            with a checkpoint in it.
+        key: the dotted key to take, or of what contains it; None takes the state dict that
+            :mod:`.states` prefers.
+        trust_pickle: if the weights are those of a pickled module, also load the module itself,
+            which executes whatever code the file contains.
 
     Raises:
-        CheckpointError: the file is not a checkpoint, is damaged or is unsafe, or its tensors are
-            not usable weights.
+        CheckpointError: the file is not a checkpoint, is damaged, or has no tensors, or a tensor
+            claims more elements than are stored.
     """
     path = Path(path)
-    kind = recognise(path)
-    loaded: object
-    if kind is Kind.SAFETENSORS:
-        loaded, text = _load_safetensors(path)
-    else:
-        loaded, text = _load_torch(path, kind, trust_pickle=trust_pickle), None
-    state, chosen = _choose_state(path, _unwrap_module(loaded), key)
-    tensors, prefix = _strip_prefix(_only_tensors(path, state))
-    if kind is not Kind.SAFETENSORS:
-        text = _metadata_text(state)
-    return Checkpoint(path, tensors, chosen, prefix, _parse_metadata(path, text))
-
-
-# ---- loading -------------------------------------------------------------------------------------
-
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
-    """Load a safetensors file.
-
-    Returns:
-        The tensors, and the text under ``pathconvert`` in the header (None without one).
-    """
-    names, metadata = safetensors_header(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in names}, metadata.get("pathconvert")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not an intact safetensors file: {_reason(error)}", AGAIN
-        ) from error
-
-
-def _load_torch(path: Path, kind: Kind, *, trust_pickle: bool) -> object:
-    try:
-        return _torch_load(path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        refusal = _refuse_pickle(path, kind, error)
-        if not trust_pickle:
-            raise refusal from error
-    except (
-        Exception
-    ) as error:  # damaged bytes lead to any error: KeyError, struct.error, MemoryError, …
-        raise _damaged(path, error) from error
-    try:
-        return _torch_load(path, weights_only=False)
-    except (ImportError, AttributeError) as error:
-        message = f"{path} is a pickled module whose code is missing here: {_reason(error)}"
-        raise CheckpointError(
-            message, "Run where its class can be imported, or give a state dict."
-        ) from error
-    except Exception as error:  # as above; the trusted code can raise anything too
-        raise _damaged(path, error) from error
-
-
-def _torch_load(path: Path, *, weights_only: bool) -> object:
-    # argparse.Namespace: torchvision's training script stores its arguments beside the weights.
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-        warnings.simplefilter("ignore")
-        loaded: object = torch.load(path, map_location="cpu", weights_only=weights_only)
-    return loaded
-
-
-def _refuse_pickle(path: Path, kind: Kind, error: Exception) -> CheckpointError:
-    """Say why ``weights_only=True`` did not load the file."""
-    contents = legacy_contents(path) if kind is Kind.LEGACY else zipped_contents(path)
-    if contents.code:
-        what, tip = describe_code(contents)
-        return CheckpointError(f"{path} is {what}.", tip)
-    tip = _resave_tip(path, "model", "model.state_dict()")
-    if contents.holds_module:
-        name = listing(contents.foreign[:1])
-        return CheckpointError(
-            f"{path} is a pickled module ({name}), which runs code when loaded; {EXPECTED}.", tip
-        )
-    if contents.foreign:
-        message = (
-            f"{path} contains Python objects besides tensors: {listing(contents.foreign)};"
-            f" {EXPECTED}."
-        )
-        return CheckpointError(message, _resave_tip(path, "saved", "saved['state_dict']"))
-    if contents.protocol > 2:
-        message = (
-            f"{path} is pickled with protocol {contents.protocol}; expected torch.save's own, 2."
-        )
-        return CheckpointError(message, _resave_tip(path, "saved", "saved"))
-    return _damaged(path, error)
-
-
-def _resave_tip(path: Path, name: str, weights: str) -> str:
-    load = f"{name} = torch.load({str(path)!r}, weights_only=False)"
-    save = f"torch.save({weights}, {str(path.with_suffix('.weights.pt'))!r})"
-    return f"If you trust it, save its weights: {load}; {save} -- or pass --trust-pickle."
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a damaged torch.save file; torch says: {_reason(error)}", AGAIN
+    loaded = _load(path)
+    state, others = choose(path, loaded.value, key)
+    found, skipped = _only_tensors(path, state)
+    tensors, prefix, dropped = _strip_prefix(found)
+    text = _metadata_text(state.entries) if loaded.metadata is None else loaded.metadata
+    wanted = trust_pickle and state.module is not None
+    return Checkpoint(
+        path=loaded.path,
+        tensors=_released(tensors, loaded.size),
+        key=state.key,
+        prefix=prefix,
+        metadata=_parse_metadata(path, text),
+        others=others,
+        skipped=(*skipped, *dropped),
+        container=loaded.container,
+        module=state.module,
+        config=loaded.config or architecture_beside(loaded.value),
+        trusted=_trusted_module(loaded, state) if wanted else None,
+        digest=loaded.digest(),
     )
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error of torch's, printable and of limited length.
-
-    The error may quote the file.
-    """
-    line = "".join(
-        c if c.isprintable() else "?" for c in first_line(error, after="WeightsUnpickler error: ")
-    )
-    return line if len(line) <= 160 else f"{line[:159]}…"
+def _load(path: Path) -> Loaded:
+    """What is in a file, in the files of an index, or in a folder."""
+    if path.is_dir():
+        return read_folder(path)
+    if recognise(path) is Kind.INDEX:
+        return read_index(path)
+    return load_file(path)
 
 
-# ---- finding the state dict ----------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
-def _unwrap_module(value: object) -> object:
-    return value.state_dict() if isinstance(value, nn.Module) else value
+def _only_tensors(path: Path, state: State) -> tuple[dict[str, Tensor], list[str]]:
+    """The plain tensors of a state dict, and the names of its other entries.
 
-
-def _choose_state(
-    path: Path, loaded: object, key: str | None
-) -> tuple[Mapping[Any, object], str | None]:
-    """Find the state dict in what a file contains.
-
-    Returns:
-        The state dict and its wrapper key; None as the key if the file is itself the state dict.
-    """
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{path} contains {_describe(loaded)}; expected a state dict.", STATE_DICT_TIP
-        )
-    states = _wrapped_states(loaded)
-    for wanted in WRAPPER_KEYS if key is None else (key,):
-        for name, state in states.items():
-            if name == wanted or (
-                name.startswith(f"{wanted}.") and name.removeprefix(f"{wanted}.") in WRAPPER_KEYS
-            ):
-                return state, name
-    if key is not None:
-        raise _no_such_key(path, key, states)
-    if not _has_tensors(loaded):
-        raise _no_tensors(path, loaded, states)
-    return loaded, None
-
-
-def _wrapped_states(loaded: Mapping[Any, object]) -> dict[str, Mapping[Any, object]]:
-    """Every state dict under a key of ``loaded``, or under a wrapper key one level deeper."""
-    states: dict[str, Mapping[Any, object]] = {}
-    for name, value in loaded.items():
-        inner = _unwrap_module(value)
-        if not isinstance(name, str) or not isinstance(inner, Mapping) or _is_optimizer(inner):
-            continue
-        nested = {
-            deeper: _unwrap_module(inner[deeper]) for deeper in WRAPPER_KEYS if deeper in inner
-        }
-        for deeper, state in nested.items():
-            if isinstance(state, Mapping) and _has_tensors(state):
-                states[f"{name}.{deeper}"] = state
-                break
-        else:
-            if _has_tensors(inner):
-                states[name] = inner
-    return states
-
-
-def _has_tensors(state: Mapping[Any, object]) -> bool:
-    return any(isinstance(value, Tensor) for value in state.values())
-
-
-def _is_optimizer(value: object) -> bool:
-    return isinstance(value, Mapping) and "state" in value and "param_groups" in value
-
-
-def _no_such_key(path: Path, key: str, states: Mapping[str, object]) -> CheckpointError:
-    if not states:
-        return CheckpointError(
-            f"{path} has no key {quote(key)}: it is a state dict itself.", "Leave out the key."
-        )
-    return CheckpointError(
-        f"{path} has no weights under {quote(key)}.", f"The keys with weights: {listing(states)}."
-    )
-
-
-def _no_tensors(
-    path: Path, loaded: Mapping[Any, object], states: Mapping[str, object]
-) -> CheckpointError:
-    keys = f"its keys: {listing(loaded)}"
-    if states:
-        tip = f"Choose one with --key: {listing(states)}."
-        return CheckpointError(
-            f"{path} has no weights under any of {', '.join(WRAPPER_KEYS)} ({keys}).", tip
-        )
-    if _is_optimizer(loaded) or any(_is_optimizer(value) for value in loaded.values()):
-        message = (
-            f"{path} is a checkpoint of an optimizer only, without the network's weights ({keys})."
-        )
-        return CheckpointError(message, STATE_DICT_TIP)
-    return CheckpointError(
-        f"{path} contains a dictionary without tensors ({keys}).", STATE_DICT_TIP
-    )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a single tensor of shape {list(value.shape)}"
-    if isinstance(value, (list, tuple)):
-        return (
-            f"a {type(value).__name__} of {len(value)}"
-            f" ({listing(dict.fromkeys(type(v).__name__ for v in value))})"
-        )
-    return f"an object of type {type(value).__name__}"
-
-
-def _only_tensors(path: Path, state: Mapping[Any, object]) -> dict[str, Tensor]:
-    """The state dict as plain tensors.
-
-    It is refused at the first entry that is not a plain tensor.
+    Raises:
+        CheckpointError: an entry is a tensor of another kind, or one that is not all there.
     """
     tensors: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if is_quantized(name, value):
+    skipped: list[str] = []
+    arrays: dict[int, Tensor] = {}
+    for name, value in state.entries.items():
+        if _is_quantized(name, value):
             raise integer_weights(path, name, "quantized")
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            what = f"{quote(name)}, {_describe(value)}"
-            raise CheckpointError(
-                f"{path} has an entry that is not a named tensor: {what}.", STATE_DICT_TIP
-            )
-        plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
-        if not plain or value.layout is not torch.strided or value.device.type != "cpu":
-            kind = f"{type(value).__name__}, {value.layout}, on {value.device.type}"
-            raise CheckpointError(
-                f"{path} contains {quote(name)}, which is not a plain dense tensor ({kind}).",
-                FLOAT_TIP,
-            )
-        tensors[name] = value.detach()
-    return tensors
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(name, str) and isinstance(value, Array) and value.value is not None:
+            if id(value.value) not in arrays:
+                arrays[id(value.value)] = as_tensor(value.value)
+            tensors[name] = arrays[id(value.value)]
+        elif is_tensor_like(value):
+            raise _unusual_tensor(path, name, value)
+        else:
+            skipped.append(one_line(name if isinstance(name, str) else repr(name)))
+    if not tensors:
+        raise CheckpointError(f"{path} contains no tensors.", STATE_DICT_TIP)
+    return tensors, skipped
 
 
-def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _is_quantized(name: object, value: object) -> bool:
+    """Whether an entry is a quantized tensor, or the packed form of some."""
+    packed = isinstance(name, str) and "_packed_params" in name
+    return packed or (isinstance(value, Object) and value.name == "torch._utils._rebuild_qtensor")
+
+
+def _unusual_tensor(path: Path, name: object, value: object) -> CheckpointError:
+    """The refusal of a tensor that is not dense, or not all there."""
+    if isinstance(value, Object) and value.flaw:
+        return CheckpointError(
+            f"{path} contains {quote(name)}, which cannot be read: {one_line(value.flaw)}.", AGAIN
+        )
+    kind = one_line(value.name.rpartition(".")[2]) if isinstance(value, Object) else ""
+    return CheckpointError(
+        f"{path} contains {quote(name)}, which is not a plain dense tensor ({kind}).", FLOAT_TIP
+    )
+
+
+def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
     """Strip the prefixes that all names carry.
 
     ``AveragedModel`` keeps its counter ``n_averaged`` beside the prefixed names; the counter is
     dropped.
 
     Returns:
-        The tensors under their shorter names, and what was stripped.
+        The tensors under their shorter names, what was stripped, and the names that were dropped.
     """
-    stripped = ""
+    stripped, dropped = "", list[str]()
     while True:
         counted = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
         if counted and all(name.startswith("module.") for name in counted):
+            dropped += [f"{stripped}n_averaged"] * (len(tensors) - len(counted))
             tensors = counted
         prefix = next(
             (p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""
         )
         if not prefix:
-            return tensors, stripped
+            return tensors, stripped, dropped
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         stripped += prefix
+
+
+def _released(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The tensors, without the memory of the rest of the file if that is the larger part."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors.values()}  # fmt: skip
+    if sum(storages.values()) > size / 2:
+        return tensors
+    copies: dict[Any, Tensor] = {}
+    for tensor in tensors.values():
+        place = _place(tensor)
+        if place not in copies and tensor.numel() <= _stored(tensor):
+            copies[place] = tensor.clone()
+    return {name: copies.get(_place(tensor), tensor) for name, tensor in tensors.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies; tied tensors have the same place."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _stored(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+# ---- pickled modules -----------------------------------------------------------------------------
+
+
+def _trusted_module(file: Loaded, state: State) -> nn.Module:
+    """The pickled module itself, which executes the code that its file contains."""
+    path = file.path
+    try:
+        with warnings.catch_warnings(), path.open("rb") as opened:
+            warnings.simplefilter("ignore")
+            if file.container is Container.PICKLE:
+                loaded = pickle.load(opened)
+            else:
+                loaded = torch.load(opened, map_location="cpu", weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is a pickled module whose code is missing here: {reason(error)}.",
+            "Run where its class can be imported, or leave out --trust-pickle.",
+        ) from error
+    except Exception as error:  # the trusted code can raise anything
+        raise CheckpointError(
+            f"{path} is a pickled module that cannot be loaded; torch says: {reason(error)}.",
+            "Leave out --trust-pickle.",
+        ) from error
+    module = object_at(loaded, state.path)
+    while isinstance(module, nn.Module) and type(module).__name__ in WRAPPED_IN:
+        module = getattr(module, WRAPPED_IN[type(module).__name__], None)
+    if not isinstance(module, nn.Module):
+        raise CheckpointError(
+            f"{path} contains {state.module} as it is stored, but it is not a module once loaded.",
+            "Leave out --trust-pickle.",
+        )
+    return module
 
 
 # ---- metadata ------------------------------------------------------------------------------------

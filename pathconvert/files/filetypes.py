@@ -8,43 +8,41 @@ size.
 
 import codecs
 import io
+import pickletools
+import re
+import shlex
 import stat
 import struct
+import tarfile
 import zipfile
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
 from pathconvert.errors import CheckpointError
-from pathconvert.files.pickles import describe_code, scan_pickles
 from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
 
 _HEAD = 4096  # bytes at the beginning of a file that are looked at
-_TORCH_MAGIC = (  # the number that opens a file by torch.save before 1.6
-    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-)
+_MOST_INSTRUCTIONS = 100_000  # of a pickle in text form that are looked at
+TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The number that opens a file by torch.save before 1.6."""
 
 _EXPORT_AGAIN = "Give the PyTorch checkpoint that it was exported from."
 _STATE_DICT = (
     "Save the network's weights with torch.save(model.state_dict(), 'weights.pt') and give that"
     " file."
 )
+_COPY = (
+    "Copy its arrays into a PyTorch network (the package {} reads them), and give the file that"
+    " torch.save(model.state_dict(), 'weights.pt') writes."
+)
 _UNPACK = "Unpack it and give the checkpoint inside."
-_SIGNATURES: tuple[
-    tuple[int, bytes, str, str], ...
-] = (  # offset, bytes, what the file is, what to do
+_SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
+    # offset, bytes, what the file is, what to do
     (0, b"GGUF", "a GGUF file (llama.cpp)", _EXPORT_AGAIN),
-    (
-        0,
-        b"\x89HDF\r\n\x1a\n",
-        "an HDF5 file (Keras, TensorFlow)",
-        "Give the network's PyTorch weights.",
-    ),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, TensorFlow)", _COPY.format("h5py")),
     (4, b"TFL3", "a TensorFlow Lite file", _EXPORT_AGAIN),
     (0, b"\x93NUMPY", "a NumPy array (.npy)", _STATE_DICT),
-    (0, b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
-    (0, b"\xfd7zXZ", "an xz-compressed file", _UNPACK),
-    (0, b"BZh", "a bzip2-compressed file", _UNPACK),
     (0, b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (257, b"ustar", "a tar archive", _UNPACK),
@@ -52,6 +50,11 @@ _SIGNATURES: tuple[
     (0, b"\xff\xd8\xff", "a JPEG image", "Give the network's checkpoint."),
     (0, b"%PDF", "a PDF document", "Give the network's checkpoint."),
 )
+_COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".pkl", ".tar")
+"""Suffixes of the one file in an archive or a folder that is taken for a checkpoint."""
+
+_INDEX_MARK = '"weight_map"'
 
 
 class Kind(Enum):
@@ -59,7 +62,12 @@ class Kind(Enum):
 
     ZIP = "torch.save"
     LEGACY = "torch.save before 1.6"
+    TAR = "torch.save before 0.1.10"
+    PICKLE = "pickle"
     SAFETENSORS = "safetensors"
+    INDEX = "the index of a checkpoint in several files"
+    COMPRESSED = "a compressed file"
+    ARCHIVE = "a zip archive with a checkpoint in it"
 
 
 def recognise(path: Path) -> Kind:
@@ -71,31 +79,53 @@ def recognise(path: Path) -> Kind:
     """
     size = _file_size(path)
     with reading(path), path.open("rb") as file:
-        head = file.read(_HEAD)
-        if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-            return _zip_kind(path, size)
-        if head.startswith(b"\x80") and _TORCH_MAGIC in head[:32]:
-            return Kind.LEGACY
-        text = _as_text(head)
-        if head[8:9] == b"{" and text is None:
-            return Kind.SAFETENSORS
-        found = (
-            _signature(head)
-            or _text_file(file, text)
-            or _pickle_file(file)
-            or _protobuf_file(file, size)
-        )
+        return kind_of(path, file, size)
+
+
+def kind_of(path: Path, file: BinaryIO, size: int) -> Kind:
+    """Tell the kind of a checkpoint of ``size`` bytes that is open for reading.
+
+    Args:
+        path: the file, or the one that it was unpacked from, for messages.
+        file: the content.
+        size: in bytes.
+
+    Raises:
+        CheckpointError: it is damaged, or is not a checkpoint.
+    """
+    head = file.read(_HEAD)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _zip_kind(path, file, size)
+    if head.startswith(b"\x80") and TORCH_MAGIC in head[:32]:
+        return Kind.LEGACY
+    if head.startswith(_COMPRESSIONS):
+        return Kind.COMPRESSED
+    if head[257:262] == b"ustar" and _is_torch_tar(file):
+        return Kind.TAR
+    text = _as_text(head)
+    if head[8:9] == b"{" and text is None:
+        return Kind.SAFETENSORS
+    if _is_pickle(file, head):
+        return Kind.PICKLE
+    if text is not None and text.lstrip().startswith("{") and _INDEX_MARK in text:
+        return Kind.INDEX
+    found = _signature(head) or _text_file(text) or _torch7_file(head) or _protobuf_file(file, size)
     if found is None and path.suffix.lower() == ".safetensors":
         return Kind.SAFETENSORS  # the check of its header will say what is wrong
+    if found is None and path.with_suffix(".xml").is_file():
+        found = "the weights of an OpenVINO network (.xml beside it)", _EXPORT_AGAIN
     what, tip = found or (f"unknown binary data (it begins with {head[:8].hex(' ')})", AGAIN)
     raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)
 
 
 def _file_size(path: Path) -> int:
     """The size in bytes of a regular file that is not empty; anything else is refused."""
+    address = re.match(r"(https?|ftp|s3|gs):/", str(path))
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
+        if address:
+            raise _no_file_but_address(str(path)) from None
         raise CheckpointError(
             f"{path} does not exist; {EXPECTED}.", "Check the path for misspellings."
         ) from None
@@ -117,12 +147,24 @@ def _file_size(path: Path) -> int:
     return status.st_size
 
 
+def _no_file_but_address(address: str) -> CheckpointError:
+    """The refusal of an address, of which pathlib has joined the two slashes."""
+    scheme, _, rest = address.partition(":")
+    whole = f"{scheme}://{rest.lstrip('/')}"
+    name = rest.partition("?")[0].rstrip("/").rpartition("/")[2] or "weights.pt"
+    command = {
+        "s3": f"aws s3 cp {whole} {name}",
+        "gs": f"gcloud storage cp {whole} {name}",
+    }.get(scheme, f"curl -L -o {shlex.quote(name)} {shlex.quote(whole)}")
+    return CheckpointError(f"{whole} is an address; {EXPECTED}.", f"Download it first: {command}")
+
+
 # ---- zip archives --------------------------------------------------------------------------------
 
 
-def _zip_kind(path: Path, size: int) -> Kind:
+def _zip_kind(path: Path, file: BinaryIO, size: int) -> Kind:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         message = (
@@ -130,25 +172,44 @@ def _zip_kind(path: Path, size: int) -> Kind:
             " record)."
         )
         raise CheckpointError(message, AGAIN) from error  # --debug shows zipfile's own error
-    what, tip = _zip_contents([member.filename for member in members])
+    names = [member.filename for member in members]
+    what, tip = _zip_contents(names)
     if what:
         raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)
-    # torch.save does not compress, so the sizes that the members claim can be compared with the
-    # file's size.
-    if (
-        any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        or _claimed_bytes(members) > size
-    ):
+    if "data.pkl" not in _inside(names):
+        return Kind.ARCHIVE
+    claimed = sum(member.file_size for member in members)
+    if claimed > unpacked_limit(size):
         message = (
-            f"{path} is a torch.save file that was compressed again, or whose members claim more"
-            " bytes than it has."
+            f"{path} is a compressed torch.save file whose members claim {claimed} bytes, far more"
+            f" than its {size} can contain."
         )
         raise CheckpointError(message, "Load and save it once with torch.load and torch.save.")
     return Kind.ZIP
 
 
-def _claimed_bytes(members: list[zipfile.ZipInfo]) -> int:
-    return sum(member.file_size for member in members)
+def unpacked_limit(packed: int) -> int:
+    """How many bytes may come out of a compressed file of ``packed`` bytes.
+
+    Weights shrink to a half at best, and those of a new network, which are zeros and ones in part,
+    to a tenth; a hostile file can claim a thousand times its size.
+    """
+    return 20 * packed + 2**18
+
+
+def checkpoints_among(names: list[str]) -> list[str]:
+    """The names that end as a checkpoint's do, without the hidden files that macOS adds."""
+    return [
+        name
+        for name in names
+        if name.lower().endswith(CHECKPOINT_SUFFIXES)
+        and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    ]
+
+
+def _inside(names: list[str]) -> set[str]:
+    """The names, and what they are called in a folder at the top."""
+    return {name.partition("/")[2] for name in names} | set(names)
 
 
 def _zip_contents(names: list[str]) -> tuple[str, str]:
@@ -157,7 +218,7 @@ def _zip_contents(names: list[str]) -> tuple[str, str]:
     Returns:
         What it is, and what to do about it; two empty strings for a checkpoint.
     """
-    inside = {name.partition("/")[2] for name in names} | set(names)
+    inside = _inside(names)
     if "constants.pkl" in inside:
         resave = "torch.save(torch.jit.load('file.pt').state_dict(), 'weights.pt')"
         return (
@@ -175,9 +236,14 @@ def _zip_contents(names: list[str]) -> tuple[str, str]:
     if "data.pkl" in inside:
         return "", ""
     if "model.weights.h5" in inside:
-        return "a Keras archive (.keras)", "Give the network's PyTorch weights."
+        return "a Keras archive (.keras)", _COPY.format("h5py")
     if any(name.endswith(".npy") for name in names):
         return "an archive of NumPy arrays (.npz)", _STATE_DICT
+    checkpoints = checkpoints_among(names)
+    if len(checkpoints) == 1:
+        return "", ""
+    if checkpoints:
+        return f"a zip archive of several checkpoints ({listing(checkpoints)})", _UNPACK
     return f"a zip archive without a checkpoint in it (it contains {listing(names)})", _UNPACK
 
 
@@ -201,11 +267,11 @@ def _as_text(head: bytes) -> str | None:
     return text if text and all(c.isprintable() or c in "\t\n\r\f" for c in text) else None
 
 
-def _text_file(file: BinaryIO, text: str | None) -> tuple[str, str] | None:
-    """What a text file is, and what to do about it; None if the file is binary, or a pickle."""
-    if text is None or (text[0] in "c(" and _pickle_file(file)):  # pickles of protocol 0 are text
+def _text_file(text: str | None) -> tuple[str, str] | None:
+    """What a text file is, and what to do about it; None if the file is binary."""
+    if text is None:
         return None
-    start = text.lstrip()[:200].lower()
+    start = text.lstrip()[:1000].lower()
     if start.startswith("version https://git-lfs"):
         return "a git-lfs pointer, not the file itself", "Run `git lfs pull` in its repository."
     if start.startswith(("<!doctype html", "<html")):
@@ -213,31 +279,46 @@ def _text_file(file: BinaryIO, text: str | None) -> tuple[str, str] | None:
             "a web page (HTML), perhaps the error page of a download",
             "Download the file itself.",
         )
-    if '"weight_map"' in text:
-        return (
-            "the index of a checkpoint in several files",
-            "Join its parts into one file and give that file.",
-        )
+    if start.startswith("<?xml") and "<net " in start:
+        return "an OpenVINO network (.xml)", _EXPORT_AGAIN
     return (
         f"a text file (it begins with {quote(text.strip()[:30])})",
         "Give the network's checkpoint.",
     )
 
 
-def _pickle_file(file: BinaryIO) -> tuple[str, str] | None:
-    """What a pickle that torch.save did not write is, and what to do about it.
+def _torch7_file(head: bytes) -> tuple[str, str] | None:
+    """What a file by Lua's Torch is: its objects begin with a version and the name of a class."""
+    if re.search(rb"V \d....(nn|torch|cudnn|cunn)\.", head, re.DOTALL):
+        return "a Torch7 file (.t7)", _COPY.format("torchfile")
+    return None
 
-    None if the file is not a pickle.
-    """
+
+def _is_torch_tar(file: BinaryIO) -> bool:
     file.seek(0)
-    first = file.read(2)
-    contents = scan_pickles(file, count=1)
-    if contents is None or not (first[:1] == b"\x80" or contents.globals):
-        return None
-    if contents.code:
-        return describe_code(contents)
-    resave = "obj = pickle.load(open('file.pkl', 'rb')); torch.save(obj, 'weights.pt')"
-    return "a plain pickle, not written by torch.save", f"If you trust it, save it again: {resave}"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            return {"storages", "tensors", "pickle"} <= set(tar.getnames())
+    except (tarfile.TarError, OSError, ValueError):
+        return False
+
+
+def _is_pickle(file: BinaryIO, head: bytes) -> bool:
+    """Whether a file is a pickle: of protocol 2 or later, or one in text form with an import."""
+    if len(head) > 2 and head[0] == 0x80 and head[1] <= 5:
+        return True
+    if head[:1] not in (b"(", b"c", b"}", b"]"):
+        return False
+    file.seek(0)
+    imports = 0
+    try:
+        for count, (opcode, _, _) in enumerate(pickletools.genops(file)):
+            imports += opcode.name in ("GLOBAL", "INST")
+            if count > _MOST_INSTRUCTIONS:
+                break
+    except Exception:  # the bytes of any other file can make the readers of genops raise anything
+        return False
+    return imports > 0
 
 
 def _protobuf_file(file: BinaryIO, size: int) -> tuple[str, str] | None:
@@ -258,7 +339,7 @@ def _protobuf_file(file: BinaryIO, size: int) -> tuple[str, str] | None:
             f"{_EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx.",
         )
     if fields == {1, 2}:  # SavedModel: 1 schema version, 2 meta graphs
-        return "a TensorFlow SavedModel", "Give the network's PyTorch weights."
+        return "a TensorFlow SavedModel", _EXPORT_AGAIN
     return None
 
 

@@ -28,24 +28,41 @@ class Layout:
         container: the kind of file.
         key: the keys under which the state dict lies, from the outside to the inside; none if the
             file is the state dict itself.
-        names: name of a tensor in the network → its name in the file, where they differ.
+        prefix: the text before every name in the file.
+        names: name of a tensor in the network → its name in the file, where that is not the
+            network's behind the prefix.
         counters: name of a counter in the file → its dtype and shape there, where they differ from
             the network's (int64, a scalar).
-        left: the number of entries beside the network's tensors, which are not written back.
+        lost: what a file that is written in this layout lacks of the one that was read, one phrase
+            each.
     """
 
     container: Container = "safetensors"
     key: tuple[str, ...] = ()
+    prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     counters: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    left: int = 0
+    lost: tuple[str, ...] = ()
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a network under the names, and in the forms, that the file has."""
-        named = {self.names.get(name, name): tensor for name, tensor in tensors.items()}
+        named = {
+            self.names.get(name, self.prefix + name): tensor for name, tensor in tensors.items()
+        }
         for name, (dtype, shape) in self.counters.items():
-            named[name] = named[name].to(getattr(torch, dtype)).reshape(shape)
+            if name in named:
+                named[name] = named[name].to(getattr(torch, dtype)).reshape(shape)
         return named
+
+    def read_back(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`named`."""
+        own = {there: name for name, there in self.names.items()}
+        return {
+            own.get(name, name.removeprefix(self.prefix)): (
+                tensor.reshape(()).to(torch.int64) if name in self.counters else tensor
+            )
+            for name, tensor in state.items()
+        }
 
     def wrapped(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict under the keys of the file."""
@@ -58,11 +75,12 @@ class Layout:
         return {
             "container": self.container,
             "key": list(self.key),
+            "prefix": self.prefix,
             "names": dict(self.names),
             "counters": {
                 name: [dtype, list(shape)] for name, (dtype, shape) in self.counters.items()
             },
-            "left": self.left,
+            "lost": list(self.lost),
         }
 
     @staticmethod
@@ -81,9 +99,10 @@ class Layout:
         return Layout(
             container=stored["container"],
             key=tuple(str(key) for key in stored["key"]),
+            prefix=str(stored["prefix"]),
             names={str(name): str(other) for name, other in stored["names"].items()},
             counters=counters,
-            left=int(stored["left"]),
+            lost=tuple(str(phrase) for phrase in stored["lost"]),
         )
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pathconvert.errors import CheckpointError
+from pathconvert.errors import CheckpointError, first_line
 
 EXPECTED = "expected a PyTorch checkpoint (.pt, .pth) or a .safetensors file"
 AGAIN = "Download or copy the file again, and compare its size with the original's."
@@ -16,10 +16,21 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
+        why = error.strerror or type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read: {reason}.", "Check the file's permissions."
+            f"{path} cannot be read: {why}.", "Check the file's permissions."
         ) from error
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """Text that may quote a file: printable, on one line, and of limited length."""
+    line = "".join(c if c.isprintable() else "?" for c in text).rstrip(".")
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, which may quote the file, as :func:`one_line` gives it."""
+    return one_line(first_line(error))
 
 
 def quote(text: object, limit: int = 80) -> str:

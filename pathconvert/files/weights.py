@@ -70,12 +70,6 @@ def _check_dtype(path: Path, name: str, tensor: Tensor) -> None:
         raise integer_weights(path, name, dtype)
 
 
-def is_quantized(name: object, value: object) -> bool:
-    """Whether an entry of a state dict is a quantized tensor, or the packed form of some."""
-    packed = isinstance(name, str) and "_packed_params" in name
-    return packed or (isinstance(value, Tensor) and value.is_quantized)
-
-
 def integer_weights(path: Path, name: object, dtype: str) -> CheckpointError:
     """The refusal of a file whose entry ``name`` is not floating-point."""
     message = (

@@ -1,24 +1,18 @@
 """Which networks are supported, and which of them has the tensors of a checkpoint.
 
-``architectures.json`` is an index of torchvision's networks. For each network it has the CRC-32 of
-``name:shape`` of every tensor (with auxiliary heads, without counters), where the number of classes
-shows, and which argument switches auxiliary heads on. ``make_index.py`` writes the index from the
-torchvision that is installed. The index only suggests candidates; each is then built, without
-initialising it, and compared with the checkpoint tensor by tensor.
+The index (``names_index.py``) only suggests candidates; each is then built, without initialising
+it, and compared with the checkpoint tensor by tensor.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
-import functools
-import json
 import re
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 import torch
@@ -26,6 +20,7 @@ from torch import Tensor, nn
 
 from pathconvert.conversion.tracing.ties import first_names
 from pathconvert.errors import ArchitectureError
+from pathconvert.files.refusals import one_line
 from pathconvert.networks.builders import (
     build_by_path,
     build_timm,
@@ -33,10 +28,15 @@ from pathconvert.networks.builders import (
     find_builder,
     timm_input_size,
 )
+from pathconvert.networks.names_index import COUNTER, matches
+from pathconvert.networks.names_index import Shapes as Shapes
+from pathconvert.networks.names_index import index as index
+from pathconvert.networks.names_index import modern_names as modern_names
+from pathconvert.networks.names_index import shapes_of as shapes_of
+from pathconvert.networks.probing import probed_on_meta
 
-INDEX_VERSION = 1
-COUNTER = "num_batches_tracked"
-Shapes = dict[str, tuple[int, ...]]
+PICKLED_MODULE = "pickled module"
+"""The name of the architecture of a module that only its own pickle can build."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Architecture:
     """How to build a network.
 
     Attributes:
-        name: a torchvision name, ``package.module:builder``, or ``timm/NAME``.
+        name: a torchvision name, ``package.module:builder``, ``timm/NAME``, or ``PICKLED_MODULE``.
         arguments: the keyword arguments of the builder, JSON-serialisable.
         input_size: the size of an input without the batch dimension; None if it is not known.
         task: classification, video, segmentation, detection or other.
@@ -69,36 +69,13 @@ class Entry:
     reason: str
 
 
-# ---- the index -----------------------------------------------------------------------------------
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """The shape of every tensor by name, without counters."""
-    return {
-        name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(COUNTER)
-    }
-
-
-def codes_of(shapes: Shapes) -> set[str]:
-    """The CRC-32 of every ``name:shape``, as eight hexadecimal digits: the index's codes."""
-    return {f"{zlib.crc32(f'{name}:{shape}'.encode()):08x}" for name, shape in shapes.items()}
-
-
-@functools.cache
-def index() -> dict[str, dict[str, Any]]:
-    """The index in ``architectures.json``: network → its entry."""
-    text = resources.files("pathconvert.networks").joinpath("architectures.json").read_text()
-    networks: dict[str, dict[str, Any]] = json.loads(text)["networks"]
-    return networks
-
-
 def is_known(name: str) -> bool:
-    """Whether ``name`` is the name of a torchvision network."""
+    """Whether ``name`` is the name of a network of the index: torchvision's, and a few of ours."""
     return name in index()
 
 
 def catalogue() -> list[Entry]:
-    """Every torchvision network, with the reason where it is not supported."""
+    """Every network of the index, with the reason where it is not supported."""
     return [
         Entry(name, entry["task"], not entry["reason"], entry["reason"])
         for name, entry in index().items()
@@ -106,43 +83,6 @@ def catalogue() -> list[Entry]:
 
 
 # ---- recognising ---------------------------------------------------------------------------------
-
-_OLD_NAMES: list[tuple[str, Any]] = [
-    (
-        r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)",
-        r"\1\2",
-    ),  # torchvision/models/densenet.py
-    (
-        r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)",
-        r"\1.0.\2",
-    ),  # ops/feature_pyramid_network.py
-    (r"(rpn\.head\.conv)\.(weight|bias)", r"\1.0.0.\2"),  # models/detection/rpn.py
-    (
-        r"(.*mask_head)\.mask_fcn(\d)\.(weight|bias)",
-        lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}",
-    ),  # mask_rcnn.py
-]
-_OLD_RETINANET = (
-    r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)",
-    lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}",
-)
-
-
-def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of old DenseNet and detection checkpoints.
-
-    They get the names that torchvision uses now. torchvision's own files still have the old names,
-    and it renames them while loading. The order is kept.
-    """
-    fcos = (
-        "head.classification_head.conv.1.weight" in tensors
-    )  # FCOS's GroupNorm; in FCOS ``conv.0.weight`` is a current name
-    rules = _OLD_NAMES if fcos else [*_OLD_NAMES, _OLD_RETINANET]
-    return {_modern(name, rules): tensor for name, tensor in tensors.items()}
-
-
-def _modern(name: str, rules: list[tuple[str, Any]]) -> str:
-    return next((re.sub(old, new, name) for old, new in rules if re.fullmatch(old, name)), name)
 
 
 def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) -> Architecture:
@@ -155,68 +95,97 @@ def recognise(tensors: Mapping[str, Tensor], *, num_classes: int | None = None) 
     Raises:
         ArchitectureError: no network has these tensors, or several have.
     """
-    shapes = shapes_of(tensors)
-    codes = codes_of(shapes)
-    scores = {name: _overlap(codes, entry["codes"]) for name, entry in index().items()}
-    ranked = sorted(scores, key=lambda name: -scores[name])
-    near = [
-        name for name in ranked if scores[name] >= 0.8 * scores[ranked[0]] and scores[name] > 0.2
-    ][:3]
-    if not near:
+    candidates = candidates_for(tensors, num_classes=num_classes)
+    if not candidates:
         raise ArchitectureError(
-            f"these {len(tensors)} tensors are not those of a torchvision network that pathconvert"
-            f" knows (the closest: {', '.join(ranked[:3])})",
+            f"nothing in these {len(tensors)} tensors resembles a torchvision network that"
+            " pathconvert knows",
             "Name the network: --arch package.module:builder, a function or class that builds it.",
         )
-    candidates = [_candidate(name, tensors, shapes, num_classes) for name in near]
-    exact = [candidate for candidate, differences in candidates if not differences]
+    exact = [candidate.architecture for candidate in candidates if not candidate.differences]
     if len(exact) == 1:
         return exact[0]
     if exact:
-        names = ", ".join(candidate.name for candidate in exact)
+        names = ", ".join(architecture.name for architecture in exact)
         raise ArchitectureError(
             f"these tensors fit several networks: {names}",
             f"Choose one, for example --arch {exact[0].name}",
         )
-    closest, differences = min(candidates, key=lambda pair: len(pair[1]))
+    closest = min(candidates, key=lambda candidate: len(candidate.differences))
+    others = [c.architecture.name for c in candidates if c is not closest]
     raise ArchitectureError(
-        f"no torchvision network has these tensors; the closest is {closest.name}"
-        f" ({_count(differences)}): " + "; ".join(differences[:3]),
-        "Other close networks:"
-        f" {', '.join(name for name in near if name != closest.name) or 'none'}. For a network of"
-        " your own: --arch package.module:builder",
+        f"no torchvision network has these tensors; the closest is {closest.described}",
+        f"Other close networks: {', '.join(others) or 'none'}. For a network of your own: --arch"
+        " package.module:builder",
     )
 
 
-def _overlap(codes: set[str], entry_codes: str) -> float:
-    """Jaccard index of two sets of codes."""
-    theirs = {entry_codes[i : i + 8] for i in range(0, len(entry_codes), 8)}
-    return len(codes & theirs) / len(codes | theirs)
+@dataclass(frozen=True)
+class Candidate:
+    """A network of the index that resembles some tensors.
 
-
-def _candidate(
-    name: str, tensors: Mapping[str, Tensor], shapes: Shapes, num_classes: int | None
-) -> tuple[Architecture, list[str]]:
-    """Compare a candidate with the tensors.
-
-    Returns:
-        The network with its arguments read from the tensors, and how its own tensors differ from
-        them.
+    Attributes:
+        architecture: the network, with its arguments read from the tensors.
+        differences: how its own tensors differ from them, one text each; none if it has exactly
+            these tensors.
     """
-    architecture = fit_arguments(name, tensors, shapes, num_classes)
-    return architecture, differences_to(_shape_model(architecture), tensors)
+
+    architecture: Architecture
+    differences: tuple[str, ...]
+
+    @property
+    def described(self) -> str:
+        """``resnet18 (2 differences): fc.weight is missing; fc.bias is missing``, for messages."""
+        return described(self.architecture.name, self.differences)
 
 
-def _shape_model(architecture: Architecture) -> nn.Module:
-    """Build on the meta device where the constructor allows it.
+def described(name: str, differences: Sequence[str]) -> str:
+    """A network, how many differences it has to some tensors, and the first three."""
+    count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
+    return one_line(f"{name} ({count}): " + "; ".join(differences[:3]), 1000)
 
-    SSD's constructor runs the network, and RegNet's needs real tensors.
+
+def candidates_for(
+    tensors: Mapping[str, Tensor],
+    *,
+    num_classes: int | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Candidate]:
+    """The networks of the index that resemble some tensors, compared with them; best first.
+
+    Args:
+        tensors: a state dict, with names as :func:`modern_names` returns them.
+        num_classes: the number of classes; overrides the number that the tensors show.
+        names: the networks to compare; None for those that have most tensors in common, at most
+            three.
+
+    Raises:
+        ArchitectureError: ``num_classes`` is less than 1.
     """
-    try:
-        with torch.device("meta"):
-            return build_torchvision(architecture.name, architecture.arguments)
-    except (RuntimeError, ArchitectureError):
-        return build(architecture)
+    shapes = shapes_of(tensors)
+    if names is None:
+        found = matches(shapes)
+        best = found[0].share if found else 0.0
+        names = [m.name for m in found if m.share >= 0.8 * best and m.share > 0.2][:3]
+    fitted = [fit_arguments(name, tensors, shapes, num_classes) for name in names]
+    return [Candidate(one, tuple(differences_to(shape_model(one), tensors))) for one in fitted]
+
+
+def shape_model(architecture: Architecture) -> nn.Module:
+    """Build a network for its names and shapes: on the meta device where that works.
+
+    RegNet's constructor needs real tensors, as a user's may.
+
+    Raises:
+        ArchitectureError: as :func:`build`.
+    """
+    if is_known(architecture.name):
+        try:
+            with torch.device("meta"):
+                return build(architecture)
+        except (RuntimeError, ArchitectureError):
+            pass
+    return build(architecture)
 
 
 def fit_arguments(
@@ -249,10 +218,6 @@ def fit_arguments(
             k: v for k, v in arguments.items() if v is not False or k != "frozen_batch_norm"
         }
     return Architecture(name, arguments, tuple(entry["input_size"]), entry["task"])
-
-
-def _count(differences: list[str]) -> str:
-    return "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
 
 
 def differences_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -298,7 +263,7 @@ def resolve(
         ArchitectureError: there is no such network, or its arguments cannot be read.
     """
     given = {} if num_classes is None else {"num_classes": num_classes}
-    name, arguments = _called(name)
+    name, arguments = called(name)
     if name.startswith("timm/"):
         return Architecture(name, given, input_size or timm_input_size(name), "classification")
     if ":" in name:
@@ -322,29 +287,38 @@ def resolve(
     return Architecture(name, arguments, input_size or architecture.input_size, architecture.task)
 
 
-def _called(name: str) -> tuple[str, dict[str, Any]]:
+def called(name: str) -> tuple[str, dict[str, Any]]:
     """Split ``googlenet(transform_input=True)``; any other text is a name without arguments.
+
+    A value that is not a Python literal is a text: ``resnet18(stem=cifar)``.
 
     Returns:
         The name and the arguments.
 
     Raises:
-        ArchitectureError: the arguments are not keyword arguments with literal values.
+        ArchitectureError: the arguments are not of the form ``name=value, name=value``.
     """
     found = re.fullmatch(r"(\w+)\((.*)\)", name)
     if not found:
         return name, {}
+    arguments: dict[str, Any] = {}
+    # a comma separates arguments where another name= follows
+    for part in re.split(r",\s*(?=\w+\s*=)", found[2]) if found[2].strip() else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier() or not value.strip(" ,"):
+            raise ArchitectureError(
+                f"--arch {name}: the arguments cannot be read",
+                "Write them as in --arch 'googlenet(transform_input=True)'",
+            )
+        arguments[key.strip()] = _literal(value.strip(" ,"))
+    return found[1], arguments
+
+
+def _literal(text: str) -> Any:
     try:
-        call = ast.parse(f"f({found[2]})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError
-        return found[1], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, AssertionError):
-        raise ArchitectureError(
-            f"--arch {name}: the arguments cannot be read",
-            "Write them as in --arch 'googlenet(transform_input=True)'",
-        ) from None
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def build(architecture: Architecture) -> nn.Module:
@@ -363,13 +337,15 @@ def build(architecture: Architecture) -> nn.Module:
         raise ArchitectureError(
             f"{architecture.name!r} is not a network that pathconvert knows", "Name it with --arch."
         )
-    return build_torchvision(architecture.name, architecture.arguments)
+    with probed_on_meta():
+        return build_torchvision(architecture.name, architecture.arguments)
 
 
 def load_tensors(
     architecture: Architecture,
     tensors: Mapping[str, Tensor],
     change: Callable[[nn.Module], nn.Module] = lambda model: model,
+    template: nn.Module | None = None,
 ) -> nn.Module:
     """Build the network with these tensors, in their dtypes and in evaluation mode.
 
@@ -380,16 +356,20 @@ def load_tensors(
         tensors: its state dict.
         change: turns the stock network into the form whose state dict ``tensors`` is; by default it
             stays as it is.
+        template: the stock network, of which a copy is made if the architecture is that of a
+            pickled module; None if there is none.
 
     Raises:
         ArchitectureError: the tensors are not the network's.
     """
-    model = change(build(architecture))
+    if architecture.name == PICKLED_MODULE and template is not None:
+        model = change(copy.deepcopy(template))
+    else:
+        model = change(build(architecture))
     differences = differences_to(model, tensors)
     if differences:
         raise ArchitectureError(
-            f"the tensors are not those of {architecture.name} ({_count(differences)}): "
-            + "; ".join(differences[:3]),
+            f"the tensors are not those of {described(architecture.name, differences)}",
             "Check --arch and --num-classes.",
         )
     counters = {
@@ -404,9 +384,23 @@ def load_tensors(
     first = first_names(model)
     model.load_state_dict(complete, strict=True, assign=True)
     _tie(model, first, architecture)
+    _cast_other_buffers(model)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def _cast_other_buffers(model: nn.Module) -> None:
+    """Give buffers that no file holds the parameters' dtype, as ``model.half()`` would.
+
+    timm's blurred pooling keeps its kernel in one.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    stored = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        if len(dtypes) == 1 and name not in stored and buffer.is_floating_point():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, buffer.to(next(iter(dtypes))))
 
 
 def _tie(model: nn.Module, first: Mapping[str, str], architecture: Architecture) -> None:

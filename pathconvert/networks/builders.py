@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -17,35 +18,148 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.errors import ArchitectureError, class_and_text, first_line
+from pathconvert.networks import cifar, folded, heads, resizing
 
 # ---- torchvision's networks ----------------------------------------------------------------------
+
+
+#: Arguments of ours that change a network after its builder has made it.
+CHANGES = (
+    "batch_norm",
+    "batch_norm_kept",
+    "in_channels",
+    "stem",
+    "avgpool",
+    "biases",
+    "widths",
+    "head",
+    "head_at",
+)
 
 
 def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Build a torchvision network without weights and without initialising its parameters.
 
+    The networks of ``networks/cifar.py`` are built in the same way. Beside the arguments of the
+    builder there are those that change the network afterwards:
+
+    ===================  =========================================================================
+    ``in_channels``      the number of channels of the input
+    ``stem``             another first convolution (``networks/resizing.py`` has the notation)
+    ``avgpool``          the side of the feature map that the classifier of a VGG or AlexNet
+                         reads; ``concat`` for fastai's pooling in other networks
+    ``biases``           layer → whether it has a bias
+    ``widths``           layer → the sizes of its weight (:func:`resizing.set_widths`)
+    ``head``             another classifier (``networks/heads.py`` has the notation)
+    ``head_at``          the module that ``head`` replaces; by default the whole classifier
+    ``batch_norm``       ``folded``: convolutions with a bias in place of BatchNorms
+    ``batch_norm_kept``  BatchNorms that were not folded
+    ===================  =========================================================================
+
+    ``num_classes`` is also the number of outputs of a head that is given.
+
     Raises:
-        ArchitectureError: torchvision does not accept the arguments.
+        ArchitectureError: torchvision does not accept the arguments, or the network cannot be
+            changed as they say.
     """
     options = dict(arguments)
+    changes = {key: options.pop(key) for key in CHANGES if key in options}
     frozen, eps = (
         options.pop("frozen_batch_norm", False),
         options.pop("frozen_batch_norm_eps", 1e-5),
     )
-    accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
-    if "weights_backbone" in accepted:
-        options["weights_backbone"] = None
+    builder = cifar.BUILDERS.get(name)
+    if builder is None:
+        builder = functools.partial(torchvision.models.get_model, name, weights=None)
+        accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+        if "weights_backbone" in accepted:
+            options["weights_backbone"] = None
     try:
         with _uninitialised():
-            model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    except (TypeError, ValueError) as error:  # the arguments may come from a file
-        raise ArchitectureError(
+            model: nn.Module = builder(**options)
+            _change(model, name, changes, options.get("num_classes"))
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ArchitectureError(  # the arguments may come from a file
             f"torchvision cannot build {name} with {dict(arguments)}: {class_and_text(error)}",
             "Name the network with --arch.",
         ) from error
     if frozen:
         _freeze_batch_norm(model.get_submodule("backbone.body"), eps)
     return model.eval()
+
+
+def _change(
+    model: nn.Module, name: str, changes: Mapping[str, Any], num_classes: int | None
+) -> None:
+    """Change a stock network in place.
+
+    Args:
+        model: the network.
+        name: of the network.
+        changes: the arguments in ``CHANGES``.
+        num_classes: the number of outputs of a new head; None for the number that it says.
+
+    Raises:
+        ArchitectureError: a change is not written in its notation, or the network does not have
+            what it changes.
+    """
+    if "batch_norm" in changes:
+        if changes["batch_norm"] != "folded":
+            raise ValueError(f"batch_norm={changes['batch_norm']!r} is not 'folded'")
+        folded.fold_structure(model, changes.get("batch_norm_kept", ()))
+    if "in_channels" in changes:
+        resizing.set_in_channels(model, changes["in_channels"])
+    if "stem" in changes:
+        resizing.set_stem(model, changes["stem"])
+    if "avgpool" in changes:
+        resizing.set_avgpool(model, changes["avgpool"])
+    resizing.set_biases(model, changes.get("biases", {}))
+    resizing.set_widths(model, changes.get("widths", {}))
+    if "head" in changes:
+        place = head_place(model, name, changes.get("head_at"))
+        features = heads.features_of(model.get_submodule(place))
+        if changes.get("avgpool") == "concat":
+            features *= 2
+        head = heads.parse(changes["head"])
+        if num_classes is not None:
+            head = heads.with_outputs(head, num_classes)
+        resizing.replace(model, place, heads.build(head, features))
+
+
+def classifier_of(model: nn.Module) -> str | None:
+    """The module that computes a classifier's classes from features; None in other networks."""
+    if hasattr(model, "backbone"):  # a segmentation network's classifier reads a feature map
+        return None
+    for place in ("fc", "classifier", "linear"):
+        if isinstance(getattr(model, place, None), nn.Linear | nn.Sequential):
+            return place
+    return None
+
+
+def head_place(model: nn.Module, name: str, place: str | None) -> str:
+    """The module that another head replaces.
+
+    Args:
+        model: the stock network.
+        name: of the network.
+        place: the module that the user, or a file, names; None for the whole classifier.
+
+    Raises:
+        ArchitectureError: the network has no classifier, or ``place`` is not a module of it.
+    """
+    root = classifier_of(model)
+    if root is None:
+        raise ArchitectureError(
+            f"{name} has no classifier that could be replaced",
+            "Leave out head=, or name a builder of your own: --arch package.module:builder",
+        )
+    places = [module for module, _ in model.named_modules() if f"{module}.".startswith(f"{root}.")]
+    if place is not None and place not in places:
+        raise ArchitectureError(
+            f"{name}: head_at={place} is not a part of its classifier",
+            f"Choose one of {', '.join(places)}, or leave head_at out for {root}.",
+        )
+    return place or root
 
 
 def _freeze_batch_norm(module: nn.Module, eps: float) -> None:

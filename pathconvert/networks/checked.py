@@ -28,11 +28,14 @@ from pathconvert.conversion.reparameterize import Conversion, reparameterize, re
 from pathconvert.conversion.whole import require_same_whole
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files.weights import tensors_digest
+from pathconvert.files.writing import BARE
+from pathconvert.networks.adjusting import summary
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.images import folder_images
 from pathconvert.networks.inputs import load_images, random_input
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.saving import save_converted, save_plain
+from pathconvert.networks.way_out import layout_of
 from pathconvert.path_bn.entering import to_path_bn
 from pathconvert.path_bn.restoring import restore
 from pathconvert.path_bn.skip_scale import with_skip_scale
@@ -166,11 +169,21 @@ def _require_equality(
 
 
 def save_checked(
-    converted: Conversion | nn.Module, network: LoadedNetwork, path: Path, *, force: bool
+    converted: Conversion | nn.Module,
+    network: LoadedNetwork,
+    path: Path,
+    *,
+    force: bool,
+    keep_wrapper: bool = False,
 ) -> EquivalenceReport:
     """Write a network, after checking that what was written equals the original.
 
-    The network is a conversion, or in Path-BN form.
+    Args:
+        converted: a conversion, or a network in Path-BN form.
+        network: the network that was converted.
+        path: of the file.
+        force: replace a file that exists.
+        keep_wrapper: write the tensors under the key, prefix and names of ``network``'s file.
 
     Raises:
         EquivalenceError: it differs from the original; no file is left behind.
@@ -186,7 +199,8 @@ def save_checked(
             )
         )
 
-    save_converted(converted, network, path, force=force, check=check)
+    layout = (layout_of(network) if keep_wrapper else None) or BARE
+    save_converted(converted, network, path, force=force, check=check, layout=layout)
     return reports[0]
 
 
@@ -261,9 +275,9 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
         b.architecture.name,
         b.architecture.arguments,
     ):
+        names = (summary(x.architecture.name, x.architecture.arguments) for x in (a, b))
         raise PathconvertError(
-            f"the networks have different architectures: {a.architecture.name}"
-            f" {a.architecture.arguments} and {b.architecture.name} {b.architecture.arguments}",
+            f"the networks have different architectures: {' and '.join(names)}",
             "verify compares two forms of one network.",
         )
     if a.record and not b.record:

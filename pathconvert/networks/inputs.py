@@ -59,17 +59,38 @@ def load_images(
         CheckpointError: a file is not an intact image.
         PathconvertError: the network does not take images, or its input size is not known.
     """
+    size = image_size_of(architecture)
+    recipe = preprocessing or assumed(architecture)
+    if recipe.crop is None:  # segmentation: all images of a batch need one size
+        recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
+    placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]
+    return recipe.normalise(torch.stack(placed))
+
+
+def image_size_of(architecture: Architecture) -> tuple[int, int, int]:
+    """Channels, height and width of an input.
+
+    Raises:
+        PathconvertError: the network does not take images, or its input size is not known.
+    """
     size = size_of(architecture)
     if len(size) != 3 or size[0] not in (1, 3):
         shown = "x".join(map(str, size))
         raise PathconvertError(
             f"{architecture.name} takes inputs of size {shown}, not images", "Leave out the images."
         )
-    recipe = preprocessing or Preprocessing.plain(size)
-    if preprocessing is None and size[0] == 3 and architecture.task not in ("other", "detection"):
+    return size[0], size[1], size[2]
+
+
+def assumed(architecture: Architecture) -> Preprocessing:
+    """How :func:`load_images` prepares images for a network of which nothing is known.
+
+    Raises:
+        PathconvertError: the network does not take images, or its input size is not known.
+    """
+    size = image_size_of(architecture)
+    plain = Preprocessing.plain(size)
+    if size[0] == 3 and architecture.task not in ("other", "detection"):
         # detectors normalise by themselves
-        recipe = replace(recipe, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if recipe.crop is None:  # segmentation: all images of a batch need one size
-        recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
-    placed = [recipe.place(whole_levels(read_image(path, size[0]).pixels)) for path in paths]
-    return recipe.normalise(torch.stack(placed))
+        return replace(plain, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return plain

@@ -6,23 +6,43 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pathconvert.choices import Form
+from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.record import Record, attach_record
 from pathconvert.errors import ArchitectureError, CheckpointError
 from pathconvert.files.checkpoint import Checkpoint, read_checkpoint
 from pathconvert.files.weights import check_weights
 from pathconvert.networks import architectures
 from pathconvert.networks.architectures import Architecture
-from pathconvert.networks.metadata import check_version, own_labels, own_preprocessing
-from pathconvert.networks.preprocessing import Preprocessing, labels_for
-from pathconvert.networks.pretrained import TRANSFORMING, is_pretrained_file, pretrained
+from pathconvert.networks.metadata import (
+    check_version,
+    known_labels,
+    known_preprocessing,
+    own_labels,
+    own_preprocessing,
+)
+from pathconvert.networks.names import View
+from pathconvert.networks.names_given import find_named, find_stored
+from pathconvert.networks.names_identity import (
+    check_config,
+    check_module,
+    own_architecture,
+    with_suggestion,
+)
+from pathconvert.networks.names_layouts import refuse_other_functions
+from pathconvert.networks.names_modules import class_of, settings_of
+from pathconvert.networks.names_notes import describe
+from pathconvert.networks.preprocessing import Preprocessing
+from pathconvert.networks.pretrained import TRANSFORMING, as_pretrained, pretrained
+from pathconvert.networks.recognition import Found, find
 from pathconvert.path_bn.form import has_path_bn, insert_path_bn, leave_path_bn
 
 
@@ -36,12 +56,17 @@ class LoadedNetwork:
         checkpoint: the file; None if torchvision provided the weights.
         tensor_names: the names of the source's tensors in its order (old checkpoints lack
             ``num_batches_tracked``); if the source is in Path-BN form, those of the stock network.
+        view: how the names and tensors of the file became these; None without a file, and for a
+            pickled module that was itself taken.
+        notes: what was taken from the file and what was left out, one sentence each.
     """
 
     model: nn.Module
     architecture: Architecture
     checkpoint: Checkpoint | None
     tensor_names: tuple[str, ...]
+    view: View | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def metadata(self) -> dict[str, Any] | None:
@@ -74,23 +99,18 @@ class LoadedNetwork:
     def preprocessing(self) -> Preprocessing | None:
         """The preprocessing for the architecture's size.
 
-        It is what the network was fine-tuned with, else what torchvision's weights expect. None if
-        neither is known.
+        It is what the file records, else what torchvision's weights expect. None if neither is
+        known.
         """
-        own = own_preprocessing(self.checkpoint)
-        if own is None:
-            return Preprocessing.for_architecture(self.architecture)
-        size = self.architecture.input_size
-        return own.at((size[1], size[2])) if size and len(size) == 3 else own
+        return known_preprocessing(self.checkpoint, self.architecture)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The classes that the network was fine-tuned on, else those of torchvision's weights.
+        """The classes that the file records, else those of torchvision's weights.
 
         None without either.
         """
-        own = own_labels(self.checkpoint)
-        return labels_for(self.architecture) if own is None else own
+        return known_labels(self.checkpoint, self.architecture)
 
     @property
     def doubt(self) -> str | None:
@@ -118,9 +138,9 @@ class LoadedNetwork:
         return own_preprocessing(self.checkpoint) is not None
 
     def tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors of another network of this architecture, under the source's names."""
-        state = model.state_dict()
-        return {name: state[name] for name in self.tensor_names}
+        """The source's tensors in another network of this architecture, in that network's order."""
+        there = set(self.tensor_names)
+        return {name: tensor for name, tensor in model.state_dict().items() if name in there}
 
 
 def open_network(
@@ -131,26 +151,29 @@ def open_network(
     input_size: tuple[int, ...] | None = None,
     key: str | None = None,
     trust_pickle: bool = False,
+    prefix: str | None = None,
 ) -> LoadedNetwork:
     """Load a network from a file, or a torchvision network with its default weights by name.
 
     Args:
-        source: a file (.pt, .pth, .safetensors), the folder of a fine-tuning run, of which the best
-            network is loaded, or a torchvision name such as ``resnet50`` if there is no file of
-            that name.
+        source: a file (.pt, .pth, .safetensors), a folder with a checkpoint in it, the folder of a
+            fine-tuning run, of which the best network is loaded, or a torchvision name such as
+            ``resnet50`` if there is no file of that name.
         arch: the network, if its tensors do not identify it: a torchvision name,
             ``package.module:builder`` or ``timm/NAME``.
         num_classes: the number of classes; overrides the number that the tensors show.
         input_size: overrides the architecture's input size; without the batch dimension.
         key: the wrapper key to take from the dictionary of a training script.
-        trust_pickle: also load pickled modules, which runs their code.
+        trust_pickle: also load pickled modules, which runs their code; a module that is loaded so
+            is taken itself, and not built anew.
+        prefix: take only the tensors with this prefix (``encoder_q.``).
 
     Raises:
         CheckpointError: there is no such file, or it cannot be read as a checkpoint.
         ArchitectureError: the network cannot be recognised or built, or does not have these
             tensors.
     """
-    if Path(source).is_dir():
+    if Path(source).is_dir() and _trained_files(Path(source), "best"):
         source = trained_file(Path(source))
     if not Path(source).exists() and arch is None and architectures.is_known(str(source)):
         architecture, model = pretrained(str(source))
@@ -162,27 +185,62 @@ def open_network(
     checkpoint = read_checkpoint(source, key=key, trust_pickle=trust_pickle)
     own_preprocessing(checkpoint)  # damaged metadata is refused here, before the network is built
     own_labels(checkpoint)
-    tensors = architectures.modern_names(checkpoint.tensors)
+    if checkpoint.trusted is not None and arch is None and checkpoint.metadata is None:
+        return _module_itself(checkpoint, checkpoint.trusted, input_size)
+    found = _find(checkpoint, arch, num_classes, input_size, prefix)
+    tensors = found.view.tensors
     check_weights(checkpoint.path, tensors)
-    architecture = _architecture_of(checkpoint, tensors, arch, num_classes, input_size)
-    model = build_form(architecture, tensors, checkpoint)
+    model = build_form(found.architecture, tensors, checkpoint)
     names = tuple(leave_path_bn(model).state_dict()) if has_path_bn(model) else tuple(tensors)
-    return LoadedNetwork(model, _sized(architecture, input_size), checkpoint, names)
+    notes = describe(found, checkpoint, key)
+    if arch is None and checkpoint.metadata is None:
+        notes += _check_identity(checkpoint, found)
+    architecture = _sized(found.architecture, input_size)
+    return LoadedNetwork(model, architecture, checkpoint, names, found.view, tuple(notes))
 
 
 def build_form(
-    architecture: Architecture, tensors: Mapping[str, Tensor], checkpoint: Checkpoint
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    template: nn.Module | None = None,
 ) -> nn.Module:
-    """Build the network in the form that the file is in: plain, path or Path-BN."""
+    """Build the network in the form that the file is in: plain, path or Path-BN.
+
+    Args:
+        architecture: the network.
+        tensors: its tensors, in the form that the file is in.
+        checkpoint: the file.
+        template: a network in the stock form, of which a copy is made if the architecture is that
+            of a pickled module, which cannot be built.
+    """
     record = recorded_in(checkpoint)
     if record is not None and record.path_bn is not None:
         return architectures.load_tensors(
-            architecture, tensors, lambda stock: insert_path_bn(stock, record)
+            architecture, tensors, lambda stock: insert_path_bn(stock, record), template
         )
-    model = architectures.load_tensors(architecture, tensors)
+    model = architectures.load_tensors(architecture, tensors, template=template)
     if record is not None:
         attach_record(model, record)
     return model
+
+
+def _module_itself(
+    checkpoint: Checkpoint, trusted: nn.Module, input_size: tuple[int, ...] | None
+) -> LoadedNetwork:
+    """A pickled module that the user trusts."""
+    model = unwrapped(trusted).eval()
+    tensors = model.state_dict()
+    check_weights(
+        checkpoint.path,
+        {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    known = own_architecture(model)
+    note = f"taking the pickled module itself, of the class {class_of(model)}"
+    architecture = _sized(known or Architecture(architectures.PICKLED_MODULE), input_size)
+    return LoadedNetwork(model, architecture, checkpoint, tuple(tensors), None, (note,))
 
 
 def recorded_in(checkpoint: Checkpoint | None) -> Record | None:
@@ -212,7 +270,8 @@ def _sized(architecture: Architecture, input_size: tuple[int, ...] | None) -> Ar
     if input_size is None:
         return architecture
     if architectures.is_known(architecture.name):
-        usual = tuple(architectures.index()[architecture.name]["input_size"])
+        stock = tuple(architectures.index()[architecture.name]["input_size"])
+        usual = architecture.input_size or stock
         if (len(input_size), input_size[0]) != (len(usual), usual[0]):
             given, expected = ("x".join(map(str, size)) for size in (input_size, usual))
             raise ArchitectureError(
@@ -222,20 +281,83 @@ def _sized(architecture: Architecture, input_size: tuple[int, ...] | None) -> Ar
     return dataclasses.replace(architecture, input_size=input_size)
 
 
-def _architecture_of(
+def _find(
     checkpoint: Checkpoint,
-    tensors: Mapping[str, Tensor],
     arch: str | None,
     num_classes: int | None,
     input_size: tuple[int, ...] | None,
-) -> Architecture:
-    if arch is not None:
-        named = architectures.resolve(arch, tensors, num_classes=num_classes, input_size=input_size)
-        return _as_pretrained(named, checkpoint)
-    if checkpoint.metadata is None:
-        return _as_pretrained(architectures.recognise(tensors, num_classes=num_classes), checkpoint)
+    prefix: str | None,
+) -> Found:
+    """The network in a file.
+
+    Raises:
+        ArchitectureError: it is not recognised, or is not the one that was named.
+        CheckpointError: the weights are quantized, which is why it is not recognised.
+    """
+    where = _where(checkpoint)
+    tensors = checkpoint.tensors
+    if checkpoint.metadata is not None:
+        if arch is None:
+            known = _stored_architecture(checkpoint)
+        else:
+            known = architectures.resolve(
+                arch, tensors, num_classes=num_classes, input_size=input_size
+            )
+        return find_stored(known, tensors, where, _form_of(checkpoint))
+    try:
+        if arch is not None:
+            found = find_named(
+                arch, tensors, where, num_classes=num_classes, input_size=input_size, prefix=prefix
+            )
+        else:
+            refuse_other_functions(tensors, where)
+            found = find(tensors, where, num_classes=num_classes, prefix=prefix)
+    except ArchitectureError as error:
+        _refuse_integers(checkpoint)
+        raise (with_suggestion(error, checkpoint.config) if arch is None else error) from None
+    architecture = as_pretrained(found.architecture, checkpoint.sha256)
+    return dataclasses.replace(found, architecture=architecture)
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    """The file and what was taken from it so far, for messages."""
+    taken = [f"the weights under {checkpoint.key!r}"] if checkpoint.key else []
+    taken += [f"prefix {checkpoint.prefix!r} removed"] if checkpoint.prefix else []
+    return f"{checkpoint.path} ({', '.join(taken)})" if taken else str(checkpoint.path)
+
+
+def _form_of(checkpoint: Checkpoint) -> Callable[[nn.Module], nn.Module]:
+    """What turns a stock network into the form that a file of ours is in."""
+    record = recorded_in(checkpoint)
+    if record is None or record.path_bn is None:
+        return lambda stock: stock
+    return lambda stock: insert_path_bn(stock, record)
+
+
+def _refuse_integers(checkpoint: Checkpoint) -> None:
+    """Refuse a file with 8-bit weights as such, and not because it is unknown."""
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 1:
+            check_weights(checkpoint.path, {name: tensor})
+
+
+def _check_identity(checkpoint: Checkpoint, found: Found) -> list[str]:
+    """Compare the recognised network with what the file says of it beside the tensors."""
+    where, architecture = _where(checkpoint), found.architecture
+    notes = check_config(checkpoint.config, architecture, where)
+    if found.view.layout and found.view.layout.assumed and not checkpoint.config:
+        notes.append(found.view.layout.assumed)
+    return notes + check_module(checkpoint.module, architecture, settings_of(checkpoint), where)
+
+
+def _stored_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture that a file of ours records.
+
+    Raises:
+        ArchitectureError: it records none.
+    """
     check_version(checkpoint)
-    stored = checkpoint.metadata.get("architecture")
+    stored = (checkpoint.metadata or {}).get("architecture")
     if stored is None:
         raise ArchitectureError(
             f"{checkpoint.path} does not say how to build its network",
@@ -246,22 +368,6 @@ def _architecture_of(
     return Architecture(
         stored["name"], stored["arguments"], tuple(size) if size else None, stored["task"]
     )
-
-
-def _as_pretrained(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """The architecture, with ``transform_input=True`` if the file needs it.
-
-    Some of torchvision's own weights do.
-    """
-    if (
-        architecture.name in TRANSFORMING
-        and "transform_input" not in architecture.arguments
-        and is_pretrained_file(architecture.name, checkpoint.sha256)
-    ):
-        return dataclasses.replace(
-            architecture, arguments=architecture.arguments | {"transform_input": True}
-        )
-    return architecture
 
 
 def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | None]:
@@ -288,10 +394,14 @@ def trained_file(folder: Path, name: str = "best") -> Path:
     Raises:
         CheckpointError: the folder contains no such file.
     """
-    for path in (folder / f"{name}.path.safetensors", folder / f"{name}.safetensors"):
-        if path.is_file():
-            return path
+    for path in _trained_files(folder, name):
+        return path
     raise CheckpointError(
         f"{folder} is a folder without {name}.path.safetensors",
         "Give a file, or the folder of a finetune run.",
     )
+
+
+def _trained_files(folder: Path, name: str) -> list[Path]:
+    paths = (folder / f"{name}.path.safetensors", folder / f"{name}.safetensors")
+    return [path for path in paths if path.is_file()]

@@ -11,8 +11,14 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from pathconvert.networks.architectures import INDEX_VERSION, codes_of, shapes_of
+from pathconvert.networks import cifar
 from pathconvert.networks.builders import build_torchvision
+from pathconvert.networks.names_index import (
+    INDEX_VERSION,
+    codes_of,
+    layer_codes_of,
+    shapes_of,
+)
 
 _UNSUPPORTED = {
     "mobilenet_v2": "ReLU6 is not positively homogeneous",
@@ -54,22 +60,23 @@ def _input_size(name: str, task: str) -> tuple[int, ...]:
 
 
 def _names() -> list[str]:
-    """torchvision's networks without quantized versions and optical flow."""
+    """torchvision's networks without quantized versions and optical flow, and those of ours."""
     return [
         name
         for name in torchvision.models.list_models()
         if not name.startswith(("quantized_", "raft_"))
-    ]
+    ] + list(cifar.BUILDERS)
 
 
 def describe(name: str) -> dict[str, Any]:
     """The index entry of a network, found by building it with two different numbers of classes."""
-    builder = torchvision.models.get_model_builder(name)
+    own = cifar.BUILDERS.get(name)
+    builder = own or torchvision.models.get_model_builder(name)
     auxiliary = next((argument for argument in _AUXILIARY if _takes(builder, argument)), None)
     arguments: dict[str, Any] = {auxiliary: True} if auxiliary else {}
     if _takes(builder, "init_weights"):
         arguments["init_weights"] = False
-    task = _task(builder)
+    task = "classification" if own else _task(builder)
     few, many = (
         shapes_of(build_torchvision(name, arguments | {"num_classes": n}).state_dict())
         for n in (7, 11)
@@ -91,11 +98,12 @@ def describe(name: str) -> dict[str, Any]:
     assert rest == 0, name
     entry = {
         "task": task,
-        "input_size": _input_size(name, task),
+        "input_size": (3, 32, 32) if own else _input_size(name, task),
         "arguments": {k: v for k, v in arguments.items() if k != auxiliary},
         "head": [*head, slope, few[head[0]][head[1]] - 7 * slope],
         "reason": _reason(name),
         "codes": "".join(sorted(codes_of(few))),
+        "layers": "".join(sorted(layer_codes_of(few))),
     }
     if auxiliary:
         entry["auxiliary"] = [auxiliary, prefixes]
@@ -107,10 +115,8 @@ def _takes(builder: Callable[..., nn.Module], argument: str) -> bool:
     parameters = inspect.signature(builder).parameters
     if argument in parameters:
         return True
-    return argument in ("aux_logits", "init_weights") and builder.__name__ in (
-        "googlenet",
-        "inception_v3",
-    )
+    name = getattr(builder, "__name__", "")
+    return argument in ("aux_logits", "init_weights") and name in ("googlenet", "inception_v3")
 
 
 def write_index(path: Path) -> None:

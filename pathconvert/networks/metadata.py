@@ -9,10 +9,11 @@ It is a JSON object with a format version of its own::
     record           the conversion record (conversion/record.py); null for a network that was
                      trained without a conversion
 
-A network that was fine-tuned also has::
+A network that was fine-tuned also has all of these, and any other one what its user said of its
+images::
 
     training         the settings of the run and what was measured; optional
-    preprocessing    how its images were prepared (preprocessing.py)
+    preprocessing    how its images are prepared (preprocessing.py)
     labels           its classes in the order of the logits
 """
 
@@ -31,7 +32,8 @@ from pathconvert.files.checkpoint import Checkpoint
 from pathconvert.files.refusals import AGAIN
 from pathconvert.formats import require_format
 from pathconvert.networks.architectures import Architecture
-from pathconvert.networks.preprocessing import Preprocessing
+from pathconvert.networks.configured import configured_labels, configured_preprocessing
+from pathconvert.networks.preprocessing import Preprocessing, for_weights, labels_of
 from pathconvert.version import __version__
 
 FORMAT_VERSION = 1
@@ -98,6 +100,64 @@ def own_labels(checkpoint: Checkpoint | None) -> tuple[str, ...] | None:
     if not isinstance(stored, list) or not all(isinstance(label, str) for label in stored):
         raise _damaged(checkpoint, "labels are not a list of names")
     return tuple(stored)
+
+
+def said_preprocessing(
+    checkpoint: Checkpoint | None, architecture: Architecture
+) -> Preprocessing | None:
+    """What a file records, else what the configuration beside it says; None without either.
+
+    It is for images of the architecture's size.
+
+    Raises:
+        CheckpointError: the file's own preprocessing or configuration is damaged.
+    """
+    own, size = own_preprocessing(checkpoint), architecture.input_size
+    if own is None:
+        return configured_preprocessing(checkpoint, architecture)
+    return own.at((size[1], size[2])) if size and len(size) == 3 else own
+
+
+def said_labels(
+    checkpoint: Checkpoint | None, architecture: Architecture
+) -> tuple[str, ...] | None:
+    """The class names that a file records, or the configuration beside it; None without either.
+
+    Raises:
+        CheckpointError: the file's own labels or configuration are damaged.
+    """
+    return own_labels(checkpoint) or configured_labels(checkpoint, architecture)
+
+
+def known_preprocessing(
+    checkpoint: Checkpoint | None, architecture: Architecture
+) -> Preprocessing | None:
+    """As :func:`said_preprocessing`, else what the weights expect; None if nothing is known."""
+    said = said_preprocessing(checkpoint, architecture)
+    return for_weights(architecture, weights_sha256(checkpoint)) if said is None else said
+
+
+def known_labels(
+    checkpoint: Checkpoint | None, architecture: Architecture
+) -> tuple[str, ...] | None:
+    """As :func:`said_labels`, else those of the weights; None if nothing is known."""
+    said = said_labels(checkpoint, architecture)
+    return labels_of(architecture, weights_sha256(checkpoint)) if said is None else said
+
+
+def weights_sha256(checkpoint: Checkpoint | None) -> str | None:
+    """The SHA-256 of the file that a network's weights were in before any conversion.
+
+    Returns:
+        None if torchvision provided the weights by name; "" if nothing says where they come from.
+    """
+    if checkpoint is None:
+        return None
+    if checkpoint.metadata is None:
+        return checkpoint.sha256
+    source = checkpoint.metadata.get("source") or {}
+    # a network that was named has no file; one that was saved from Python has no source at all
+    return source.get("sha256", None if "tensors_sha256" in source else "")
 
 
 def _recorded(checkpoint: Checkpoint | None, what: str) -> Any:

@@ -1,28 +1,29 @@
 """How an image becomes a network's input, and what the network's classes are called.
 
-The file of a fine-tuned network records both (``metadata.py``). For torchvision's networks its
-default weights give them. For any other network they are not known, and normalisation is never
-guessed: see :meth:`Preprocessing.plain`.
+A file that was fine-tuned, or whose user said how, records both (``metadata.py``). For
+torchvision's networks their weights give them: those that the file is by its SHA-256, else the
+default ones, and :func:`assumption` says where that matters. For any other network they are not
+known, and normalisation is never guessed: see :meth:`Preprocessing.plain`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-import torchvision
 from torch import Tensor
+from torchvision.models import WeightsEnum
 from torchvision.transforms import InterpolationMode, v2
 
-from pathconvert.errors import PathconvertError
-from pathconvert.networks import architectures
+from pathconvert.choices import Interpolation
 from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.pretrained import identified, weights_of
 
-INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+INTERPOLATIONS = get_args(Interpolation)
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,6 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
-
-    @staticmethod
-    def for_architecture(architecture: Architecture | None) -> Preprocessing | None:
-        """What torchvision's default weights expect, at the architecture's input size.
-
-        None for any other network, for video and detection, and for inputs that do not have three
-        channels.
-        """
-        transforms = _default_transforms(architecture)
-        if architecture is None or transforms is None:
-            return None
-        resize = int(transforms.resize_size[0])
-        crop = getattr(transforms, "crop_size", None)
-        size = architecture.input_size
-        sides: tuple[int, int] | None = None
-        if crop:
-            sides = (int(crop[0]), int(crop[0])) if size is None else (size[1], size[2])
-            resize = round(resize * max(sides) / int(crop[0]))
-        mean, std = (
-            tuple(float(value) for value in values) for values in (transforms.mean, transforms.std)
-        )
-        return Preprocessing(resize, sides, mean, std, transforms.interpolation.value)
 
     @staticmethod
     def plain(size: tuple[int, ...]) -> Preprocessing:
@@ -150,81 +129,125 @@ def _side(value: Any) -> int:
     return int(value)
 
 
-def parse_sides(text: str | None) -> tuple[int, int] | None:
-    """``224`` or ``224x160`` → (height, width).
-
-    Raises:
-        PathconvertError: the text is neither.
-    """
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise PathconvertError(
-            f"{text!r} is not a size", "Give height and width, or one number for both: --size 224"
-        )
-    return int(parts[0]), int(parts[-1])
-
-
-def parse_values(text: str | None, option: str) -> list[float] | None:
-    """``0.5`` or ``0.485,0.456,0.406`` → one value, or one value per channel.
-
-    Raises:
-        PathconvertError: a part of the text is not a number.
-    """
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PathconvertError(
-            f"{text!r} is not a list of numbers",
-            f"Give one number, or one per channel: {option} 0.5",
-        ) from None
-
-
 def whole_levels(pixels: Tensor) -> Tensor:
     """Values in [0, 1] → uint8 levels, as an image file of 8 bits stores them."""
     return (pixels * 255).round().to(torch.uint8)
 
 
-def labels_for(architecture: Architecture | None) -> tuple[str, ...] | None:
-    """The class names of torchvision's default weights.
+# ---- what torchvision's weights expect -----------------------------------------------------------
 
-    None without any, or if the network has another number.
+
+def for_weights(architecture: Architecture | None, sha256: str | None) -> Preprocessing | None:
+    """What the weights of a torchvision network expect, at the architecture's input size.
+
+    Args:
+        architecture: of the network; None if it is not known.
+        sha256: of the file with the weights. If it is none of torchvision's files, its default
+            weights are assumed (:func:`assumption`). None stands for the default weights.
+
+    Returns:
+        None for any other network, for video and detection, for a stem of another kind, and for
+        inputs that do not have three channels.
     """
-    weights = _default_weights(architecture)
+    if architecture is None:
+        return None
+    weights = _weights(architecture, sha256)
+    return None if weights is None else _expected(weights, architecture)
+
+
+def labels_of(architecture: Architecture | None, sha256: str | None) -> tuple[str, ...] | None:
+    """The class names of the weights that :func:`for_weights` chooses.
+
+    None without any, or if the network has another number of classes, or a head of another kind.
+    """
+    weights = _weights(architecture, sha256)
     categories = weights.meta.get("categories") if weights is not None else None
-    if architecture is None or not categories:
+    if architecture is None or not categories or "head" in architecture.arguments:
         return None
     usual = len(categories)
     return tuple(categories) if architecture.arguments.get("num_classes", usual) == usual else None
 
 
-def _default_transforms(architecture: Architecture | None) -> Any:
-    """torchvision's transforms for its default weights of an image network.
+def assumption(
+    architecture: Architecture,
+    sha256: str | None,
+    applied: Callable[[Preprocessing], Preprocessing] = lambda expected: expected,
+) -> str | None:
+    """What :func:`for_weights` assumed, and what other weights of the network expect.
 
-    None if there are none, or if the network does not take three channels.
+    Args:
+        architecture, sha256: as in :func:`for_weights`.
+        applied: what becomes of a preprocessing, such as the user's options; where it makes all of
+            them alike, nothing was assumed.
+
+    Returns:
+        The end of a sentence about the file; None if nothing was assumed, because the file is one
+        of torchvision's, or because all weights of the network expect the same.
     """
-    weights = _default_weights(architecture)
-    if (
-        weights is None
-        or architecture is None
-        or architecture.task not in ("classification", "segmentation")
-    ):
+    if sha256 is None or identified(architecture.name, sha256) is not None:
         return None
-    if architecture.input_size is not None and (
-        len(architecture.input_size),
-        architecture.input_size[0],
-    ) != (3, 3):
+    recipes = {
+        weights.name: applied(expected)
+        for weights in weights_of(architecture.name)
+        if weights.meta.get("categories")
+        and (expected := _expected(weights, architecture)) is not None
+    }
+    usual, assumed = next(iter(recipes.items()), ("", None))
+    fields = [field.name for field in dataclasses.fields(Preprocessing)]
+    differing = [
+        name for name in fields if len({getattr(recipe, name) for recipe in recipes.values()}) > 1
+    ]
+    if assumed is None or not differing:
         return None
-    transforms = weights.transforms()
+    others = " and ".join(
+        f"{name} expects {_shown(recipe, differing)}"
+        for name, recipe in recipes.items()
+        if recipe != assumed
+    )
     return (
-        transforms
-        if hasattr(transforms, "mean") and getattr(transforms, "resize_size", None)
-        else None
+        f"is none of torchvision's files for {architecture.name}, so images are prepared as for"
+        f" {usual} ({_shown(assumed, differing)}); {others}"
     )
 
 
-def _default_weights(architecture: Architecture | None) -> Any:
-    if architecture is None or not architectures.is_known(architecture.name):
+def _shown(recipe: Preprocessing, fields: Sequence[str]) -> str:
+    """Some fields of a preprocessing as the options that give them: ``--resize 256``."""
+    texts = []
+    for name in fields:
+        value = getattr(recipe, name)
+        sign = "x" if name in ("resize", "crop") else ","
+        text = sign.join(map(str, value)) if isinstance(value, tuple) else str(value)
+        texts.append(f"--{name} {text}")
+    return " ".join(texts)
+
+
+def _weights(architecture: Architecture | None, sha256: str | None) -> WeightsEnum | None:
+    """The weights with this SHA-256, else the default ones; None if there are none."""
+    if architecture is None:
         return None
-    return torchvision.models.get_model_weights(architecture.name).DEFAULT
+    known = identified(architecture.name, sha256) if sha256 else None
+    return known or next(iter(weights_of(architecture.name)), None)
+
+
+def _expected(weights: WeightsEnum, architecture: Architecture) -> Preprocessing | None:
+    """torchvision's transforms for weights of an image network, at the architecture's input size.
+
+    None if there are none that fit the network.
+    """
+    size = architecture.input_size
+    transforms: Any = weights.transforms()
+    if (
+        architecture.task not in ("classification", "segmentation")
+        or (size is not None and (len(size), size[0]) != (3, 3))
+        or "stem" in architecture.arguments
+        or not getattr(transforms, "resize_size", None)
+    ):
+        return None
+    resize = int(transforms.resize_size[0])
+    crop = getattr(transforms, "crop_size", None)
+    mean, std = (
+        tuple(float(value) for value in values) for values in (transforms.mean, transforms.std)
+    )
+    sides = (int(crop[0]), int(crop[-1])) if crop else None
+    expected = Preprocessing(resize, sides, mean, std, transforms.interpolation.value)
+    return expected.at((size[1], size[2])) if size else expected

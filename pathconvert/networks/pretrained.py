@@ -1,16 +1,22 @@
-"""torchvision's networks with its default weights.
+"""torchvision's networks with its weights: the default ones by name, all of them by their files.
 
-Also what those weights imply that their tensors do not show.
+The names of torchvision's files end in the beginning of the file's SHA-256, such as
+``resnet50-0676ba61.pth``. A file that is one of them is therefore recognised however it is named,
+and with it what those weights imply that their tensors do not show.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pathconvert.errors import ArchitectureError, first_line
@@ -41,7 +47,7 @@ def pretrained(name: str) -> tuple[Architecture, nn.Module]:
             "When offline, give a file with the weights instead of the name.",
         ) from error
     state = model.state_dict()
-    architecture = fit_arguments(name, state, shapes_of(state), None)
+    architecture = _at_size_of(fit_arguments(name, state, shapes_of(state), None), weights)
     arguments = dict(architecture.arguments)
     if hasattr(model, "transform_input"):
         arguments["transform_input"] = model.transform_input
@@ -60,10 +66,46 @@ def _check_reachable(url: str) -> None:
         urllib.request.urlopen(url, timeout=10).close()
 
 
-def is_pretrained_file(name: str, sha256: str) -> bool:
-    """Whether a file has torchvision's own weights for a network.
+# ---- which weights a file has --------------------------------------------------------------------
 
-    The names of those weights end in the beginning of the file's SHA-256.
+
+def weights_of(name: str) -> tuple[WeightsEnum, ...]:
+    """torchvision's weights for a network, its default ones first; () for any other network."""
+    if name not in torchvision.models.list_models():
+        return ()
+    weights = torchvision.models.get_model_weights(name)
+    default = getattr(weights, "DEFAULT", None)
+    return tuple(sorted(weights, key=lambda one: one is not default))
+
+
+def identified(name: str, sha256: str) -> WeightsEnum | None:
+    """The weights for a network whose file has this SHA-256; None if there are none."""
+    for weights in weights_of(name):
+        digits = re.search(r"-([0-9a-f]{8,})$", Path(weights.url).stem)
+        if digits and sha256.startswith(digits[1]):
+            return weights
+    return None
+
+
+def as_pretrained(architecture: Architecture, sha256: str) -> Architecture:
+    """The architecture of a file, with what its SHA-256 says if it is one of torchvision's.
+
+    These are ``transform_input=True``, if the weights need it and the architecture does not say,
+    and the size of the images that the weights were trained on (384 pixels for some).
     """
-    urls = (weights.url for weights in torchvision.models.get_model_weights(name))
-    return any(Path(url).stem.rpartition("-")[2] == sha256[:8] for url in urls)
+    weights = identified(architecture.name, sha256)
+    if weights is None:
+        return architecture
+    arguments = architecture.arguments
+    if architecture.name in TRANSFORMING:
+        arguments = {"transform_input": True} | arguments
+    return _at_size_of(dataclasses.replace(architecture, arguments=arguments), weights)
+
+
+def _at_size_of(architecture: Architecture, weights: WeightsEnum) -> Architecture:
+    """A classifier at the size that its weights' images are cropped to; others as they are."""
+    crop: Any = getattr(weights.transforms(), "crop_size", None)
+    size = architecture.input_size
+    if architecture.task != "classification" or not crop or size is None or len(size) != 3:
+        return architecture
+    return dataclasses.replace(architecture, input_size=(size[0], int(crop[0]), int(crop[-1])))

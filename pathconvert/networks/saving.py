@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,18 @@ from torch import nn
 from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.record import form_of, record_of
 from pathconvert.conversion.reparameterize import Conversion, make_record
-from pathconvert.errors import ArchitectureError, PathconvertError
+from pathconvert.errors import PathconvertError
 from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.layout import Layout
 from pathconvert.files.weights import tensors_digest
-from pathconvert.files.writing import write_checkpoint
-from pathconvert.networks import architectures
-from pathconvert.networks.architectures import Architecture
+from pathconvert.files.writing import BARE, write_checkpoint
+from pathconvert.networks.architectures import PICKLED_MODULE, Architecture
 from pathconvert.networks.loading import LoadedNetwork, build_form
-from pathconvert.networks.metadata import make_metadata, own_labels, own_preprocessing
+from pathconvert.networks.metadata import make_metadata
+from pathconvert.networks.names_identity import own_architecture
+from pathconvert.networks.prepared import recorded_for
 from pathconvert.networks.preprocessing import Preprocessing
+from pathconvert.networks.way_out import layout_of
 from pathconvert.path_bn.form import has_path_bn, leave_path_bn
 
 
@@ -45,7 +47,7 @@ def save(converted: Conversion | nn.Module, path: str | Path, *, force: bool = F
     _require_finite(model)
     stock = leave_path_bn(model) if has_path_bn(model) else model
     return write_checkpoint(
-        path, model.state_dict(), make_metadata(record, _own_architecture(stock), {}), force=force
+        path, model.state_dict(), make_metadata(record, own_architecture(stock), {}), force=force
     )
 
 
@@ -68,20 +70,6 @@ def _require_finite(model: nn.Module) -> None:
             )
 
 
-def _own_architecture(model: nn.Module) -> Architecture | None:
-    """The torchvision architecture that builds exactly this network; None if there is none."""
-    try:
-        architecture = architectures.recognise(model.state_dict())
-    except ArchitectureError:
-        return None
-    if getattr(model, "transform_input", False):
-        arguments = architecture.arguments | {"transform_input": True}
-        architecture = dataclasses.replace(architecture, arguments=arguments)
-    built = architectures.build(architecture)
-    # settings that the weights do not reveal (dilation, stride, eps) show in the repr
-    return architecture if type(built) is type(model) and repr(built) == repr(model) else None
-
-
 def save_converted(
     converted: Conversion | nn.Module,
     network: LoadedNetwork,
@@ -89,6 +77,7 @@ def save_converted(
     *,
     force: bool,
     check: Callable[[LoadedNetwork], None],
+    layout: Layout = BARE,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
 ) -> Path:
@@ -101,8 +90,10 @@ def save_converted(
         force: replace a file that exists.
         check: called with the network as it was written, before the file takes its name; if it
             raises, no file is left behind and the error propagates.
-        preprocessing, labels: those that the network was fine-tuned with; None keeps those in
-            ``network``'s file.
+        layout: the names and keys that the tensors get in the file; by default torchvision's names
+            and no key.
+        preprocessing, labels: those that the network was fine-tuned with; None keeps what the user
+            gave, or what ``network``'s file records.
 
     Returns:
         The path that was written.
@@ -111,12 +102,8 @@ def save_converted(
         OutputError: the file exists and ``force`` is False, or it cannot be written.
         PathconvertError: a tensor is not finite.
     """
-    file = network.checkpoint
-    if network.metadata:  # the file that was converted first remains the source
-        source = network.metadata["source"]
-    else:
-        source = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
-        source |= {"name": file.path.name, "sha256": file.sha256} if file else {}
+    file, own = network.checkpoint, recorded_for(network)
+    source = _source_of(network)
     _require_finite(converted.model if isinstance(converted, Conversion) else converted)
     if isinstance(converted, Conversion):
         tensors, record = network.tensors_of(converted.model), make_record(converted)
@@ -127,15 +114,31 @@ def save_converted(
         tensors,
         make_metadata(
             record,
-            network.architecture,
+            _nameable(network.architecture),
             source,
-            preprocessing=preprocessing or own_preprocessing(file),
-            labels=own_labels(file) if labels is None else labels,
+            preprocessing=preprocessing or own.preprocessing,
+            labels=own.labels if labels is None else labels,
         ),
+        layout=layout,
         force=force,
         source=file.path if file else None,
-        check=lambda written: check(reopen(written, network)),
+        check=lambda written: check(reopen(written, network, layout)),
     )
+
+
+def _source_of(network: LoadedNetwork) -> dict[str, Any]:
+    """Where a network comes from, for metadata; the file that was converted first remains it."""
+    if network.metadata:
+        return dict(network.metadata["source"])
+    source: dict[str, Any] = {"tensors_sha256": tensors_digest(network.tensors_of(network.model))}
+    file, layout = network.checkpoint, layout_of(network)
+    source |= {"name": file.path.name, "sha256": file.sha256} if file else {}
+    return source | ({"layout": layout.to_json()} if layout else {})
+
+
+def _nameable(architecture: Architecture) -> Architecture | None:
+    """The architecture, if the network can be built again by its name."""
+    return None if architecture.name == PICKLED_MODULE else architecture
 
 
 def save_trained(
@@ -162,13 +165,10 @@ def save_trained(
     Raises:
         OutputError: the file cannot be written; a file that existed stays as it was.
     """
-    file = network.checkpoint
-    source = dict(network.metadata["source"]) if network.metadata else {}
-    if file and not network.metadata:
-        source = {"name": file.path.name, "sha256": file.sha256}
+    source = _source_of(network)
     record = None if form_of(model) == "plain" else record_of(model)
     metadata = make_metadata(
-        record, network.architecture, source, preprocessing=preprocessing, labels=labels
+        record, _nameable(network.architecture), source, preprocessing=preprocessing, labels=labels
     )
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
@@ -184,19 +184,26 @@ def save_plain(
     force: bool,
     check: Callable[[LoadedNetwork], None],
 ) -> Path:
-    """Write a restored network without metadata; ``check`` as in :func:`save_converted`."""
+    """Write a restored network without metadata, in the layout that the original file had.
+
+    ``check`` as in :func:`save_converted`.
+    """
+    layout = layout_of(network) or BARE
     return write_checkpoint(
         path,
         network.tensors_of(model),
         None,
+        layout=layout,
         force=force,
         source=network.checkpoint.path if network.checkpoint else None,
-        check=lambda written: check(reopen(written, network)),
+        check=lambda written: check(reopen(written, network, layout)),
     )
 
 
-def reopen(path: Path, network: LoadedNetwork) -> LoadedNetwork:
-    """Load a file that was just written, as a network of ``network``'s architecture."""
+def reopen(path: Path, network: LoadedNetwork, layout: Layout = BARE) -> LoadedNetwork:
+    """Load a file that was just written in ``layout``, as a network of the same architecture."""
     checkpoint = read_checkpoint(path)
-    model = build_form(network.architecture, checkpoint.tensors, checkpoint)
+    names = (checkpoint.prefix + name for name in checkpoint.tensors)
+    tensors = layout.read_back(dict(zip(names, checkpoint.tensors.values(), strict=True)))
+    model = build_form(network.architecture, tensors, checkpoint, template=network.model)
     return LoadedNetwork(model, network.architecture, checkpoint, network.tensor_names)

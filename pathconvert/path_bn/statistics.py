@@ -20,12 +20,16 @@ mode begin as in the original network, the measured statistics are *referred* to
 The sums go over the pivots of row j; the full sum's mean and variance are the running statistics of
 the layer's own BatchNorm. For a layer without its own BatchNorm, they are Σ u E[z] and Σ u² Var[z]
 over all units that it reads.
+
+**Other images than in training** show at the first BatchNorm of the network, which no conversion
+changes: :func:`compare_first` puts what it reads beside its running statistics.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +55,8 @@ EXPECTED = (
 #: The estimate of var' is at least this share of the full sum's variance, as units are not quite
 #: independent.
 LEAST_VARIANCE = 0.25
+
+_RUNNING = ("running_mean", "running_var")
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance, float64 [out]."""
@@ -150,6 +156,68 @@ def measure(
     return {
         name: Measured(*((one.mean, one.var) for one in both)) for name, both in moments.items()
     }, count
+
+
+class FirstBatchNorm(NamedTuple):
+    """What the first BatchNorm of a network reads on some images, beside its running statistics.
+
+    Attributes:
+        name: its path in the network.
+        spread: variance of the images / running variance, of the channel that only one in ten
+            exceed. Many channels look for fine structure, which enlarged images do not have, but
+            some see the brightness of areas in all images.
+        shift: |mean of the images − running mean| in running standard deviations, the median of the
+            channels.
+    """
+
+    name: str
+    spread: float
+    shift: float
+
+
+class _Reached(Exception):
+    """The first BatchNorm was about to run."""
+
+
+def compare_first(model: nn.Module, images: Iterable[Tensor]) -> FirstBatchNorm | None:
+    """Compare images with those that a network was trained on, by its first BatchNorm that runs.
+
+    Args:
+        model: a network in any form; it runs in evaluation mode up to that BatchNorm.
+        images: batches [N, C, …], prepared for the network.
+
+    Returns:
+        None if no BatchNorm runs, or if its running statistics were never updated.
+
+    Raises:
+        PathconvertError: the network cannot run on the images.
+    """
+    norms: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "running_var", None), Tensor)
+    }
+    moments = {name: _Moments() for name in norms}
+
+    def note_input(name: str, call: Arguments) -> None:
+        moments[name].add(call[0][0])
+        raise _Reached
+
+    tensor = next(model.parameters())
+    with mode_of(model, training=False), torch.no_grad(), watched(norms, before=note_input):
+        for batch in images:
+            with suppress(_Reached):
+                _run(model, _arguments(batch, tensor))
+    first = next((name for name, one in moments.items() if one.count), None)
+    if first is None:
+        return None
+    mean, var = (norms[first].get_buffer(name).double().cpu() for name in _RUNNING)
+    if bool((mean == 0).all()) and bool((var == 1).all()):
+        return None
+    eps = norms[first].eps
+    spread = ((moments[first].var + eps) / (var + eps)).quantile(0.9)
+    shift = ((moments[first].mean - mean).abs() / (var + eps).sqrt()).median()
+    return FirstBatchNorm(first, float(spread), float(shift))
 
 
 def refer_to_running(measured: Measured, bn: nn.modules.batchnorm._BatchNorm) -> Statistics:

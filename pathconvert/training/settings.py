@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from pathconvert.choices import (
     Anchor,
     Augmentation,
+    Interpolation,
     MixedPrecision,
     Norm,
     OptimizerName,
@@ -83,21 +84,39 @@ class Settings(BaseModel):
     )
     size: str | None = Field(
         default=None,
-        description="Size to which images are brought, such as 224 or 224x320 (default: the "
-        "network's own input size).",
+        description="Size to which images are cropped, such as 224 or 224x160 (default: the "
+        "network's input size).",
+    )
+    resize: str | None = Field(
+        default=None,
+        description=(
+            "Length of an image's shorter side before the crop, such as 256, or height and width, "
+            "such as 256x320 (default: as the weights were trained)."
+        ),
     )
     mean: str | None = Field(
         default=None,
         description=(
-            "Mean per channel, for pixels in [0, 1], such as 0.5,0.5,0.5 "
+            "Mean of each channel, for pixels in [0, 1], such as 0.5 or 0.485,0.456,0.406 "
             "(default: as the weights were trained)."
         ),
     )
     std: str | None = Field(
         default=None,
         description=(
-            "Standard deviation per channel, for pixels in [0, 1] "
+            "Standard deviation of each channel, given like --mean "
             "(default: as the weights were trained)."
+        ),
+    )
+    interpolation: Interpolation | None = Field(
+        default=None,
+        description="How images are resized (default: as the weights were trained).",
+    )
+    labels: str = Field(
+        default="",
+        description=(
+            "File with the names of the classes, one per line or as JSON, in the order of the "
+            "outputs (default: the names in the data)."
         ),
     )
     augment: Augmentation = Field(
@@ -264,7 +283,7 @@ class Settings(BaseModel):
                 return float(value)
         return value
 
-    @field_validator("data", "size", "mean", "std", mode="before")
+    @field_validator("data", "size", "resize", "mean", "std", mode="before")
     @classmethod
     def _text_from_numbers(cls, value: Any) -> Any:
         """The text that numbers mean, as in ``size: 32`` and ``mean: [0.5, 0.5, 0.5]``."""

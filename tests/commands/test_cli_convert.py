@@ -18,6 +18,7 @@ from sample_networks import network
 from pathconvert.cli import run
 from pathconvert.conversion.equivalence import EquivalenceReport
 from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.layout import Layout
 from pathconvert.files.weights import tensors_digest
 from pathconvert.networks import checked
 
@@ -60,8 +61,8 @@ def test_pow2_is_bit_identical_both_ways(stock, here, capsys):
     assert run(["restore", "x.pt", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["bit_identical_to_the_original"]
-    assert result["output"] == "x.restored.safetensors"
-    assert tensors_digest(tensors("x.restored.safetensors")) == tensors_digest(tensors(source))
+    assert result["output"] == "x.restored.pt"
+    assert tensors_digest(tensors("x.restored.pt")) == tensors_digest(tensors(source))
 
 
 def test_counters_that_the_source_lacks_are_not_added(stock, here):
@@ -97,6 +98,7 @@ def test_header(here, options):
             "name": "sq.pt",
             "sha256": source.sha256,
             "tensors_sha256": tensors_digest(source.tensors),
+            "layout": Layout("torch").to_json(),
         },
     }
 
@@ -166,7 +168,11 @@ def test_report_is_checked_before_any_work(refused, here):
                 ),
             },
             ["--key", "model_ema"],
-            ["taking the weights under 'model_ema'", "prefix 'module.' removed from every name"],
+            [
+                "taking the weights under 'model_ema'",
+                "prefix 'module.' removed from every name",
+                "left out: n_averaged",
+            ],
         ),
     ],
     ids=["wrapper", "prefix", "ema"],
@@ -295,8 +301,8 @@ def test_verify_refuses_other_architectures_and_folders(refused, stock, here):
     lines = refused("verify", "sq.pt", stock / "resnet18.pt")
     assert (
         lines[0]
-        == "error: the networks have different architectures: squeezenet1_1 {'num_classes': 5} and "
-        "resnet18 {'num_classes': 3}"
+        == "error: the networks have different architectures: squeezenet1_1 (num_classes=5) and "
+        "resnet18 (num_classes=3)"
     )
     for folder in ("empty", "broken"):
         Path(folder).mkdir()
@@ -351,7 +357,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "trained a torchvision resnet18 on digits" in printed.err
     assert printed.out.count("passed") == 4
-    kinds = ("onnx", "path-bn.safetensors", "path.safetensors", "pt", "restored.safetensors")
+    kinds = ("onnx", "path-bn.safetensors", "path.safetensors", "pt", "restored.pt")
     expected = ["digits", *(f"digits_resnet18.{kind}" for kind in kinds), "run", "turned"]
     assert sorted(os.listdir(tmp_path / "demo")) == expected
     assert "× first" in printed.out  # the latency's ratio

@@ -131,7 +131,7 @@ def bad_file(name: str) -> Path:
     elif name == "extra_tensor":
         torch.save(state | {"extra": torch.ones(2)}, path)
     elif name == "misshapen":
-        torch.save(state | {first: torch.ones(64, 4, 3, 3)}, path)
+        torch.save(state | {"features.3.squeeze.weight": torch.ones(16, 60, 1, 1)}, path)
     elif name == "code":
         torch.save({"w": torch.ones(2), "evil": Evil(Path("canary"))}, path)
     elif name == "plain_code":
@@ -194,7 +194,7 @@ HEADERS = {
             "zip.pt is a zip archive without a checkpoint in it (it contains 'readme.txt');"
             f" {EXPECTED}"
         ),
-        "directory": "directory.pt is a folder without best.path.safetensors",
+        "directory": "directory.pt is a folder without a checkpoint in it",
         "liar": (
             "is not an intact safetensors file: tensor 'a' needs 8000 bytes, but its offsets"
             " claim 8."
@@ -206,12 +206,12 @@ HEADERS = {
             "is not an intact safetensors file: its header claims 2000000000 bytes, but only 51"
             " follow."
         ),
-        "code": "nothing of it was executed.",
-        "plain_code": "nothing of it was executed; expected a PyTorch checkpoint",
-        "module": (
-            "module.pt is a pickled module ('torch.nn.modules.linear.Linear'), which runs code when"
-            " loaded"
+        "code": "code.pt: nothing in its 1 tensors resembles a torchvision network",
+        "plain_code": (
+            "plain_code.pt is a pickle with code in it and without weights (it calls"
+            " 'posix.system'); nothing of it was executed."
         ),
+        "module": "module.pt: nothing in its 2 tensors resembles a torchvision network",
         "nan": (
             "nan.pt has NaN or infinite weights: 2 of 1728 values in 'features.0.weight'; 1 of 52"
             " tensors affected."
@@ -220,7 +220,9 @@ HEADERS = {
             "the closest is squeezenet1_1 (1 difference): features.0.weight is missing"
         ),
         "extra_tensor": "the closest is squeezenet1_1 (1 difference): extra is extra",
-        "misshapen": "features.0.weight has shape [64, 4, 3, 3], expected [64, 3, 3, 3]",
+        "misshapen": (
+            "features.3.squeeze.weight has shape [16, 60, 1, 1], expected [16, 64, 1, 1]"
+        ),
         "integer": (
             "is a quantized or integer checkpoint ('features.0.weight' is int8); expected"
             " floating-point"

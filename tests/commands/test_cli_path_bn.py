@@ -54,9 +54,9 @@ def test_there_and_back(here, capsys):
     seen = result(capsys, "inspect", "sq.path-bn.safetensors")
     assert (seen["form"], seen["path_bn"]["skip_scale"]) == ("path-bn", 1.0)
     restored = result(capsys, "restore", "sq.path-bn.safetensors")
-    assert restored["output"] == "sq.restored.safetensors"
+    assert restored["output"] == "sq.restored.pt"
     assert restored["equality"]["passed"]
-    assert sorted(pathconvert.load("sq.restored.safetensors")[0].state_dict()) == sorted(
+    assert sorted(pathconvert.load("sq.restored.pt")[0].state_dict()) == sorted(
         torch.load("sq.pt")
     )
 

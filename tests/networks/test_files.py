@@ -163,10 +163,10 @@ def test_versions(tmp_path, small, image):
     assert caught.value.tip == "Use the version of pathconvert that wrote it: pathconvert 9.0."
     c = pathconvert.reparameterize(small, image)
     with pytest.raises(RecordError) as refused:
-        pathconvert.restore(c.model, c.record | {"format_version": 2, "tool": "pathconvert 9.0"})
+        pathconvert.restore(c.model, c.record | {"format_version": 3, "tool": "pathconvert 9.0"})
     assert (
-        str(refused.value) == "the conversion record has format version 2; this is pathconvert"
-        f" {pathconvert.__version__}, which reads version 1"
+        str(refused.value) == "the conversion record has format version 3; this is pathconvert"
+        f" {pathconvert.__version__}, which reads version 1 or 2"
     )
 
 

@@ -14,22 +14,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sample_networks import network, randomise
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, ResNet50_Weights
+from torchvision.transforms._presets import ImageClassification
 
 import pathconvert
 from pathconvert.cli import run
 from pathconvert.errors import CheckpointError
 from pathconvert.export.graph.loaded import card_of
+from pathconvert.files.checkpoint import read_checkpoint
 from pathconvert.networks import checked
-from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.architectures import Architecture, is_known
+from pathconvert.networks.image_options import ImageOptions
 from pathconvert.networks.images import read_image
 from pathconvert.networks.inputs import load_images
 from pathconvert.networks.loading import LoadedNetwork, open_network
-from pathconvert.networks.preprocessing import Preprocessing, labels_for, whole_levels
+from pathconvert.networks.metadata import weights_sha256
+from pathconvert.networks.preprocessing import (
+    Preprocessing,
+    assumption,
+    for_weights,
+    labels_of,
+    whole_levels,
+)
+from pathconvert.networks.pretrained import as_pretrained, identified
 from pathconvert.networks.saving import save_converted
 
 OWN = Preprocessing((9, 12), (8, 8), (0.2, 0.3, 0.4), (0.5, 0.25, 0.125), "bicubic")
@@ -126,9 +138,7 @@ def test_another_size_keeps_the_proportion():
 
 def test_torchvisions_own_pixels(here):
     """The input is the one that torchvision's transforms for its weights produce."""
-    recipe = Preprocessing.for_architecture(
-        Architecture("resnet18", {}, (3, 224, 224), "classification")
-    )
+    recipe = for_weights(Architecture("resnet18", {}, (3, 224, 224), "classification"), None)
     transforms = ResNet18_Weights.DEFAULT.transforms()
     pixels = whole_levels(read_image(photos(here)[0]).pixels)
     # version 1 of its resizing may round to the next level: 1 / (255 · 0.224)
@@ -140,6 +150,114 @@ def test_plain_pixels_are_not_normalised():
     pixels = torch.arange(24, dtype=torch.uint8).view(1, 4, 6)
     assert recipe.place(pixels).shape == (1, 4, 6)
     assert torch.equal(recipe.normalise(pixels), pixels / 255)
+
+
+# ---- which of torchvision's weights --------------------------------------------------------------
+
+RESNET50 = Architecture("resnet50", {}, (3, 224, 224), "classification")
+V1, V2 = ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2
+
+
+def sha_of(weights) -> str:
+    """A SHA-256 that begins as that of torchvision's file does."""
+    return Path(weights.url).stem.rpartition("-")[2].ljust(64, "0")
+
+
+def test_every_file_of_torchvision_has_its_own_preprocessing():
+    """All weights of all image networks, against torchvision's own transforms."""
+    checked_, crops = 0, set()
+    for name in torchvision.models.list_models():
+        for weights in torchvision.models.get_model_weights(name):
+            transforms = weights.transforms()
+            if not is_known(name) or type(transforms) is not ImageClassification:
+                continue
+            sha = sha_of(weights)
+            assert identified(name, sha) is weights
+            stock = Architecture(name, {}, (3, 224, 224), "classification")
+            architecture = as_pretrained(stock, sha)
+            recipe, crop = for_weights(architecture, sha), transforms.crop_size[0]
+            expected = (transforms.resize_size[0], crop, transforms.interpolation.value)
+            assert (recipe.resize, recipe.crop[0], recipe.interpolation) == expected, weights
+            assert architecture.input_size == (3, crop, crop)
+            assert list(recipe.mean) == list(transforms.mean)
+            assert list(recipe.std) == list(transforms.std)
+            assert labels_of(architecture, sha) == (tuple(weights.meta["categories"] or ()) or None)
+            assert assumption(architecture, sha) is None
+            crops.add(crop)
+            checked_ += 1
+    assert checked_ > 100
+    assert crops > {224, 384}
+
+
+def test_what_is_assumed_of_other_files_is_said():
+    assert for_weights(RESNET50, sha_of(V1)).resize == 256
+    for other in ("00" * 32, "", sha_of(torchvision.models.ResNet18_Weights.DEFAULT)):
+        assert for_weights(RESNET50, other) == for_weights(RESNET50, sha_of(V2))
+        assert assumption(RESNET50, other) == (
+            "is none of torchvision's files for resnet50, so images are prepared as for"
+            " IMAGENET1K_V2 (--resize 232); IMAGENET1K_V1 expects --resize 256"
+        )
+    # where nothing differs, nothing was assumed
+    given = ImageOptions(resize=240)
+    assert assumption(RESNET50, "", given.over) is None
+    for name in ("resnet18", "vgg16", "a:b", "fasterrcnn_resnet50_fpn"):
+        assert assumption(dataclasses.replace(RESNET50, name=name), "") is None
+
+
+def test_a_network_by_name_has_the_default_weights():
+    assert for_weights(RESNET50, None) == for_weights(RESNET50, sha_of(V2))
+    assert assumption(RESNET50, None) is None
+
+
+def test_networks_that_are_not_torchvisions_own():
+    """A new head has other classes; another stem takes other images."""
+    sha = sha_of(V1)
+    tuned = dataclasses.replace(RESNET50, arguments={"num_classes": 7})
+    assert for_weights(tuned, "") is not None
+    assert labels_of(tuned, "") is None
+    assert labels_of(dataclasses.replace(RESNET50, arguments={"head": "identity"}), "") is None
+    for changed in (
+        {"arguments": {"stem": "cifar"}, "input_size": (3, 32, 32)},
+        {"arguments": {"in_channels": 1}, "input_size": (1, 224, 224)},
+        {"name": "cifar_resnet20"},
+        {"name": "timm/resnet50"},
+    ):
+        architecture = dataclasses.replace(RESNET50, **changed)
+        assert for_weights(architecture, sha) is None, changed
+    assert for_weights(None, sha) is None
+    assert labels_of(None, sha) is None
+
+
+def test_the_source_of_a_file_names_the_weights(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "x.pt")
+    plain = read_checkpoint(tmp_path / "x.pt")
+
+    def converted(**source) -> str | None:
+        return weights_sha256(dataclasses.replace(plain, metadata={"source": source}))
+
+    assert weights_sha256(None) is None
+    assert weights_sha256(plain) == plain.sha256
+    assert converted(sha256="12", tensors_sha256="34") == "12"
+    assert converted(tensors_sha256="34") is None  # converted by name: torchvision's default
+    assert converted() == ""  # saved from Python: not known
+
+
+def test_the_size_that_weights_were_trained_with():
+    swag = torchvision.models.RegNet_Y_16GF_Weights.IMAGENET1K_SWAG_E2E_V1
+    stock = Architecture("regnet_y_16gf", {"num_classes": 1000}, (3, 224, 224), "classification")
+    large = as_pretrained(stock, sha_of(swag))
+    assert large == dataclasses.replace(stock, input_size=(3, 384, 384))
+    assert as_pretrained(stock, "00" * 32) == stock
+    google = Architecture("googlenet", {}, (3, 224, 224), "classification")
+    sha = sha_of(torchvision.models.GoogLeNet_Weights.DEFAULT)
+    assert as_pretrained(google, sha).arguments == {"transform_input": True}
+    said = dataclasses.replace(google, arguments={"transform_input": False})
+    assert as_pretrained(said, sha) == said
+    fcn = Architecture("fcn_resnet50", {}, (3, 520, 520), "segmentation")
+    assert (
+        as_pretrained(fcn, sha_of(torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT))
+        == fcn
+    )
 
 
 # ---- in files ------------------------------------------------------------------------------------
@@ -168,8 +286,8 @@ def test_a_file_records_them_and_old_ones_do_not(tuned, plain, here):
 def test_stock_networks_have_torchvisions():
     architecture = Architecture("resnet18", {"num_classes": 1000}, (3, 64, 64), "classification")
     stock = LoadedNetwork(network("resnet18", num_classes=1000), architecture, None, ())
-    assert stock.preprocessing == Preprocessing.for_architecture(architecture)
-    assert stock.labels == labels_for(architecture)
+    assert stock.preprocessing == for_weights(architecture, None)
+    assert stock.labels == labels_of(architecture, None)
     assert stock.labels[:2] == ("tench", "goldfish")
 
 
@@ -258,7 +376,7 @@ def test_images_of_networks_that_record_nothing(here):
 
 def test_segmentation_gets_images_of_one_size(here):
     architecture = Architecture("fcn_resnet50", {}, (3, 8, 8), "segmentation")
-    recipe = Preprocessing.for_architecture(architecture)
+    recipe = for_weights(architecture, None)
     assert recipe.crop is None
     assert load_images(photos(here), architecture, recipe).shape == (3, 3, 8, 8)
 

@@ -13,7 +13,7 @@ from state_dicts import refusal, tensors_of
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from pathconvert.networks import architectures, make_index
+from pathconvert.networks import architectures, cifar, make_index
 from pathconvert.networks.architectures import (
     Architecture,
     build,
@@ -62,7 +62,7 @@ FAMILIES = [
     "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 keypointrcnn_resnet50_fpn",
     "retinanet_resnet50_fpn retinanet_resnet50_fpn_v2 fcos_resnet50_fpn ssd300_vgg16",
 ]
-PROMISED = " ".join(FAMILIES).split()
+PROMISED = [*" ".join(FAMILIES).split(), *cifar.BUILDERS]
 
 # ---- recognising ---------------------------------------------------------------------------------
 
@@ -133,7 +133,16 @@ def test_twins_are_ambiguous():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "googlenet", "regnet_x_400mf", "fcos_resnet50_fpn", "convnext_tiny"]
+    "name",
+    [
+        "resnet18",
+        "googlenet",
+        "regnet_x_400mf",
+        "fcos_resnet50_fpn",
+        "convnext_tiny",
+        "cifar_resnet20",
+        "cifar_resnet18",
+    ],
 )
 def test_index_is_in_step_with_torchvision(name):
     fresh = make_index.describe(name)
@@ -144,7 +153,7 @@ def test_index_names_every_network_of_torchvision():
     installed = {
         n for n in torchvision.models.list_models() if not n.startswith(("quantized_", "raft_"))
     }
-    assert installed == set(NAMES)
+    assert installed | set(cifar.BUILDERS) == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,10 @@ def test_missing_tensor():
         == "no torchvision network has these tensors; the closest is resnet50 (1 difference): "
         "layer1.0.conv2.weight is missing"
     )
-    assert "resnext50_32x4d" in tip or "none" in tip
+    assert tip == (
+        "Other close networks: cifar_resnet50. For a network of your own: --arch"
+        " package.module:builder"
+    )
 
 
 def test_one_layer_more_gives_the_first_three():
@@ -220,9 +232,8 @@ def test_another_number_of_classes_is_believed_and_does_not_fit():
 
 def test_nothing_like_it():
     message, tip = refusal(recognise, {"a.weight": torch.empty(2, 2), "b.weight": torch.empty(2)})
-    assert message.startswith(
-        "these 2 tensors are not those of a torchvision network that pathconvert knows (the"
-        " closest: "
+    assert message == (
+        "nothing in these 2 tensors resembles a torchvision network that pathconvert knows"
     )
     assert "--arch package.module:builder" in tip
 

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pathconvert.conversion.arithmetic import affine_map
+from pathconvert.conversion.frozen import is_frozen
 from pathconvert.conversion.remainder import Remainder, is_derived
 from pathconvert.conversion.tracing.trace import Trace
 from pathconvert.export.graph.observing import NormalizationCall, Run
-from pathconvert.conversion.frozen import is_frozen
 from pathconvert.path_bn.normalizations import split
 
 _LAYERS = (

@@ -88,8 +88,7 @@ def export_network(
         raise PathconvertError(
             f"the preprocessing of {architecture.name} is not known, "
             "so it cannot go into the graph",
-            "Leave --with-preprocessing out, "
-            "or pass a Preprocessing to pathconvert.export.export_onnx.",
+            "Give it, such as --mean 0.5 --std 0.5, or leave --with-preprocessing out.",
         )
     found = folder_images(images) if images else None
     options = dataclasses.replace(

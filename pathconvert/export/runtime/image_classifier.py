@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.export.runtime.engines import Array, Engine
 from pathconvert.export.runtime.providers import require_size
 from pathconvert.export.runtime.session import Session, shape_text
+from pathconvert.networks.image_options import ImageOptions
 from pathconvert.networks.preprocessing import Preprocessing
 
 
@@ -20,7 +21,7 @@ class ImageClassifier:
     Attributes:
         engine: what runs.
         input_size: C, H, W of every image.
-        preprocessing: as recorded, for images of that size; None if nothing is recorded.
+        preprocessing: as recorded or given, for images of that size; None if neither.
     """
 
     engine: Engine
@@ -63,6 +64,35 @@ def as_classifier(engine: Engine, input_size: tuple[int, ...] | None = None) -> 
         size = _network_size(engine)
     recorded = engine.preprocessing
     return ImageClassifier(engine, size, recorded.at(size[1:]) if recorded else None)
+
+
+def classifier_with(
+    engine: Engine, input_size: tuple[int, ...] | None, given: ImageOptions
+) -> ImageClassifier:
+    """Make a classifier as :func:`as_classifier` does, with the user's options for its images.
+
+    Args:
+        engine: any.
+        input_size: as in :func:`as_classifier`; ``given.size`` takes its place.
+        given: override what is recorded. What is neither given nor recorded is that of
+            :meth:`Preprocessing.plain`.
+
+    Raises:
+        PathconvertError: as in :func:`as_classifier`; or the graph normalises its input itself, but
+            a mean or a standard deviation was given.
+        DataError: the options do not fit the network.
+    """
+    if given.normalises and engine.takes_pixels:
+        raise PathconvertError(
+            f"{engine.name} normalises its input itself", "Leave --mean and --std out."
+        )
+    channels = (engine.input_size[0] if engine.input_size else None) or 3
+    classifier = as_classifier(engine, (channels, *given.size) if given.size else input_size)
+    recipe = classifier.preprocessing
+    if given.preparing:
+        recipe = given.over(recipe or Preprocessing.plain(classifier.input_size))
+    labels = engine.labels if given.labels is None else given.labels
+    return replace(classifier, engine=replace(engine, labels=labels), preprocessing=recipe)
 
 
 def _graph_size(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pathconvert.errors import CheckpointError, PathconvertError
 from pathconvert.export.runtime.engines import Array, Engine, open_engine
-from pathconvert.export.runtime.image_classifier import ImageClassifier, as_classifier, is_scores
-from pathconvert.export.runtime.scoring import look_like_probabilities
+from pathconvert.export.runtime.image_classifier import ImageClassifier, classifier_with, is_scores
+from pathconvert.export.runtime.scoring import look_like_probabilities, number_of_classes
 from pathconvert.export.runtime.session import shape_text
+from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
 from pathconvert.networks.images import Picture, folder_images, read_image
 from pathconvert.networks.loading import LoadedNetwork, open_network
 from pathconvert.networks.preprocessing import Preprocessing, whole_levels
@@ -73,7 +74,7 @@ class PredictReport:
         model: the file or network.
         engine, device: onnxruntime or torch, and where it ran.
         fallback: why ``auto`` chose the CPU; None if it did not.
-        preprocessing: as recorded; None if nothing is recorded.
+        preprocessing: as recorded or given; None if neither.
         notes: remarks that hold for all images.
         predictions: one per image that could be read, in the order given.
         unread: the images that could not be read.
@@ -101,6 +102,7 @@ def predict(
     *,
     input_size: tuple[int, ...] | None = None,
     load: Callable[[str], LoadedNetwork] | None = None,
+    given: ImageOptions = NOTHING_GIVEN,
 ) -> PredictReport:
     """Classify images. One that cannot be read is reported and does not stop the others.
 
@@ -112,6 +114,7 @@ def predict(
         input_size: size of one input, without the batch dimension; needed if the file does not
             record it.
         load: opens a checkpoint; default: :func:`pathconvert.networks.loading.open_network`.
+        given: overrides what is recorded of images and classes.
 
     Raises:
         CheckpointError: the file cannot be read, none of the images can be read, or the network is
@@ -132,9 +135,11 @@ def predict(
         )
     load = load or (lambda source: open_network(source, input_size=input_size))
     engine = open_engine(model, device, load=load)
-    classifier = as_classifier(engine, input_size)
+    classifier = classifier_with(engine, input_size, given)
+    if given.labels is not None:
+        given.require_labels_for(number_of_classes(classifier), engine.name)
     notes: dict[str, None] = {}  # an ordered set
-    if classifier.preprocessing is None:
+    if engine.preprocessing is None and not given.normalises:
         notes[NOTHING_RECORDED.format(size=shape_text(classifier.input_size[1:]))] = None
     unread: list[Unread] = []
     pictures = _pictures(paths, classifier.input_size[0], unread)

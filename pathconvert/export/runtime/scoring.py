@@ -45,23 +45,10 @@ def number_of_classes(classifier: ImageClassifier) -> int:
     return int(shape[1])
 
 
-def remaining_preprocessing(engine: Engine, recipe: Preprocessing, *, given: bool) -> Preprocessing:
-    """``recipe`` without the normalisation, if the graph contains it.
-
-    Args:
-        engine: what takes the images.
-        recipe: the preprocessing of the network.
-        given: whether the user gave a mean or a standard deviation.
-
-    Raises:
-        PathconvertError: the graph normalises its input, but ``given`` is True.
-    """
+def remaining_preprocessing(engine: Engine, recipe: Preprocessing) -> Preprocessing:
+    """``recipe`` without the normalisation, if the graph of ``engine`` contains it."""
     if not engine.takes_pixels:
         return recipe
-    if given:
-        raise PathconvertError(
-            f"{engine.name} normalises its input itself", "Leave --mean and --std out."
-        )
     return replace(recipe, mean=(0.0,) * len(recipe.mean), std=(1.0,) * len(recipe.std))
 
 

@@ -17,8 +17,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pathconvert.choices import Augmentation
 from pathconvert.errors import DataError
+from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
 from pathconvert.networks.inputs import size_of
 from pathconvert.networks.loading import LoadedNetwork
+from pathconvert.networks.prepared import assumption_of
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training.data.labelled import Data
 
@@ -141,24 +143,23 @@ def preprocessing_of(
     network: LoadedNetwork,
     data: Data | None = None,
     *,
-    size: tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    given: ImageOptions = NOTHING_GIVEN,
 ) -> Chosen:
     """Choose how images are prepared for a network, as :func:`choose_preprocessing` does.
 
     Args:
-        network: tells the recorded preprocessing and, without ``size``, the input size.
+        network: tells the recorded preprocessing and, if none is given, the input size.
         data: the images; None where they are not known.
-        size: height and width of the input, in place of the network's own.
-        mean, std: one value, or one per channel, in place of the recorded ones.
+        given: the user's options, in place of what is recorded.
 
     Raises:
-        DataError: the network does not take images, or ``mean`` or ``std`` is not usable.
+        DataError: the network does not take images, or the options do not fit it.
         PathconvertError: the network's input size is not known.
     """
     input_size = (
-        size_of(network.architecture) if size is None else (_channels(network, data), *size)
+        size_of(network.architecture)
+        if given.size is None
+        else (_channels(network, data), *given.size)
     )
     if len(input_size) != 3 or input_size[0] not in (1, 3):
         shown = "x".join(map(str, input_size))
@@ -168,9 +169,14 @@ def preprocessing_of(
         )
     channels, height, width = input_size
     whole = None if data is None or network.was_trained_here else data.image_size
-    return choose_preprocessing(
-        network.preprocessing, (channels, height, width), image_size=whole, mean=mean, std=std
-    )
+
+    def choose(recorded: Preprocessing | None) -> Chosen:
+        size = (channels, height, width)
+        return choose_preprocessing(recorded, size, image_size=whole, given=given)
+
+    chosen = choose(network.preprocessing)
+    assumption = assumption_of(network, lambda recipe: choose(recipe).preprocessing)
+    return replace(chosen, note="; ".join(note for note in (chosen.note, assumption) if note))
 
 
 def _channels(network: LoadedNetwork, data: Data | None) -> int:
@@ -183,8 +189,7 @@ def choose_preprocessing(
     input_size: tuple[int, int, int],
     *,
     image_size: tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    given: ImageOptions = NOTHING_GIVEN,
 ) -> Chosen:
     """Choose a preprocessing: the recorded one at the input's size, or a plain one.
 
@@ -195,12 +200,11 @@ def choose_preprocessing(
         input_size: channels, height and width of the input.
         image_size: height and width of the images. Images that are no larger than the input are
             resized to it whole, where the recipe would resize them further and cut the edges off.
-            None keeps the recipe.
-        mean, std: one value, or one per channel, for pixels in [0, 1]; they replace those of the
-            preprocessing.
+            None keeps the recipe, and so does a given ``resize``.
+        given: the user's options, which override the preprocessing.
 
     Raises:
-        DataError: ``mean`` or ``std`` has the wrong number of values, or values out of range.
+        DataError: a mean or a standard deviation was given for another number of channels.
     """
     size = input_size[1:]
     chosen, notes = (recorded or Preprocessing.plain(input_size)).at(size), []
@@ -208,6 +212,7 @@ def choose_preprocessing(
         chosen = replace(chosen, resize=max(size), crop=size)
     if (
         recorded
+        and given.resize is None
         and image_size
         and image_size[0] <= size[0]
         and image_size[1] <= size[1]
@@ -218,45 +223,12 @@ def choose_preprocessing(
             f"images of {_shown(image_size)} are resized to {_shown(size)}, and no edges are"
             " cut off"
         )
-    if mean is not None or std is not None:
-        chosen = replace(
-            chosen,
-            mean=_values(mean, "--mean", input_size[0]) or chosen.mean,
-            std=_values(std, "--std", input_size[0]) or chosen.std,
-        )
-        if min(chosen.std) <= 0:
-            raise DataError(
-                f"--std must be positive, not {min(chosen.std):g}",
-                "Give positive numbers, such as --std 0.25.",
-            )
-    elif recorded is None:
+    if recorded is None and not given.normalises:
         notes.append(
             f"no preprocessing is recorded: images are resized to {_shown(size)} and scaled to [0,"
             " 1], not normalised"
         )
-    return Chosen(chosen, "; ".join(notes))
-
-
-def _values(given: Sequence[float] | None, option: str, channels: int) -> tuple[float, ...] | None:
-    """One value per channel, from an option that gives one value or as many.
-
-    None where it is not given.
-    """
-    if given is None:
-        return None
-    values = tuple(map(float, given)) * (channels if len(given) == 1 else 1)
-    if not all(abs(value) < 1e6 for value in values):
-        shown = ",".join(f"{value:g}" for value in given)
-        raise DataError(
-            f"{option} {shown} is out of range",
-            f"Give values for pixels in [0, 1], such as {option} 0.5.",
-        )
-    if len(values) != channels:
-        raise DataError(
-            f"{option} has {len(given)} values for {channels} channels",
-            f"Give one value, or {channels}.",
-        )
-    return values
+    return Chosen(given.over(chosen), "; ".join(notes))
 
 
 def _shown(size: tuple[int, ...]) -> str:

@@ -19,9 +19,11 @@ from pathconvert.conversion.record import Record, form_of, record_of
 from pathconvert.conversion.reparameterize import reparameterize
 from pathconvert.errors import DataError, PathconvertError
 from pathconvert.networks import architectures
+from pathconvert.networks.calibration import ENOUGH, check_images, unnormalised
+from pathconvert.networks.image_options import ImageOptions
 from pathconvert.networks.inputs import random_input
 from pathconvert.networks.loading import LoadedNetwork
-from pathconvert.networks.preprocessing import Preprocessing, parse_sides, parse_values
+from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.path_bn.entering import to_path_bn
 from pathconvert.path_bn.form import leave_path_bn
 from pathconvert.path_bn.restoring import restore
@@ -39,6 +41,10 @@ TRAINED_FORM = {
     ("bn", "sgd"): "plain",  # SGD and Path-SGD are the baselines, which train the network as it was
     ("bn", "path-sgd"): "plain",
 }
+
+
+#: The settings that say how images are prepared.
+IMAGE_SETTINGS = ("mean", "std", "size", "resize", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,10 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
         raise PathconvertError(
             "--skip-scale has no effect with --norm bn", "Leave it out, or give --norm path-bn."
         )
-    chosen = preprocessing_of(
-        network,
-        data,
-        size=parse_sides(settings.size),
-        mean=parse_values(settings.mean, "--mean"),
-        std=parse_values(settings.std, "--std"),
+    given = ImageOptions.parse(
+        **{name: getattr(settings, name) for name in IMAGE_SETTINGS}, labels=settings.labels or None
     )
+    chosen = preprocessing_of(network, data, given=given)
     crop = chosen.preprocessing.crop
     assert crop is not None
     record = network.record
@@ -110,13 +113,16 @@ def prepare(network: LoadedNetwork, data: Data, settings: Settings) -> Prepared:
             architecture, input_size=(len(chosen.preprocessing.mean), *crop)
         ),
     )
-    labels = _labels(data, settings)
+    misfit = _misfit(network.model, data, settings, chosen.preprocessing)
+    labels = _labels(data, settings, given)
     network, head, note = _with_head_for(network, record, labels, settings)
     model = _in_form(
         network.model, network, record, data, settings, Transform(chosen.preprocessing)
     )
-    notes = [chosen.note, note] if chosen.note else [note]
-    return Prepared(model.eval(), network, chosen.preprocessing, labels, head, tuple(notes))
+    notes = (chosen.note, misfit, note)
+    return Prepared(
+        model.eval(), network, chosen.preprocessing, labels, head, tuple(n for n in notes if n)
+    )
 
 
 def _with_head_for(
@@ -142,14 +148,21 @@ def _with_head_for(
     return network, head, f"a new classifier for {len(labels)} classes: {', '.join(head)}"
 
 
-def _labels(data: Data, settings: Settings) -> tuple[str, ...]:
-    """A name for every output: the classes of the data, and "class N" for outputs beyond them."""
+def _labels(data: Data, settings: Settings, given: ImageOptions) -> tuple[str, ...]:
+    """A name for every output.
+
+    These are the labels that were given; else the classes of the data, and "class N" for outputs
+    beyond them.
+    """
     count = settings.num_classes or len(data.classes)
     if count < len(data.classes):
         raise DataError(
             f"{data.name} has {len(data.classes)} classes, more than --num-classes {count}",
             "Leave --num-classes out, or give a larger number.",
         )
+    given.require_labels_for(count, "the network to train")
+    if given.labels is not None:
+        return given.labels
     return (*data.classes, *(f"class {i}" for i in range(len(data.classes), count)))
 
 
@@ -239,6 +252,13 @@ def _calibration(data: Data, settings: Settings, transform: Transform) -> Iterat
         left -= len(images)
         if left <= 0:
             return
+
+
+def _misfit(model: nn.Module, data: Data, settings: Settings, recipe: Preprocessing) -> str | None:
+    """What looks wrong about the training images as ``recipe`` prepares them; None if nothing."""
+    enough = settings.model_copy(update={"calibration_images": ENOUGH})
+    pixels = torch.cat([*_calibration(data, enough, Transform(unnormalised(recipe)))])
+    return check_images(model, pixels, recipe)
 
 
 def _class_count(model: nn.Module, network: LoadedNetwork) -> int:

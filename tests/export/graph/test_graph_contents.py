@@ -16,7 +16,7 @@ from pathconvert.export.graph import export as onnx_export
 from pathconvert.export.graph import wrapping
 from pathconvert.export.graph.export import export_onnx
 from pathconvert.networks.architectures import Architecture
-from pathconvert.networks.preprocessing import Preprocessing, labels_for
+from pathconvert.networks.preprocessing import for_weights, labels_of
 
 
 def test_preprocessing_and_softmax_in_the_graph(small, tmp_path):
@@ -110,8 +110,8 @@ def test_the_card():
         "path",
         "r.pt",
         "00ff",
-        Preprocessing.for_architecture(architecture),
-        labels_for(architecture),
+        for_weights(architecture, None),
+        labels_of(architecture, None),
     )
     assert card.preprocessing.resize == 66
     assert card.preprocessing.crop == (64, 64)
@@ -125,8 +125,11 @@ def test_the_card():
         Architecture("r3d_18", {}, (3, 16, 112, 112), "video"),
         Architecture("a:b", {}, (3, 8, 8), "other"),
     ):
-        assert Preprocessing.for_architecture(architecture) is None
-    assert labels_for(Architecture("resnet50", {"num_classes": 7}, None, "classification")) is None
+        assert for_weights(architecture, None) is None
+    assert (
+        labels_of(Architecture("resnet50", {"num_classes": 7}, None, "classification"), None)
+        is None
+    )
 
 
 def test_cards_that_are_newer_or_damaged_are_refused():

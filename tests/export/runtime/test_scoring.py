@@ -10,13 +10,14 @@ import torch
 
 from pathconvert.errors import PathconvertError
 from pathconvert.export.runtime.engines import Engine
-from pathconvert.export.runtime.image_classifier import ImageClassifier
+from pathconvert.export.runtime.image_classifier import ImageClassifier, classifier_with
 from pathconvert.export.runtime.scoring import (
     logits_of,
     look_like_probabilities,
     number_of_classes,
     remaining_preprocessing,
 )
+from pathconvert.networks.image_options import ImageOptions
 from pathconvert.networks.preprocessing import Preprocessing
 
 SIZE = (3, 2, 2)
@@ -98,21 +99,20 @@ def test_outputs_that_are_not_class_scores(shape, text):
 # ---- remaining preprocessing ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_nothing_is_left_out_where_the_graph_does_not_normalise(given):
-    assert remaining_preprocessing(classifier().engine, RECIPE, given=given) == RECIPE
+def test_nothing_is_left_out_where_the_graph_does_not_normalise():
+    assert remaining_preprocessing(classifier().engine, RECIPE) == RECIPE
 
 
 def test_the_normalisation_is_left_out_where_the_graph_contains_it():
     engine = classifier(takes_pixels=True).engine
-    assert remaining_preprocessing(engine, RECIPE, given=False) == Preprocessing(
+    assert remaining_preprocessing(engine, RECIPE) == Preprocessing(
         4, (2, 2), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic"
     )
 
 
 def test_values_for_a_graph_that_normalises_are_refused():
     with pytest.raises(PathconvertError) as refused:
-        remaining_preprocessing(classifier(takes_pixels=True).engine, RECIPE, given=True)
+        classifier_with(classifier(takes_pixels=True).engine, None, ImageOptions(mean=(0.5,)))
     assert str(refused.value) == "net normalises its input itself"
     assert refused.value.tip == "Leave --mean and --std out."
 

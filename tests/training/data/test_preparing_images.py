@@ -10,6 +10,7 @@ from torch import nn
 
 from pathconvert.errors import CheckpointError
 from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.image_options import ImageOptions
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.training.data.augmentation import Transform, choose_preprocessing, preprocessing_of
@@ -135,7 +136,9 @@ def test_the_networks_own_preprocessing():
         256, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     )
     assert chosen.note == ""
-    half = preprocessing_of(network_of(), data_of(300, 400), size=(112, 112)).preprocessing
+    half = preprocessing_of(
+        network_of(), data_of(300, 400), given=ImageOptions(size=(112, 112))
+    ).preprocessing
     assert (half.resize, half.crop) == (128, (112, 112))
 
 
@@ -154,7 +157,9 @@ def test_what_nothing_is_known_of_gets_values_between_0_and_1():
         == "no preprocessing is recorded: images are resized to 32×32 and scaled to [0, 1], not"
         " normalised"
     )
-    flagged = preprocessing_of(network, data_of(28, 28), mean=[0.5], std=[0.1, 0.2, 0.3])
+    flagged = preprocessing_of(
+        network, data_of(28, 28), given=ImageOptions((0.5,), (0.1, 0.2, 0.3))
+    )
     assert (flagged.preprocessing.mean, flagged.preprocessing.std) == ((0.5,) * 3, (0.1, 0.2, 0.3))
     assert flagged.note == ""
     grey = preprocessing_of(network_of("package:net", (1, 32, 32), "other")).preprocessing
@@ -164,13 +169,16 @@ def test_what_nothing_is_known_of_gets_values_between_0_and_1():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": [0.1, 0.2]}, "--mean has 2 values for 3 channels"),
-        ({"std": [0.0]}, "--std must be positive, not 0"),
-        ({"mean": [float("nan")]}, "--mean nan is out of range"),
+        ({"mean": (0.1, 0.2)}, "--mean has 2 values for 3 channels"),
+        ({"std": (0.0,)}, "--std must be positive, not 0"),
+        ({"mean": (float("nan"),)}, "--mean nan is out of range"),
     ],
 )
 def test_flags_without_sense(options, message):
-    assert str(refusal(preprocessing_of, network_of(), data_of(8, 8), **options)) == message
+    def choose() -> None:
+        preprocessing_of(network_of(), data_of(8, 8), given=ImageOptions(**options))
+
+    assert str(refusal(choose)) == message
 
 
 def test_networks_that_take_no_images():

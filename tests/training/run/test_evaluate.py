@@ -335,11 +335,11 @@ def test_refusals_of_the_command(refused, here):
     )
     assert (
         refused("evaluate", "l.onnx", "--data", "two", "--size", "big")[0]
-        == "error: 'big' is not a size"
+        == "error: --size 'big' is not a size"
     )
     assert (
         refused("evaluate", "l.onnx", "--data", "two", "--std", "x")[0]
-        == "error: 'x' is not a list of numbers"
+        == "error: --std 'x' is not a list of numbers"
     )
     assert (
         refused("evaluate", "l.onnx", "--data", "two", "--size", "8", "--device", "cpu")[0]
