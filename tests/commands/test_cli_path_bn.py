@@ -56,9 +56,7 @@ def test_there_and_back(here, capsys):
     restored = result(capsys, "restore", "sq.path-bn.safetensors")
     assert restored["output"] == "sq.restored.pt"
     assert restored["equality"]["passed"]
-    assert sorted(pathconvert.load("sq.restored.pt")[0].state_dict()) == sorted(
-        torch.load("sq.pt")
-    )
+    assert sorted(pathconvert.load("sq.restored.pt")[0].state_dict()) == sorted(torch.load("sq.pt"))
 
 
 def test_from_a_file_in_path_form(here, capsys):
