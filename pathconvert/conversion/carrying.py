@@ -21,9 +21,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pathconvert.conversion.tracing.trace import PINNED, BatchNormCall, IdVector, Slot, Trace
-
-FloatVector = NDArray[np.float64]
+from pathconvert.conversion.tracing.trace import (
+    PINNED,
+    BatchNormCall,
+    FloatVector,
+    IdVector,
+    Slot,
+    Trace,
+)
 
 #: Name of a BatchNorm → its running mean and variance.
 Carriers = dict[str, tuple[Slot, Slot]]

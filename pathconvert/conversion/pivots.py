@@ -40,7 +40,7 @@ from pathconvert.choices import PivotRule
 from pathconvert.conversion.arithmetic import centre_tap, gain_of
 from pathconvert.conversion.groups import FIXED, Layer, Units
 from pathconvert.conversion.hosts import find_readers, next_move
-from pathconvert.conversion.tracing.trace import BatchNormCall, IdVector
+from pathconvert.conversion.tracing.trace import BatchNormCall, FloatVector, IdVector
 
 #: Columns × rows above which ``matching`` falls back to ``max``: linear_sum_assignment takes 3 s at
 #: 4096².
@@ -52,8 +52,6 @@ BLOCK = 1 << 18
 
 #: Default of ``min_pivot``: a pivot below this part of its neighbours' size is not used.
 MIN_PIVOT = 1e-6
-
-FloatVector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

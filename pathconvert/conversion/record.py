@@ -21,9 +21,8 @@ from pathconvert.choices import ConvertedForm, Form
 from pathconvert.conversion.groups import FIXED
 from pathconvert.conversion.modules import unwrapped
 from pathconvert.conversion.path_bn_record import PathBnRecord
-from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.runs import decode_runs, encode_runs
-from pathconvert.conversion.tracing.trace import IdVector, Slot, Statistic
+from pathconvert.conversion.tracing.trace import FloatVector, IdVector, Slot, Statistic
 from pathconvert.errors import RecordError
 from pathconvert.formats import require_format
 from pathconvert.version import __version__

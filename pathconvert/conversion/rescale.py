@@ -16,9 +16,8 @@ import torch
 from torch import Size, Tensor, nn
 
 from pathconvert.conversion.modules import copied
-from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.tracing.ties import first_names
-from pathconvert.conversion.tracing.trace import Slot
+from pathconvert.conversion.tracing.trace import FloatVector, Slot
 
 #: Number of elements that are rescaled at a time.
 BLOCK = 1 << 16

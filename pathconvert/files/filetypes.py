@@ -173,7 +173,7 @@ def _zip_kind(path: Path, file: BinaryIO, size: int) -> Kind:
         )
         raise CheckpointError(message, AGAIN) from error  # --debug shows zipfile's own error
     names = [member.filename for member in members]
-    what, tip = _zip_contents(names)
+    what, tip = _zip_contents(path, names)
     if what:
         raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)
     if "data.pkl" not in _inside(names):
@@ -212,7 +212,14 @@ def _inside(names: list[str]) -> set[str]:
     return {name.partition("/")[2] for name in names} | set(names)
 
 
-def _zip_contents(names: list[str]) -> tuple[str, str]:
+def _take_out(path: Path, loaded: str) -> str:
+    """The command that writes the weights of an archive, which ``loaded`` reads, to a file."""
+    target = str(path.with_suffix(".weights.pt"))
+    code = f"import torch; torch.save(dict({loaded}), {target!r})"
+    return f"Take its weights out and give that file: python -c {shlex.quote(code)}"
+
+
+def _zip_contents(path: Path, names: list[str]) -> tuple[str, str]:
     """Describe a zip archive by the names of its members.
 
     Returns:
@@ -220,17 +227,11 @@ def _zip_contents(names: list[str]) -> tuple[str, str]:
     """
     inside = _inside(names)
     if "constants.pkl" in inside:
-        resave = "torch.save(torch.jit.load('file.pt').state_dict(), 'weights.pt')"
-        return (
-            "a TorchScript archive (torch.jit.save)",
-            f"Take its weights out with {resave} and give that file.",
-        )
+        loaded = f"torch.jit.load({str(path)!r}, map_location='cpu').state_dict()"
+        return "a TorchScript archive (torch.jit.save)", _take_out(path, loaded)
     if inside & {"archive_format", "serialized_exported_program.json", "models/model.json"}:
-        resave = "torch.save(dict(torch.export.load('file.pt2').state_dict), 'weights.pt')"
-        return (
-            "a torch.export archive (.pt2)",
-            f"Take its weights out with {resave} and give that file.",
-        )
+        loaded = f"torch.export.load({str(path)!r}).state_dict"
+        return "a torch.export archive (.pt2)", _take_out(path, loaded)
     if ".data/extern_modules" in inside:
         return "a torch.package archive", _STATE_DICT
     if "data.pkl" in inside:

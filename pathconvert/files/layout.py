@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-#: ``torch``: torch.save; ``torch-legacy``: torch.save before 1.6; and safetensors.
-Container = Literal["torch", "torch-legacy", "safetensors"]
+#: The containers that are written, of the many that can be read (``containers.Container``):
+#: ``torch`` is torch.save, ``torch-legacy`` torch.save before 1.6.
+WrittenContainer = Literal["torch", "torch-legacy", "safetensors"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Layout:
             each.
     """
 
-    container: Container = "safetensors"
+    container: WrittenContainer = "safetensors"
     key: tuple[str, ...] = ()
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class Layout:
         Raises:
             KeyError, TypeError, ValueError: ``stored`` is not a layout.
         """
-        if stored["container"] not in get_args(Container):
+        if stored["container"] not in get_args(WrittenContainer):
             raise ValueError(f"there is no container {stored['container']!r}")
         counters = {
             str(name): (_dtype_name(dtype), tuple(int(side) for side in shape))

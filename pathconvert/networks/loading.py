@@ -37,7 +37,7 @@ from pathconvert.networks.names_identity import (
     own_architecture,
     with_suggestion,
 )
-from pathconvert.networks.names_layouts import refuse_other_functions
+from pathconvert.networks.names_libraries import refuse_other_functions
 from pathconvert.networks.names_modules import class_of, settings_of
 from pathconvert.networks.names_notes import describe
 from pathconvert.networks.preprocessing import Preprocessing
@@ -345,8 +345,8 @@ def _check_identity(checkpoint: Checkpoint, found: Found) -> list[str]:
     """Compare the recognised network with what the file says of it beside the tensors."""
     where, architecture = _where(checkpoint), found.architecture
     notes = check_config(checkpoint.config, architecture, where)
-    if found.view.layout and found.view.layout.assumed and not checkpoint.config:
-        notes.append(found.view.layout.assumed)
+    if found.view.naming and found.view.naming.assumed and not checkpoint.config:
+        notes.append(found.view.naming.assumed)
     return notes + check_module(checkpoint.module, architecture, settings_of(checkpoint), where)
 
 

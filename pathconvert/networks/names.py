@@ -25,7 +25,7 @@ from torch import Tensor
 from pathconvert.files.refusals import one_line
 from pathconvert.networks.names_forms import Computed, compute
 from pathconvert.networks.names_index import COUNTER, modern_names
-from pathconvert.networks.names_layouts import LAYOUTS, Layout
+from pathconvert.networks.names_libraries import NAMINGS, Naming
 
 WRAPPERS = frozenset(
     {
@@ -74,9 +74,9 @@ class View:
         original: new name → name in the file, for the tensors that were only renamed.
         stored: name in the file → tensor as the file has it, for the counters that were cast.
         parts: new name → names in the file, for the weights that were computed.
-        outside: the names in the file that do not have the prefix, or that the layout leaves out.
+        outside: the names in the file that do not have the prefix, or that the naming leaves out.
         inert: the ignored names inside of the prefix.
-        layout: which library's names these are; None for torchvision's own.
+        naming: which library's names these are; None for torchvision's own.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -87,7 +87,7 @@ class View:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     outside: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()
-    layout: Layout | None = None
+    naming: Naming | None = None
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -188,16 +188,16 @@ def _shown_prefix(start: str, names: Collection[str], source: _Source) -> str:
 
 def _views_below(start: str, names: list[str], source: _Source) -> Iterator[View]:
     short = {name.removeprefix(start): name for name in names}
-    for layout in (None, *LAYOUTS):
-        if layout is None:
+    for naming in (None, *NAMINGS):
+        if naming is None:
             renamed = {name: name for name in short}
-        elif layout.fits(short):
-            renamed = {name: new for name in short if (new := layout.rename(name)) is not None}
+        elif naming.fits(short):
+            renamed = {name: new for name in short if (new := naming.rename(name)) is not None}
         else:
             continue
         chosen = {new: short[name] for name, new in renamed.items()}
         if len(chosen) == len(renamed):
-            yield _view(start, chosen, names, source, layout)
+            yield _view(start, chosen, names, source, naming)
 
 
 def _view(
@@ -205,7 +205,7 @@ def _view(
     chosen: Mapping[str, str],
     names: Collection[str],
     source: _Source,
-    layout: Layout | None,
+    naming: Naming | None,
 ) -> View:
     """A view of the tensors ``chosen``: new name → name without wrappers."""
     inert = {new for new in chosen if INERT.fullmatch(new)}
@@ -228,13 +228,13 @@ def _view(
     return View(
         view_tensors,
         _shown_prefix(start, names, source) if start or source.wrapped else "",
-        _sentence(layout, source.computed.sentence if parts else None),
+        _sentence(naming, source.computed.sentence if parts else None),
         original,
         stored,
         parts,
         tuple(source.names[name] for name in source.tensors if name not in taken),
         tuple(source.names[chosen[new]] for new in chosen if new in inert),
-        layout,
+        naming,
     )
 
 
@@ -252,8 +252,8 @@ def _as_counter(name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(()).to(torch.int64)
 
 
-def _sentence(layout: Layout | None, computed: str | None) -> str | None:
-    parts = ([layout.what] if layout else []) + ([computed] if computed else [])
+def _sentence(naming: Naming | None, computed: str | None) -> str | None:
+    parts = ([naming.what] if naming else []) + ([computed] if computed else [])
     return "; ".join(parts) or None
 
 

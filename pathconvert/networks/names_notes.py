@@ -33,7 +33,7 @@ def describe(found: Found, checkpoint: Checkpoint, key: str | None) -> list[str]
     if left:
         notes.append(f"left out: {shortened(left)}{_consequence(left)}")
     changes = [view.renamed] if view.renamed else []
-    if view.layout is None and _has_inner_wrappers(view):
+    if view.naming is None and _has_inner_wrappers(view):
         changes.append("names of wrappers inside it removed")
     changes += found.notes
     if changes:

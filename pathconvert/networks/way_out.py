@@ -13,15 +13,14 @@ from typing import Any
 from pathconvert.errors import CheckpointError
 from pathconvert.files.checkpoint import Checkpoint
 from pathconvert.files.containers import Container
-from pathconvert.files.layout import Container as Written
-from pathconvert.files.layout import Layout
+from pathconvert.files.layout import Layout, WrittenContainer
 from pathconvert.files.refusals import AGAIN
 from pathconvert.files.writing import SUFFIXES
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.names import View, shortened
 
 #: How a file of each kind is written, and what such a file lacks of the one that was read.
-WRITTEN_AS: dict[Container, tuple[Written, str]] = {
+WRITTEN_AS: dict[Container, tuple[WrittenContainer, str]] = {
     Container.ZIP: ("torch", ""),
     Container.LEGACY: ("torch-legacy", ""),
     Container.TAR: ("torch-legacy", "the tar archive of the first versions of torch"),

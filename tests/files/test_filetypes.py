@@ -5,7 +5,10 @@ is executed.
 import json
 import os
 import random
+import shlex
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from torch import nn
 
 from pathconvert.errors import CheckpointError
 from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.filetypes import recognise
 
 
 def test_missing_directory_and_empty(tmp_path):
@@ -132,16 +136,20 @@ def test_compressed_again_is_refused_before_it_is_unpacked(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # torch warns that TorchScript is deprecated
 def test_torchscript_and_export_archives(tmp_path):
-    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "a.pt")
-    message, tip = refusal(tmp_path / "a.pt")
-    assert message == f"a.pt is a TorchScript archive (torch.jit.save); {EXPECTED}"
-    assert "torch.save(torch.jit.load('file.pt').state_dict(), 'weights.pt')" in tip
-    torch.export.save(
-        torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "a.pt2"
-    )
-    message, tip = refusal(tmp_path / "a.pt2")
-    assert message == f"a.pt2 is a torch.export archive (.pt2); {EXPECTED}"
-    assert "torch.export.load('file.pt2').state_dict" in tip
+    layer, x = nn.Linear(2, 2), torch.zeros(1, 2)
+    torch.jit.trace(layer, x).save(tmp_path / "a.pt")
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "b.pt2")
+    for name, what in (
+        ("a.pt", "a TorchScript archive (torch.jit.save)"),
+        ("b.pt2", "a torch.export archive (.pt2)"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            recognise(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name} is {what}; {EXPECTED}"
+        command = caught.value.tip.partition("give that file: python ")[2]
+        subprocess.run([sys.executable, *shlex.split(command)], check=True)
+        written = read_checkpoint(tmp_path / Path(name).with_suffix(".weights.pt"))
+        assert_same(written.tensors, layer.state_dict())
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 ZERO, PINNED = 0, 1
 
 IdVector = NDArray[np.int64]
+FloatVector = NDArray[np.float64]
 Statistic = Literal["mean", "variance"]
 
 

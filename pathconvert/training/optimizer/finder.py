@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from pathconvert.choices import Start
 from pathconvert.conversion.groups import FIXED
-from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.record import Record, record_of
-from pathconvert.conversion.tracing.trace import IdVector
+from pathconvert.conversion.tracing.trace import FloatVector, IdVector
 from pathconvert.errors import RecordError
 from pathconvert.path_bn.layer import PathBN
 from pathconvert.training.optimizer.chains import Chains, PathTensor
