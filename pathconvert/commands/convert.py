@@ -24,8 +24,6 @@ from pathconvert.commands.options import (
     Prefix,
     Source,
     TrustPickle,
-    open_prepared,
-    require_one_size,
     with_image_options,
 )
 from pathconvert.errors import EquivalenceError, PathconvertError, RecordError
@@ -97,8 +95,8 @@ def reparam(
         bool,
         typer.Option(
             "--keep-wrapper/--bare",
-            help="Write the tensors under the source's key, prefix and names, not under the"
-            " network's own.",
+            help="Write the tensors under the source's prefix and names, and in a .pt file under"
+            " its key.",
         ),
     ] = False,
     force: Force = False,
@@ -122,7 +120,7 @@ def reparam(
     with steps.shown():
         with steps.step("load"):
             loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
-            network = open_prepared(loader, source, given)
+            network = loader.open_prepared(source, given)
         from pathconvert.conversion.record import record_of
         from pathconvert.networks.checked import (
             convert_network,
@@ -281,7 +279,7 @@ def verify(
             from pathconvert.networks.prepared import image_notes, prepared
 
             loader = Loader(arch, input_size, trust_pickle=trust_pickle)
-            require_one_size(loader, given)
+            loader.require_one_size(given)
             pair = [prepared(network, given) for network in loader.open_pair(a, b)]
         from pathconvert.commands import reports
         from pathconvert.networks.checked import compare
@@ -325,7 +323,7 @@ def inspect(
 
 
 def archs(as_json: Json = False) -> None:
-    """List torchvision's networks: which are supported, and why the others are not."""
+    """List the networks that are known: which are supported, and why the others are not."""
     from pathconvert.networks.architectures import catalogue
 
     entries = catalogue()

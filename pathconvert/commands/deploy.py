@@ -22,8 +22,6 @@ from pathconvert.commands.options import (
     Prefix,
     Source,
     TrustPickle,
-    open_prepared,
-    opener,
     with_image_options,
 )
 from pathconvert.errors import CheckpointError, PathconvertError
@@ -106,7 +104,7 @@ def export(
             prepare_output(path, force=force, source=source_file(source), suffixes=SUFFIXES)
             fixed = parse_batch(batch)
             loader = Loader(arch, input_size, num_classes, key, trust_pickle, prefix)
-            network = open_prepared(loader, source, given)
+            network = loader.open_prepared(source, given)
         with steps.step("export, verify and write"):
             report, card = export_network(
                 network,
@@ -267,7 +265,7 @@ def predict(
             top,
             device,
             input_size=loader.size,
-            load=opener(loader, given),
+            load=loader.opener(given),
             given=given,
         )
     if report.fallback:

@@ -18,7 +18,6 @@ from pathconvert.commands.options import (
     NumClasses,
     Prefix,
     TrustPickle,
-    opener,
     with_image_options,
 )
 from pathconvert.networks.image_options import NOTHING_GIVEN, ImageOptions
@@ -140,7 +139,7 @@ def _open(source: str, loader: Loader, device: str, given: ImageOptions) -> Imag
     from pathconvert.export.runtime.image_classifier import classifier_with
 
     loader.refuse_for_onnx([source])
-    engine = open_engine(source, device, load=opener(loader, given))
+    engine = open_engine(source, device, load=loader.opener(given))
     return classifier_with(engine, loader.size, given)
 
 

@@ -12,6 +12,9 @@ from pathconvert.commands.console import note
 from pathconvert.errors import ArchitectureError, PathconvertError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pathconvert.networks.image_options import ImageOptions
     from pathconvert.networks.loading import LoadedNetwork
 
 
@@ -49,7 +52,11 @@ class Loader:
                     )
 
     def open(self, source: str) -> LoadedNetwork:
-        """Load a network, and note what was taken from the file and what was left out."""
+        """Load a network, and note what was taken from the file and what was left out.
+
+        Raises:
+            PathconvertError: as :func:`~pathconvert.networks.loading.open_network`.
+        """
         from pathconvert.networks.loading import open_network
 
         network = open_network(
@@ -67,11 +74,62 @@ class Loader:
             note(f"note: {source}: {network.doubt}")
         return network
 
+    def open_prepared(self, source: str, given: ImageOptions) -> LoadedNetwork:
+        """Load a network, with the user's options for its images in place of what is known of them.
+
+        Raises:
+            PathconvertError: the network cannot be loaded, or the options do not fit it.
+        """
+        from pathconvert.networks.prepared import prepared
+
+        self.require_one_size(given)
+        return prepared(self.open(source), given)
+
+    def opener(self, given: ImageOptions) -> Callable[[str], LoadedNetwork]:
+        """A function that loads a network at the size that was given, and notes what is assumed.
+
+        It is for commands that open ONNX files as well, and apply the other options to both.
+
+        Raises:
+            PathconvertError: ``--size`` and ``--input-size`` contradict one another.
+        """
+        self.require_one_size(given)
+
+        def load(source: str) -> LoadedNetwork:
+            from pathconvert.networks.prepared import assumption_of, resized
+
+            network = self.open(source)
+            known = resized(network.architecture, given)
+            network = dataclasses.replace(network, architecture=known)
+            remark = assumption_of(network, given.over)
+            if remark is not None:
+                note(f"note: {remark}")
+            return network
+
+        return load
+
+    def require_one_size(self, given: ImageOptions) -> None:
+        """Refuse ``--size`` and ``--input-size`` that contradict one another.
+
+        Raises:
+            PathconvertError: they do.
+        """
+        if given.size is not None and self.size and self.size[1:] != given.size:
+            height, width = given.size
+            raise PathconvertError(
+                f"--size {height}x{width} and --input-size {self.input_size} differ",
+                "Give one of them.",
+            )
+
     def open_pair(self, a: str, b: str) -> list[LoadedNetwork]:
         """Load two forms of one network.
 
         A plain checkpoint of a user's own class does not say how to build it. If only one of the
         two can be opened, its architecture is used for the other.
+
+        Raises:
+            ArchitectureError: neither can be opened.
+            PathconvertError: as :meth:`open`.
         """
         opened: dict[str, LoadedNetwork] = {}
         refusals: list[ArchitectureError] = []
@@ -99,10 +157,8 @@ class Loader:
 def default_output(source: str, ending: str) -> Path:
     """``a/resnet50.pt`` → ``a/resnet50`` with ``ending``.
 
-    In the current folder if the source is not a file.
-
-    The suffix of an earlier conversion is dropped: ``resnet50.path.safetensors`` becomes
-    ``resnet50`` again.
+    It is in the current folder if the source is not a file. The suffix of an earlier conversion is
+    dropped: ``resnet50.path.safetensors`` becomes ``resnet50`` again.
     """
     from pathconvert.files.writing import SUFFIXES
 
@@ -132,6 +188,9 @@ def checked_output(source: str, output: Path | None, ending: str, force: bool) -
         output: the path that was given; None for the source's with another ending.
         ending: such as ``path.safetensors``.
         force: replace a file that exists.
+
+    Raises:
+        OutputError: the path may not be written.
     """
     from pathconvert.files.writing import prepare_output
 

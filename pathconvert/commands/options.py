@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from pathconvert import choices
-from pathconvert.commands.console import note
-from pathconvert.errors import PathconvertError
 from pathconvert.networks.image_options import ImageOptions
-
-if TYPE_CHECKING:
-    from pathconvert.commands.loading import Loader
-    from pathconvert.networks.loading import LoadedNetwork
 
 
 class Process:
@@ -35,7 +28,7 @@ def _set_debug(value: bool) -> None:
 Source = Annotated[
     str,
     typer.Argument(
-        help="A .pt, .pth or .safetensors file, or a torchvision name such as resnet50."
+        help="A checkpoint, a folder with one in it, or a torchvision name such as resnet50."
     ),
 ]
 Output = Annotated[
@@ -60,7 +53,7 @@ NumClasses = Annotated[
 ]
 Key = Annotated[
     str | None,
-    typer.Option(help="Key of the checkpoint that holds the weights, such as model_ema."),
+    typer.Option(help="Key of the weights in the file, such as model_ema, if it has several."),
 ]
 Mean = Annotated[
     str | None,
@@ -127,7 +120,9 @@ Json = Annotated[
 TrustPickle = Annotated[
     bool,
     typer.Option(
-        "--trust-pickle", help="Load a pickled module. This runs code that the file contains."
+        "--trust-pickle",
+        help="Take a pickled module itself, not only its tensors. This runs code that the file"
+        " contains.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show tracebacks.")]
@@ -191,52 +186,3 @@ def _image_parameters(kind: Any) -> list[inspect.Parameter]:
         inspect.Parameter(name, kind, default=None, annotation=annotation)
         for name, annotation in _IMAGE_OPTIONS.items()
     ]
-
-
-def open_prepared(loader: Loader, source: str, given: ImageOptions) -> LoadedNetwork:
-    """Load a network, with the user's options for its images in place of what is known of them.
-
-    Raises:
-        PathconvertError: the network cannot be loaded, or the options do not fit it.
-    """
-    from pathconvert.networks.prepared import prepared
-
-    require_one_size(loader, given)
-    return prepared(loader.open(source), given)
-
-
-def opener(loader: Loader, given: ImageOptions) -> Callable[[str], LoadedNetwork]:
-    """A function that loads a network at the size that was given, and notes what is assumed of it.
-
-    For what applies the other options itself, because it opens ONNX files as well.
-
-    Raises:
-        PathconvertError: ``--size`` and ``--input-size`` contradict one another.
-    """
-    require_one_size(loader, given)
-
-    def load(source: str) -> LoadedNetwork:
-        from pathconvert.networks.prepared import assumption_of, resized
-
-        network = loader.open(source)
-        network = dataclasses.replace(network, architecture=resized(network.architecture, given))
-        remark = assumption_of(network, given.over)
-        if remark is not None:
-            note(f"note: {remark}")
-        return network
-
-    return load
-
-
-def require_one_size(loader: Loader, given: ImageOptions) -> None:
-    """Refuse ``--size`` and ``--input-size`` that contradict one another.
-
-    Raises:
-        PathconvertError: they do.
-    """
-    if given.size is not None and loader.size and loader.size[1:] != given.size:
-        height, width = given.size
-        raise PathconvertError(
-            f"--size {height}x{width} and --input-size {loader.input_size} differ",
-            "Give one of them.",
-        )

@@ -13,10 +13,10 @@ import numpy as np
 from pathconvert.conversion.deploy_forms import deploy_hint
 from pathconvert.conversion.equivalence import EquivalenceReport
 from pathconvert.conversion.path_bn_record import PathBnRecord
-from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.reparameterize import Conversion, reparameterize
+from pathconvert.conversion.tracing.trace import FloatVector
 from pathconvert.errors import OutputError, PathconvertError
-from pathconvert.networks.adjusting import summary as described
+from pathconvert.networks.adjusting import network_text
 from pathconvert.networks.inputs import random_input
 from pathconvert.networks.loading import LoadedNetwork
 from pathconvert.networks.way_out import recorded_layout
@@ -31,8 +31,12 @@ def summarise(
 ) -> dict[str, Any]:
     """The result of ``pathconvert reparam`` as a JSON-serialisable dictionary.
 
-    ``path_bn`` is the part of the conversion record that describes the Path-BN layers; None in path
-    form.
+    Args:
+        conversion: what was converted.
+        path_bn: the part of the record that describes the Path-BN layers; None in path form.
+        network: the network before the conversion.
+        equality: the comparison of the file with it.
+        seconds: step → how long it took.
     """
     magnitudes = np.abs(conversion.pivots.value[conversion.pivots.layer >= 0])
     return {
@@ -145,7 +149,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     magnitude = summary["pivot_magnitude"]
     seconds = summary["seconds"]
     rows = {
-        "network": described(summary["architecture"], summary["arguments"]),
+        "network": network_text(summary["architecture"], summary["arguments"]),
         "form": (
             f"{summary['form']}; scope {summary['scope']}, pivot {summary['pivot']}, gauge"
             f" {summary['gauge']}"
@@ -310,7 +314,7 @@ def inspection_rows(result: dict[str, Any]) -> dict[str, str]:
     """The rows of the table that inspect prints."""
     rows = {
         "form": result["form"],
-        "network": described(result["architecture"], result["arguments"]),
+        "network": network_text(result["architecture"], result["arguments"]),
         "parameters": f"{result['parameters'] / 1e6:.2f} M, {', '.join(result['dtypes'])}",
     }
     for name in ("wrapper_key", "sha256", "scope", "pivot", "gauge", "tool", "groups", "scales"):

@@ -18,7 +18,6 @@ from pathconvert.conversion.groups import Group, Units, find_units, offenders_in
 from pathconvert.conversion.modules import named_tensors, unwrapped
 from pathconvert.conversion.pivots import (
     MIN_PIVOT,
-    FloatVector,
     Pivots,
     choose_pivots,
     pivots_at,
@@ -34,7 +33,7 @@ from pathconvert.conversion.rescale import rescale
 from pathconvert.conversion.scale_groups import ScaleGroup, scale_groups
 from pathconvert.conversion.scales import choose_scales
 from pathconvert.conversion.tracing.parts import Traced, trace_network
-from pathconvert.conversion.tracing.trace import IdVector
+from pathconvert.conversion.tracing.trace import FloatVector, IdVector
 from pathconvert.errors import PathconvertError, RecordError, RefusedNetwork
 
 
@@ -203,6 +202,16 @@ def convert_traced(
     """:func:`reparameterize` for a network that is traced already.
 
     One trace serves all scopes, pivots and gauges.
+
+    Args:
+        model: the network; it is not changed.
+        traced: its trace.
+        scope, pivot, gauge, min_pivot, partial: as in :func:`reparameterize`.
+
+    Raises:
+        RefusedNetwork: a layer reads an activation that is not homogeneous, and ``partial`` is
+            False.
+        PathconvertError: a tensor is not finite.
     """
     units = find_units(traced.trace)
     offenders = offenders_inside(traced.trace)

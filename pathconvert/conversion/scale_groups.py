@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathconvert.conversion.groups import Group, Units
-from pathconvert.conversion.pivots import FloatVector, Pivots
+from pathconvert.conversion.pivots import Pivots
+from pathconvert.conversion.tracing.trace import FloatVector
 
 
 class Pivot(NamedTuple):

@@ -44,9 +44,9 @@ from torch import Tensor
 from pathconvert.choices import Gauge
 from pathconvert.conversion.carrying import carried_range
 from pathconvert.conversion.groups import FIXED, Units
-from pathconvert.conversion.pivots import FloatVector, Pivots
+from pathconvert.conversion.pivots import Pivots
 from pathconvert.conversion.rescale import BLOCK, factors
-from pathconvert.conversion.tracing.trace import Slot
+from pathconvert.conversion.tracing.trace import FloatVector, Slot
 
 #: Factors stay between 2 to the power of minus and plus this.
 RANGE = 40

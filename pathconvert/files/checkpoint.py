@@ -35,10 +35,9 @@ from pathconvert.files.folders import read_folder, read_index
 from pathconvert.files.refusals import AGAIN, one_line, quote, reading, reason
 from pathconvert.files.states import (
     WRAPPED_IN,
-    WRAPPER_KEYS,
     State,
     architecture_beside,
-    choose,
+    choose_state,
     is_tensor_like,
     object_at,
 )
@@ -46,9 +45,8 @@ from pathconvert.files.tensors import Array, as_tensor
 from pathconvert.files.unpickling import Object
 from pathconvert.files.weights import FLOAT_TIP, STATE_DICT_TIP, integer_weights
 
-__all__ = ["PREFIXES", "WRAPPER_KEYS", "Checkpoint", "Container", "read_checkpoint"]
-
-PREFIXES = ("module.", "_orig_mod.")
+#: What :func:`_strip_prefix` strips.
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +59,9 @@ class Checkpoint:
             ``prefix``.
         key: the dotted key that was taken (``"model_ema"``, ``"ema.state_dict"``); None if the
             file is a state dict.
+        key_path: the keys that ``key`` joins, which may have dots themselves.
+        key_in_dicts: whether every key is one of a dictionary, and none a place in a list or an
+            attribute.
         prefix: what was stripped from every name (``"module._orig_mod."``); empty if nothing was.
         metadata: this package's own metadata; None if the file carries none.
         others: the dotted keys of the other state dicts in the file, in the order of preference.
@@ -70,6 +71,8 @@ class Checkpoint:
         config: what is known of the network beside its tensors: Hugging Face's and timm's
             ``config.json``, or ``{"arch": ...}`` as a training script saves it.
         trusted: the pickled module itself, if the caller trusts the file and it holds one.
+        digest: the SHA-256 as it was computed while the file was read; empty if it was not. Read
+            :attr:`sha256` instead.
     """
 
     path: Path
@@ -84,12 +87,15 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     trusted: nn.Module | None = None
     digest: str = field(default="", repr=False)
+    key_path: tuple[str, ...] = ()
+    key_in_dicts: bool = True
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal, computed while it was read.
+        """SHA-256 of the file, in hexadecimal; for a checkpoint in several files, of their digests.
 
-        For a checkpoint in several files it is that of their digests.
+        Raises:
+            CheckpointError: the file has to be read again for that, and cannot be read.
         """
         if self.digest:
             return self.digest
@@ -117,7 +123,7 @@ def read_checkpoint(
     """
     path = Path(path)
     loaded = _load(path)
-    state, others = choose(path, loaded.value, key)
+    state, others = choose_state(path, loaded.value, key)
     found, skipped = _only_tensors(path, state)
     tensors, prefix, dropped = _strip_prefix(found)
     text = _metadata_text(state.entries) if loaded.metadata is None else loaded.metadata
@@ -135,6 +141,11 @@ def read_checkpoint(
         config=loaded.config or architecture_beside(loaded.value),
         trusted=_trusted_module(loaded, state) if wanted else None,
         digest=loaded.digest(),
+        key_path=state.path,
+        key_in_dicts=all(
+            isinstance(object_at(loaded.value, state.path[:depth]), dict)
+            for depth in range(len(state.path))
+        ),
     )
 
 
@@ -211,7 +222,7 @@ def _strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, l
             dropped += [f"{stripped}n_averaged"] * (len(tensors) - len(counted))
             tensors = counted
         prefix = next(
-            (p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""
+            (p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""
         )
         if not prefix:
             return tensors, stripped, dropped

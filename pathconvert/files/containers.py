@@ -20,8 +20,8 @@ from pathconvert.files.torch_files import read_torch
 
 _DEEPEST = 3  # containers within one another: a zip file in a gz file is the deepest in use
 _LARGEST_CONFIG = 10_000_000  # bytes
+#: Names that Hugging Face and timm give to the file beside ``config.json``.
 _BESIDE_CONFIG = ("model.safetensors", "pytorch_model.bin")
-"""Names that Hugging Face and timm give to the file beside ``config.json``."""
 
 
 class Container(StrEnum):
@@ -92,7 +92,7 @@ def _unwrapped(content: Content, kind: Kind) -> tuple[object, Kind, object]:
     """What is in a file: the value, the kind of its innermost container, and its metadata."""
     for _ in range(_DEEPEST):
         if kind is Kind.SAFETENSORS:
-            value, metadata = load_safetensors(content)
+            value, metadata = _load_safetensors(content)
             return value, kind, metadata
         if kind is Kind.COMPRESSED:
             content = decompress(content)
@@ -121,7 +121,7 @@ def _only_member(content: Content) -> Content:
         ) from error
 
 
-def load_safetensors(content: Content) -> tuple[dict[str, object], object]:
+def _load_safetensors(content: Content) -> tuple[dict[str, object], object]:
     """The tensors in a safetensors file.
 
     Returns:

@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO, Self, cast
 import torch
 
 from pathconvert.errors import CheckpointError
-from pathconvert.files.filetypes import unpacked_limit
+from pathconvert.files.filetypes import BZIP2, GZIP, XZ, unpacked_limit
 from pathconvert.files.refusals import AGAIN, reading
 
 _CHUNK = 2**20  # bytes; what is unpacked at a time
@@ -31,6 +31,7 @@ class Content:
         path: the file, for messages.
         size: the number of bytes.
         view: the bytes, without a copy.
+        digest: the SHA-256 of a file that was read; None for bytes that were unpacked.
     """
 
     def __init__(self, path: Path, data: torch.Tensor, digest: Digest | None = None) -> None:
@@ -162,9 +163,9 @@ def _empty(path: Path, size: int) -> torch.Tensor:
 # ---- compressed files ----------------------------------------------------------------------------
 
 _COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
+    GZIP: gzip.open,
+    BZIP2: bz2.open,
+    XZ: lzma.open,
 }
 
 

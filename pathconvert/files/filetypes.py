@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pathconvert.errors import CheckpointError
-from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading
+from pathconvert.files.refusals import AGAIN, EXPECTED, EXPORT_AGAIN, listing, quote, reading
 
 _HEAD = 4096  # bytes at the beginning of a file that are looked at
 _MOST_INSTRUCTIONS = 100_000  # of a pickle in text form that are looked at
+#: The number that opens a file by torch.save before 1.6.
 TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The number that opens a file by torch.save before 1.6."""
 
-_EXPORT_AGAIN = "Give the PyTorch checkpoint that it was exported from."
 _STATE_DICT = (
     "Save the network's weights with torch.save(model.state_dict(), 'weights.pt') and give that"
     " file."
@@ -39,9 +38,9 @@ _COPY = (
 _UNPACK = "Unpack it and give the checkpoint inside."
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     # offset, bytes, what the file is, what to do
-    (0, b"GGUF", "a GGUF file (llama.cpp)", _EXPORT_AGAIN),
+    (0, b"GGUF", "a GGUF file (llama.cpp)", EXPORT_AGAIN),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, TensorFlow)", _COPY.format("h5py")),
-    (4, b"TFL3", "a TensorFlow Lite file", _EXPORT_AGAIN),
+    (4, b"TFL3", "a TensorFlow Lite file", EXPORT_AGAIN),
     (0, b"\x93NUMPY", "a NumPy array (.npy)", _STATE_DICT),
     (0, b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
@@ -50,9 +49,10 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG image", "Give the network's checkpoint."),
     (0, b"%PDF", "a PDF document", "Give the network's checkpoint."),
 )
-_COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
+#: What compressed files begin with.
+GZIP, BZIP2, XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ"
+#: Suffixes of the one file in an archive or a folder that is taken for a checkpoint.
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".pkl", ".tar")
-"""Suffixes of the one file in an archive or a folder that is taken for a checkpoint."""
 
 _INDEX_MARK = '"weight_map"'
 
@@ -98,7 +98,7 @@ def kind_of(path: Path, file: BinaryIO, size: int) -> Kind:
         return _zip_kind(path, file, size)
     if head.startswith(b"\x80") and TORCH_MAGIC in head[:32]:
         return Kind.LEGACY
-    if head.startswith(_COMPRESSIONS):
+    if head.startswith((GZIP, BZIP2, XZ)):
         return Kind.COMPRESSED
     if head[257:262] == b"ustar" and _is_torch_tar(file):
         return Kind.TAR
@@ -113,7 +113,7 @@ def kind_of(path: Path, file: BinaryIO, size: int) -> Kind:
     if found is None and path.suffix.lower() == ".safetensors":
         return Kind.SAFETENSORS  # the check of its header will say what is wrong
     if found is None and path.with_suffix(".xml").is_file():
-        found = "the weights of an OpenVINO network (.xml beside it)", _EXPORT_AGAIN
+        found = "the weights of an OpenVINO network (.xml beside it)", EXPORT_AGAIN
     what, tip = found or (f"unknown binary data (it begins with {head[:8].hex(' ')})", AGAIN)
     raise CheckpointError(f"{path} is {what}; {EXPECTED}.", tip)
 
@@ -281,7 +281,7 @@ def _text_file(text: str | None) -> tuple[str, str] | None:
             "Download the file itself.",
         )
     if start.startswith("<?xml") and "<net " in start:
-        return "an OpenVINO network (.xml)", _EXPORT_AGAIN
+        return "an OpenVINO network (.xml)", EXPORT_AGAIN
     return (
         f"a text file (it begins with {quote(text.strip()[:30])})",
         "Give the network's checkpoint.",
@@ -328,19 +328,14 @@ def _protobuf_file(file: BinaryIO, size: int) -> tuple[str, str] | None:
     None for any other file.
     """
     fields = _protobuf_fields(file, size)
-    if 7 in fields and fields <= {
-        *range(1, 9),
-        14,
-        20,
-        25,
-        26,
-    }:  # ModelProto: 1 ir_version, 7 graph
+    # ONNX's ModelProto: 1 ir_version, 7 graph
+    if 7 in fields and fields <= {*range(1, 9), 14, 20, 25, 26}:
         return (
             "an ONNX file",
-            f"{_EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx.",
+            f"{EXPORT_AGAIN[:-1]}; predict, bench and evaluate take files that end in .onnx.",
         )
     if fields == {1, 2}:  # SavedModel: 1 schema version, 2 meta graphs
-        return "a TensorFlow SavedModel", _EXPORT_AGAIN
+        return "a TensorFlow SavedModel", EXPORT_AGAIN
     return None
 
 

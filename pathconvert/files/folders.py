@@ -7,12 +7,14 @@ distributed
     ``torch.distributed.checkpoint``: ``.metadata``, a pickle that says which part of which tensor
     lies where in the files ``*.distcp``. Each part is a file by ``torch.save``.
 DeepSpeed
-    ``latest`` names a folder with ``mp_rank_00_model_states.pt``; Lightning names it ``checkpoint``
+    ``latest`` names a folder with ``mp_rank_00_model_states.pt``, which Lightning calls
+    ``checkpoint``.
 """
 
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,20 @@ from pathconvert.errors import CheckpointError
 from pathconvert.files.containers import Container, Loaded, check_name, load_file, read_config
 from pathconvert.files.content import Content
 from pathconvert.files.filetypes import Kind, checkpoints_among
-from pathconvert.files.refusals import AGAIN, EXPECTED, listing, quote, reading, reason
+from pathconvert.files.refusals import (
+    AGAIN,
+    EXPECTED,
+    EXPORT_AGAIN,
+    listing,
+    quote,
+    reading,
+    reason,
+)
 from pathconvert.files.torch_files import read_torch
 from pathconvert.files.unpickling import Object
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: Files that a folder is read for, in this order.
 _FILES = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -37,10 +48,9 @@ _FILES = (
     "checkpoint/mp_rank_00_model_states.pt",
     "checkpoints/last.ckpt",
 )
-"""Files that a folder is read for, in this order."""
 
 _LARGEST_INDEX = 100_000_000  # bytes
-_ONE_FILE = "Give the file: {}."
+_ONE_FILE = "Give the file: {}"
 
 
 def read_folder(folder: Path) -> Loaded:
@@ -92,9 +102,14 @@ def _refuse_partitioned(folder: Path, names: list[str]) -> None:
         raise CheckpointError(
             f"{folder} is a DeepSpeed checkpoint whose weights are distributed over several files"
             f" ({listing(parts)}).",
-            f"Join them with DeepSpeed's own script in that folder: python zero_to_fp32.py {folder}"
-            " weights.pt",
+            "Join them with DeepSpeed's own script: python"
+            f" {_quoted(folder / 'zero_to_fp32.py')} {_quoted(folder)} weights.pt",
         )
+
+
+def _quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _no_checkpoint(folder: Path, names: list[str], found: list[str]) -> CheckpointError:
@@ -106,12 +121,13 @@ def _no_checkpoint(folder: Path, names: list[str], found: list[str]) -> Checkpoi
     if "saved_model.pb" in names:
         return CheckpointError(
             f"{folder} is a TensorFlow SavedModel; {EXPECTED}.",
-            "Give the PyTorch checkpoint that it was exported from.",
+            EXPORT_AGAIN,
         )
     if "data.pkl" in names:
         return CheckpointError(
             f"{folder} is the unpacked content of a torch.save file; {EXPECTED}.",
-            f"Pack it again: python -m zipfile -c {folder.name}.pt {folder}",
+            f"Pack it again: python -m zipfile -c {_quoted(Path(f'{folder.name}.pt'))}"
+            f" {_quoted(folder)}",
         )
     below = [str(path.relative_to(folder)) for path in folder.glob("*/*") if path.is_file()]
     deeper = checkpoints_among(below)

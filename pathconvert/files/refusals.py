@@ -7,12 +7,17 @@ from pathlib import Path
 from pathconvert.errors import CheckpointError, first_line
 
 EXPECTED = "expected a PyTorch checkpoint (.pt, .pth) or a .safetensors file"
+EXPORT_AGAIN = "Give the PyTorch checkpoint that it was exported from."
 AGAIN = "Download or copy the file again, and compare its size with the original's."
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system into a :class:`CheckpointError` that names the file."""
+    """Turn an error of the operating system into one that names the file.
+
+    Raises:
+        CheckpointError: the block raised an ``OSError``.
+    """
     try:
         yield
     except OSError as error:

@@ -31,18 +31,18 @@ from pathconvert.files.tensors import Array
 from pathconvert.files.unpickling import Object
 from pathconvert.files.weights import STATE_DICT_TIP
 
+#: Keys of state dicts in order of preference.
 WRAPPER_KEYS = (
     "state_dict", "model", "model_state", "model_state_dict", "net", "network", "module", "student",
     "weights", "params", "blobs", "model_ema", "ema", "state_dict_ema", "ema_state_dict",
     "ema_model", "model_ema_state_dict", "params_ema", "teacher",
 )  # fmt: skip
-"""Keys of state dicts in order of preference."""
 
+#: Keys under which training scripts save what they were called with.
 _SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options")
-"""Keys under which training scripts save what they were called with."""
 
+#: The name of a network, as other texts under the same keys are not.
 _NETWORK = re.compile(r"[\w.:/-]{1,200}")
-"""The name of a network, as other texts under the same keys are not."""
 
 _DATA_MODULES = {
     *("argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions"),
@@ -58,10 +58,10 @@ _MOST_STATES = 1000
 _DEEPEST_MODULE = 100
 _MOST_MODULES = 100_000
 
+#: Classes of modules that hold another, and the name that they hold it under.
 WRAPPED_IN = {"DataParallel": "module", "DistributedDataParallel": "module",
              "AveragedModel": "module", "OptimizedModule": "_orig_mod",
              "FullyShardedDataParallel": "_fsdp_wrapped_module"}  # fmt: skip
-"""Classes of modules that hold another, and the name that they hold it under."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class State:
         return ".".join(self.path) or None
 
 
-def choose(path: Path, loaded: object, key: str | None) -> tuple[State, tuple[str, ...]]:
+def choose_state(path: Path, loaded: object, key: str | None) -> tuple[State, tuple[str, ...]]:
     """Find the state dict to take.
 
     Args:
@@ -190,17 +190,10 @@ def _children(value: object) -> dict[str, object]:
 def _as_state(path: tuple[str, ...], value: object) -> State | None:
     """The value as a state dict; None if it is none."""
     if isinstance(value, Object) and is_module(value):
-        name, module = value.name, value
-        while True:  # the class of what is wrapped says more than the wrapper's
-            held = WRAPPED_IN.get(name.rpartition(".")[2])
-            inner = dict(_items(module, "_modules")).get(held or "")
-            if not isinstance(inner, Object) or not is_module(inner):
-                break
-            name, module = inner.name, inner
-        entries: Mapping[Any, object] = module_entries(value)
-        return (
-            State(path, entries, one_line(name)) if any(map(is_weight, entries.values())) else None
-        )
+        entries: Mapping[Any, object] = _module_entries(value)
+        if not any(map(is_weight, entries.values())):
+            return None
+        return State(path, entries, one_line(innermost(value).name))
     entries = value.entries if isinstance(value, Object) else value  # type: ignore[assignment]
     if not isinstance(entries, dict) or {"state", "param_groups"} <= entries.keys():
         return None
@@ -238,7 +231,21 @@ def is_module(value: Object) -> bool:
     )
 
 
-def module_entries(module: Object) -> dict[str, object]:
+def innermost(module: Object) -> Object:
+    """The module inside of wrappers, whose class says more than theirs.
+
+    A wrapper that contains itself ends at a limit.
+    """
+    for _ in range(_DEEPEST_MODULE):
+        held = WRAPPED_IN.get(module.name.rpartition(".")[2])
+        inner = dict(_items(module, "_modules")).get(held or "")
+        if not isinstance(inner, Object) or not is_module(inner):
+            break
+        module = inner
+    return module
+
+
+def _module_entries(module: Object) -> dict[str, object]:
     """Names and values of a module's ``state_dict()``, in its order.
 
     A module that contains itself, or one module without limit, ends at a limit.
@@ -269,9 +276,16 @@ def _items(module: Object, kind: str) -> list[tuple[str, object]]:
 
 
 def object_at(value: Any, path: tuple[str, ...]) -> Any:
-    """What lies at a path in an object that was really loaded; None if nothing does."""
+    """What lies at the path of a :class:`State`; None if nothing does.
+
+    Args:
+        value: what a file contains, as inert values or really loaded.
+        path: keys of dictionaries, names of attributes and positions in lists.
+    """
     for name in path:
-        if isinstance(value, Mapping):
+        if isinstance(value, Object):
+            value = {**value.state, **value.entries}.get(name)
+        elif isinstance(value, Mapping):
             value = value.get(name)
         elif isinstance(value, (list, tuple)):
             value = value[int(name)]
@@ -335,7 +349,7 @@ def _no_state(path: Path, loaded: object) -> CheckpointError:
             f"{path} contains a dictionary without tensors ({keys}).", STATE_DICT_TIP
         )
     return CheckpointError(
-        f"{path} contains {describe(loaded)}; expected a state dict.", STATE_DICT_TIP
+        f"{path} contains {_described(loaded)}; expected a state dict.", STATE_DICT_TIP
     )
 
 
@@ -360,7 +374,7 @@ def _is_optimizer(value: object) -> bool:
     return isinstance(value, Mapping) and "state" in value and "param_groups" in value
 
 
-def describe(value: object) -> str:
+def _described(value: object) -> str:
     """What a value is, in words."""
     if isinstance(value, Array) and value.value is not None:
         return f"a single array of shape {list(value.value.shape)}"

@@ -21,8 +21,8 @@ from pathconvert.files.unpickling import STANDARD, Constructor, Global, Object, 
 
 Storage = torch.storage.TypedStorage
 
+#: Elements of a tensor that repeats stored ones by a stride of 0, as ``expand`` makes them.
 _MOST_REPEATED = 2**24
-"""Elements of a tensor that repeats stored ones by a stride of 0, as ``expand`` makes them."""
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -69,7 +69,7 @@ def typed_storage(data: torch.UntypedStorage, dtype: torch.dtype) -> Storage:
     return Storage(wrap_storage=data, dtype=dtype, _internal=True)
 
 
-def naturals(values: object) -> tuple[int, ...]:
+def _naturals(values: object) -> tuple[int, ...]:
     """Sizes or strides.
 
     Raises:
@@ -89,6 +89,12 @@ def view(
 ) -> Tensor:
     """The tensor that torch's ``_rebuild_tensor`` makes of a storage, after checking its bounds.
 
+    Args:
+        storage: what the pickle gives as the storage.
+        offset: the position of the first element, counted in elements.
+        size, stride: of the tensor, one number per dimension each.
+        dtype: of the tensor; None for the storage's.
+
     Raises:
         UnpicklingRefused: the storage is missing, or the tensor is not in it.
     """
@@ -96,7 +102,7 @@ def view(
         raise UnpicklingRefused(storage.flaw or "its storage was not read")
     if not isinstance(storage, Storage):
         raise UnpicklingRefused("it is a tensor without a storage")
-    sizes, strides, (start,) = naturals(size), naturals(stride), naturals((offset,))
+    sizes, strides, (start,) = _naturals(size), _naturals(stride), _naturals((offset,))
     if len(sizes) != len(strides) or len(sizes) > 64:
         raise UnpicklingRefused("its size and its stride have different lengths")
     dtype = dtype or storage.dtype
@@ -155,7 +161,7 @@ def _rebuild_from_type(make: object, kind: object, args: object, *_: object) -> 
 
 
 def _size(values: object = ()) -> tuple[int, ...]:
-    return naturals(values)
+    return _naturals(values)
 
 
 TORCH: Mapping[str, Constructor] = {
@@ -233,7 +239,7 @@ def _array(data: object, dtype: object, shape: object, order: object) -> np.ndar
         data = data.encode("latin1")
     if not isinstance(dtype, Dtype) or not isinstance(data, (bytes, bytearray)):
         raise UnpicklingRefused("it is an array of something else than numbers")
-    sizes, kind = naturals(shape), dtype.made()
+    sizes, kind = _naturals(shape), dtype.made()
     if math.prod(sizes) * kind.itemsize != len(data) or len(sizes) > 32:
         raise UnpicklingRefused(f"its shape {list(sizes)} does not agree with its stored data")
     return np.ndarray(sizes, kind, data, order="F" if order == "F" else "C")
@@ -258,8 +264,8 @@ ARRAYS: Mapping[str, Constructor] = {
     "numpy.core.numeric._frombuffer": _from_buffer,
 }
 
+#: The allow-list: every global that makes a value, and what makes it here.
 ALLOWED: Mapping[str, Constructor] = {**STANDARD, **TORCH, **ARRAYS}
-"""The allow-list: every global that makes a value, and what makes it here."""
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:

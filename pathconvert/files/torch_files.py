@@ -115,7 +115,11 @@ class _Archive:
         }
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where a member that is not compressed lies in the file."""
+        """Where a member that is not compressed lies in the file: its begin and its end.
+
+        Raises:
+            UnpicklingRefused: it ends behind the end of the file.
+        """
         member = self.members[name]
         begin = member.header_offset
         lengths = struct.unpack("<HH", self.content.view[begin + 26 : begin + 30])

@@ -18,11 +18,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NoReturn
 
+#: An instruction of one byte can take a hundred bytes of memory; this bounds them to 0.5 GB.
 _MOST_INSTRUCTIONS = 5_000_000
-"""An instruction of one byte can take a hundred bytes of memory; this bounds them to 0.5 GB."""
 
+#: Values in a tuple that is the key of a dictionary: nested tuples repeat one without limit.
 _LARGEST_KEY = 1000
-"""Values in a tuple that is the key of a dictionary: nested tuples repeat one without limit."""
 
 Constructor = Callable[..., object]
 
@@ -105,7 +105,11 @@ class Memory:
         return part
 
     def readline(self) -> bytes:
-        """The bytes up to and including the next newline; at most 64 KiB."""
+        """The bytes up to and including the next newline.
+
+        Raises:
+            EOFError: there is no newline in the next 64 KiB.
+        """
         part = bytes(self.view[self.position : self.position + 65536])
         end = part.find(b"\n") + 1
         if end == 0:
@@ -130,7 +134,7 @@ def _mapping(*args: object) -> dict[Any, object]:
     if args:
         given = _sized(args[0])
         for key, value in given.items() if isinstance(given, dict) else given:
-            made[checked_key(key)] = value
+            made[_checked_key(key)] = value
     return made
 
 
@@ -139,7 +143,7 @@ def _default_mapping(*args: object) -> dict[Any, object]:
 
 
 def _set(items: object = ()) -> set[object]:
-    return {checked_key(item) for item in _sized(items)}
+    return {_checked_key(item) for item in _sized(items)}
 
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
@@ -185,6 +189,7 @@ def _builtins() -> dict[str, Constructor]:
             for name, make in made.items()}  # fmt: skip
 
 
+#: The constructors of plain containers.
 STANDARD: Mapping[str, Constructor] = {
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
@@ -197,10 +202,9 @@ STANDARD: Mapping[str, Constructor] = {
     },
     **_builtins(),
 }
-"""The constructors of plain containers."""
 
 
-def checked_key(key: object) -> Any:
+def _checked_key(key: object) -> Any:
     """A key, if it can be hashed in a time that its own size bounds.
 
     Raises:
@@ -277,6 +281,7 @@ class Unpickler(pickle._Unpickler):
         return self.globals.setdefault(dotted, Global(dotted))
 
     def persistent_load(self, pid: Any) -> object:
+        """What ``persistent`` makes of a persistent id; without it, the id is refused."""
         if self.persistent is None:
             raise UnpicklingRefused("it refers to data outside itself")
         return self.persistent(pid)
@@ -371,13 +376,13 @@ class Unpickler(pickle._Unpickler):
     def load_additems(self) -> None:
         items, value = self.pop_mark(), self.stack[-1]
         if type(value) is set:
-            value.update(checked_key(item) for item in items)
+            value.update(_checked_key(item) for item in items)
         else:
             self._extend(items)
 
     def load_frozenset(self) -> None:
         items = self.pop_mark()
-        self.append(frozenset(checked_key(item) for item in items))
+        self.append(frozenset(_checked_key(item) for item in items))
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -401,7 +406,7 @@ class Unpickler(pickle._Unpickler):
         else:
             raise UnpicklingRefused(f"entries are set in a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            entries[checked_key(key)] = value
+            entries[_checked_key(key)] = value
 
 
 Unpickler.dispatch |= {

@@ -33,6 +33,15 @@ def prepare_output(
 ) -> Path:
     """Check, before any work, that ``path`` may be written.
 
+    Args:
+        path: the output.
+        force: whether a file that exists may be replaced.
+        source: the file that the output is made from, which is never overwritten; None without one.
+        suffixes: those that the output may have; the first one is proposed.
+
+    Returns:
+        ``path``.
+
     Raises:
         OutputError: the suffix does not name a format; the path is the source itself or a
             directory; its folder is missing or not writable; or the file exists and ``force`` is
@@ -123,13 +132,7 @@ def write_checkpoint(
         else:
             _write_torch(file, named, text, layout)
 
-    write_atomically(
-        path,
-        tensors,
-        write,
-        check or (lambda _: None),
-        force=force,
-    )
+    write_atomically(path, tensors, write, check or (lambda _: None), force=force)
     return path
 
 
@@ -198,9 +201,7 @@ def _write_torch(
     state = OrderedDict((name, _compact(tensor)) for name, tensor in tensors.items())
     if text is not None:
         vars(state)["_metadata"] = OrderedDict(pathconvert={"json": text})
-    with temporary.open(
-        "wb"
-    ) as file:  # Python's own file raises the system's error, torch's does not
+    with temporary.open("wb") as file:  # it raises the system's own error, torch's file does not
         torch.save(
             layout.wrapped(state),
             file,

@@ -101,7 +101,7 @@ def title(architecture: Architecture) -> str:
     return f"{architecture.name} (BatchNorm folded)" if folded_too else architecture.name
 
 
-def summary(name: str, arguments: Mapping[str, Any]) -> str:
+def network_text(name: str, arguments: Mapping[str, Any]) -> str:
     """A network with its arguments, of which those that list layers are counted.
 
     For example ``resnet18 (num_classes=5, BatchNorm folded, widths of 12 layers)``.
@@ -291,10 +291,11 @@ def _layers_with(names: Sequence[str]) -> str:
 def _is_certain(module: nn.Module) -> bool:
     """Whether a module of other widths computes what its class would.
 
-    MNASNet's block adds its input if it has as many channels as the result. Where other widths
-    change that, the tensors do not show whether the network was built so, or pruned.
+    The blocks of MNASNet, MobileNet and EfficientNet add their input if it has as many channels as
+    the result. Where other widths change that, the tensors do not show whether the network was
+    built so, or pruned.
     """
-    adds = getattr(module, "apply_residual", None)
+    adds = getattr(module, "apply_residual", getattr(module, "use_res_connect", None))
     if adds is None:
         return True
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]

@@ -35,8 +35,8 @@ from pathconvert.networks.names_index import modern_names as modern_names
 from pathconvert.networks.names_index import shapes_of as shapes_of
 from pathconvert.networks.probing import probed_on_meta
 
+#: The name of the architecture of a module that only its own pickle can build.
 PICKLED_MODULE = "pickled module"
-"""The name of the architecture of a module that only its own pickle can build."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,12 @@ def fit_arguments(
     """A torchvision network of the kind that the tensors show.
 
     They show the number of classes, the auxiliary heads and the BatchNorm.
+
+    Args:
+        name: the network, one of the index.
+        tensors: a state dict.
+        shapes: those of the tensors (:func:`shapes_of`).
+        num_classes: the number of classes; overrides the number that the tensors show.
 
     Raises:
         ArchitectureError: ``num_classes`` is less than 1.

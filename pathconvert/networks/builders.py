@@ -64,10 +64,8 @@ def build_torchvision(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     options = dict(arguments)
     changes = {key: options.pop(key) for key in CHANGES if key in options}
-    frozen, eps = (
-        options.pop("frozen_batch_norm", False),
-        options.pop("frozen_batch_norm_eps", 1e-5),
-    )
+    frozen = options.pop("frozen_batch_norm", False)
+    eps = options.pop("frozen_batch_norm_eps", 1e-5)
     builder = cifar.BUILDERS.get(name)
     if builder is None:
         builder = functools.partial(torchvision.models.get_model, name, weights=None)
@@ -215,10 +213,7 @@ def find_builder(name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a user's module can raise anything; a script may exit
+    except (Exception, SystemExit) as error:  # a user's module can raise anything, or exit
         raise ArchitectureError(
             f"--arch {name}: importing {module_name} failed: {class_and_text(error)}",
             "Install the package, or change to its folder: modules in the current folder can be"

@@ -29,7 +29,7 @@ from pathconvert.conversion.whole import require_same_whole
 from pathconvert.errors import EquivalenceError, PathconvertError
 from pathconvert.files.weights import tensors_digest
 from pathconvert.files.writing import BARE
-from pathconvert.networks.adjusting import summary
+from pathconvert.networks.adjusting import network_text
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.images import folder_images
 from pathconvert.networks.inputs import load_images, random_input
@@ -275,7 +275,7 @@ def compare(a: LoadedNetwork, b: LoadedNetwork, images: Path | None) -> Comparis
         b.architecture.name,
         b.architecture.arguments,
     ):
-        names = (summary(x.architecture.name, x.architecture.arguments) for x in (a, b))
+        names = (network_text(x.architecture.name, x.architecture.arguments) for x in (a, b))
         raise PathconvertError(
             f"the networks have different architectures: {' and '.join(names)}",
             "verify compares two forms of one network.",

@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from pathconvert.errors import ArchitectureError
+from pathconvert.networks.names_index import Shapes
 
 #: The number of residual blocks in every stage of the small networks: depth = 6 n + 2.
 _SMALL = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}
@@ -152,7 +153,7 @@ def _wide_stage(
     return nn.Sequential(first, *rest)
 
 
-def refuse_padded_shortcuts(shapes: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_padded_shortcuts(shapes: Shapes) -> None:
     """Refuse the CIFAR ResNets of akamaster and others, whose shortcuts have no weights.
 
     Their channels are padded with zeros where the size changes (He et al. 2016, option A), so the

@@ -16,7 +16,7 @@ from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.preprocessing import INTERPOLATIONS, Preprocessing
 
 #: What timm assumes where its configuration does not say.
-CROP_SHARE = 0.875
+_CROP_SHARE = 0.875
 
 
 def configured_preprocessing(
@@ -42,7 +42,7 @@ def configured_preprocessing(
     if not stored.get("mean") or not stored.get("std") or len(stored["mean"]) != size[0]:
         return None
     try:
-        resize = math.floor(max(size[1:]) / float(stored.get("crop_pct") or CROP_SHARE))
+        resize = math.floor(max(size[1:]) / float(stored.get("crop_pct") or _CROP_SHARE))
         found = {name: stored[name] for name in ("mean", "std")}
         return Preprocessing.from_json(
             found | {"resize": resize, "crop": size[1:], "interpolation": interpolation}

@@ -24,12 +24,13 @@ import dataclasses
 import functools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from pathconvert.errors import ArchitectureError
+from pathconvert.networks.names_index import Shapes
 
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -48,7 +49,6 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 _WEIGHTED = ("linear", "batchnorm")
 _LINEAR = re.compile(r"linear(?:(?:(\d+)x)?(\d+)(nobias)?)?")
 _BATCH_NORM = {"weight", "bias", "running_mean", "running_var"}
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

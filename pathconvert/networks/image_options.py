@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathconvert.networks.preprocessing import Preprocessing
 
 #: Sides of images are less than this.
-LARGEST = 2**16
+SIDE_LIMIT = 2**16
 #: What torchvision, Hugging Face, ``ImageFolder`` and timm call the names of classes in JSON files.
 KEYS = ("categories", "id2label", "class_to_idx", "label_names", "labels")
 
@@ -148,7 +148,7 @@ def _sides(text: str | None, option: str) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and 0 < int(p) < LARGEST for p in parts):
+    if len(parts) > 2 or not all(p.isdecimal() and 0 < int(p) < SIDE_LIMIT for p in parts):
         raise DataError(
             f"{option} {text!r} is not a size",
             f"Give height and width, or one number for both: {option} 224",

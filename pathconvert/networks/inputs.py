@@ -59,7 +59,7 @@ def load_images(
         CheckpointError: a file is not an intact image.
         PathconvertError: the network does not take images, or its input size is not known.
     """
-    size = image_size_of(architecture)
+    size = _image_size_of(architecture)
     recipe = preprocessing or assumed(architecture)
     if recipe.crop is None:  # segmentation: all images of a batch need one size
         recipe = replace(recipe, resize=max(size[1:]), crop=(size[1], size[2]))
@@ -67,7 +67,7 @@ def load_images(
     return recipe.normalise(torch.stack(placed))
 
 
-def image_size_of(architecture: Architecture) -> tuple[int, int, int]:
+def _image_size_of(architecture: Architecture) -> tuple[int, int, int]:
     """Channels, height and width of an input.
 
     Raises:
@@ -88,7 +88,7 @@ def assumed(architecture: Architecture) -> Preprocessing:
     Raises:
         PathconvertError: the network does not take images, or its input size is not known.
     """
-    size = image_size_of(architecture)
+    size = _image_size_of(architecture)
     plain = Preprocessing.plain(size)
     if size[0] == 3 and architecture.task not in ("other", "detection"):
         # detectors normalise by themselves

@@ -34,12 +34,13 @@ from pathconvert.networks.names_given import find_named, find_stored
 from pathconvert.networks.names_identity import (
     check_config,
     check_module,
+    differences_to_module,
     own_architecture,
     with_suggestion,
 )
 from pathconvert.networks.names_libraries import refuse_other_functions
 from pathconvert.networks.names_modules import class_of, settings_of
-from pathconvert.networks.names_notes import describe
+from pathconvert.networks.names_notes import notes_on
 from pathconvert.networks.preprocessing import Preprocessing
 from pathconvert.networks.pretrained import TRANSFORMING, as_pretrained, pretrained
 from pathconvert.networks.recognition import Found, find
@@ -80,7 +81,7 @@ class LoadedNetwork:
         Raises:
             RecordError: the record has another format version, or is damaged.
         """
-        return recorded_in(self.checkpoint)
+        return _recorded_in(self.checkpoint)
 
     @property
     def training(self) -> dict[str, Any] | None:
@@ -163,7 +164,8 @@ def open_network(
             ``package.module:builder`` or ``timm/NAME``.
         num_classes: the number of classes; overrides the number that the tensors show.
         input_size: overrides the architecture's input size; without the batch dimension.
-        key: the wrapper key to take from the dictionary of a training script.
+        key: the dotted key of the state dict to take, such as ``model_ema``; None for the order of
+            ``files/states.py``.
         trust_pickle: also load pickled modules, which runs their code; a module that is loaded so
             is taken itself, and not built anew.
         prefix: take only the tensors with this prefix (``encoder_q.``).
@@ -192,9 +194,11 @@ def open_network(
     check_weights(checkpoint.path, tensors)
     model = build_form(found.architecture, tensors, checkpoint)
     names = tuple(leave_path_bn(model).state_dict()) if has_path_bn(model) else tuple(tensors)
-    notes = describe(found, checkpoint, key)
+    notes = notes_on(found, checkpoint, key)
     if arch is None and checkpoint.metadata is None:
         notes += _check_identity(checkpoint, found)
+    elif checkpoint.metadata is None:
+        notes += differences_to_module(model, settings_of(checkpoint))
     architecture = _sized(found.architecture, input_size)
     return LoadedNetwork(model, architecture, checkpoint, names, found.view, tuple(notes))
 
@@ -213,8 +217,12 @@ def build_form(
         checkpoint: the file.
         template: a network in the stock form, of which a copy is made if the architecture is that
             of a pickled module, which cannot be built.
+
+    Raises:
+        ArchitectureError: the network cannot be built, or the tensors are not its.
+        RecordError: the file's record has another format version, or is damaged.
     """
-    record = recorded_in(checkpoint)
+    record = _recorded_in(checkpoint)
     if record is not None and record.path_bn is not None:
         return architectures.load_tensors(
             architecture, tensors, lambda stock: insert_path_bn(stock, record), template
@@ -243,7 +251,7 @@ def _module_itself(
     return LoadedNetwork(model, architecture, checkpoint, tuple(tensors), None, (note,))
 
 
-def recorded_in(checkpoint: Checkpoint | None) -> Record | None:
+def _recorded_in(checkpoint: Checkpoint | None) -> Record | None:
     """The conversion record in a file; None for a plain checkpoint, and without a file.
 
     Raises:
@@ -328,7 +336,7 @@ def _where(checkpoint: Checkpoint) -> str:
 
 def _form_of(checkpoint: Checkpoint) -> Callable[[nn.Module], nn.Module]:
     """What turns a stock network into the form that a file of ours is in."""
-    record = recorded_in(checkpoint)
+    record = _recorded_in(checkpoint)
     if record is None or record.path_bn is None:
         return lambda stock: stock
     return lambda stock: insert_path_bn(stock, record)
@@ -379,6 +387,9 @@ def load(path: str | Path, **options: Any) -> tuple[nn.Module, dict[str, Any] | 
 
     Returns:
         The network in evaluation mode, and its conversion record (None for a plain checkpoint).
+
+    Raises:
+        CheckpointError, ArchitectureError: as :func:`open_network`.
     """
     network = open_network(path, **options)
     return network.model, (network.metadata or {}).get("record")

@@ -4,15 +4,15 @@ It is a JSON object with a format version of its own::
 
     format_version, tool, torch, torchvision
     architecture     name, arguments, input_size, task; null if the network cannot be built by name
-    source           file name and SHA-256 of the checkpoint that was converted, and the digest of
-                     its tensors
+    source           file name and SHA-256 of the checkpoint that was converted, the digest of its
+                     tensors, and the layout that it had (files/layout.py)
     record           the conversion record (conversion/record.py); null for a network that was
                      trained without a conversion
 
-A network that was fine-tuned also has all of these, and any other one what its user said of its
-images::
+There may be more. A network that was fine-tuned has all of these, any other one the last two if its
+user, or the configuration beside its file, says so::
 
-    training         the settings of the run and what was measured; optional
+    training         the settings of the run and what was measured
     preprocessing    how its images are prepared (preprocessing.py)
     labels           its classes in the order of the logits
 """

@@ -27,6 +27,7 @@ from pathconvert.networks.names_forms import Computed, compute
 from pathconvert.networks.names_index import COUNTER, modern_names
 from pathconvert.networks.names_libraries import NAMINGS, Naming
 
+#: Attributes under which wrappers hold the module that they wrap.
 WRAPPERS = frozenset(
     {
         "module",  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed
@@ -37,8 +38,10 @@ WRAPPERS = frozenset(
         "_forward_module",  # Lightning Fabric
     }
 )
-"""Attributes under which wrappers hold the module that they wrap."""
 
+_NOT_OF_A_LAYER = r"(?!(?:.*\.)?(?:weight|bias|running_mean|running_var)$).*"
+
+#: Names that are ignored inside a network's prefix; each is listed in a note.
 INERT = re.compile(
     r"(?:.*\.)?(?:total_ops|total_params)"  # thop
     r"|(?:.*\.)?_extra_state"
@@ -46,20 +49,19 @@ INERT = re.compile(
     r"|(?:.*\.)?(?:activation_post_process|weight_fake_quant|\w*fake_quant\w*|\w*observer\w*)(?:\..*)?"
     r"|(?:criterion|criteria|loss|losses|loss_\w+|\w+_loss|\w*_criterion)(?:\..*)?"
     r"|(?:metric|metrics|\w+_metrics?|(?:\w+_)?(?:acc|accuracy|auroc|f1|f1_score)|\w*confusion\w*)"
-    r"(?:\.(?!(?:.*\.)?(?:weight|bias|running_mean|running_var)$).*)?"  # states, never layers
+    rf"(?:\.{_NOT_OF_A_LAYER})?"
     r"|(?:queue\w*|\w+_queue(?:_ptr)?)"  # MoCo
-    r"|(?:normalizer|normalize|normalization|preprocess|input_norm)\..*"
+    rf"|(?:normalizer|normalize|normalization|preprocess|input_norm)\.{_NOT_OF_A_LAYER}"
     r"|(?:best\w*|epoch\w*|step|global_step|iteration\w*|num_updates|decay)"
 )
-"""Names that are ignored inside a network's prefix; each is listed in a note."""
 
 QUANTIZATION = re.compile(r".*(?:fake_quant|observer|activation_post_process)")
 NORMALIZER = re.compile(r"(?:.*\.)?(?:normalizer|normalize|input_norm)\..*")
 
+#: The segment of a prefix that names the slowly moving copy of a network that was trained.
 FOLLOWERS = re.compile(
     r"encoder_k|\w*momentum\w*|target\w*|\w*teacher\w*|\w*ema|ema_\w+|\w*_k|averaged\w*|swa_\w+"
 )
-"""The segment of a prefix that names the slowly moving copy of a network that was trained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ class View:
         original: new name → name in the file, for the tensors that were only renamed.
         stored: name in the file → tensor as the file has it, for the counters that were cast.
         parts: new name → names in the file, for the weights that were computed.
-        outside: the names in the file that do not have the prefix, or that the naming leaves out.
+        outside: the names in the file that do not have the prefix.
         inert: the ignored names inside of the prefix.
         naming: which library's names these are; None for torchvision's own.
     """
@@ -192,7 +194,7 @@ def _views_below(start: str, names: list[str], source: _Source) -> Iterator[View
         if naming is None:
             renamed = {name: name for name in short}
         elif naming.fits(short):
-            renamed = {name: new for name in short if (new := naming.rename(name)) is not None}
+            renamed = {name: naming.rename(name) or name for name in short}
         else:
             continue
         chosen = {new: short[name] for name, new in renamed.items()}

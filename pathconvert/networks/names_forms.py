@@ -66,14 +66,22 @@ def _weight_norm(g: Tensor, v: Tensor) -> Tensor | None:
 
 
 def _spectral_norm(weight: Tensor, u: Tensor, v: Tensor) -> Tensor | None:
-    """W / σ, with W unfolded along the dimension whose size u has (the first that fits)."""
-    if u.ndim != 1 or v.ndim != 1:
+    """W / σ, with W unfolded along the dimension whose size u has.
+
+    Where two fit, the second is taken only if W v has the direction of u in it, as training makes
+    it, and has it less in the first.
+    """
+    if u.ndim != 1 or v.ndim != 1 or weight.numel() != len(u) * len(v):
         return None
+    found: list[tuple[float, Tensor]] = []
     for dim in range(min(2, weight.ndim)):  # 1 for transposed convolutions
-        if weight.shape[dim] == len(u) and weight.numel() == len(u) * len(v):
-            matrix = weight.movedim(dim, 0).reshape(len(u), len(v))
-            return weight / torch.dot(u, matrix @ v)
-    return None
+        if weight.shape[dim] == len(u):
+            product = weight.movedim(dim, 0).reshape(len(u), len(v)) @ v
+            found.append((float(torch.dot(u, product) / product.norm()), torch.dot(u, product)))
+    if not found:
+        return None
+    _, sigma = found[-1] if found[-1][0] > max(found[0][0], 0.5) else found[0]
+    return weight / sigma
 
 
 FORMS = (

@@ -15,7 +15,7 @@ from pathconvert.networks.names import View, views
 from pathconvert.networks.recognition import (
     Found,
     Reading,
-    choose,
+    choose_network,
     depth,
     differences_in,
     fits,
@@ -41,7 +41,7 @@ def find_named(
 
     Args:
         arch: as for :func:`architectures.resolve`.
-        tensors, where, num_classes, prefix: as for :func:`find`.
+        tensors, where, num_classes, prefix: as for :func:`recognition.find`.
         input_size: the size of an input without the batch dimension; None for the usual one.
 
     Raises:
@@ -65,7 +65,7 @@ def find_named(
         if not given.keys() & set(CHANGES) and not differences_in(architecture, reading.view):
             exact.append(Found(reading.view, architecture))
     if exact:
-        return choose(exact, where)
+        return choose_network(exact, where)
     return _named_and_adjusted(name, given, readings, where, num_classes, input_size)
 
 
@@ -79,7 +79,7 @@ def find_stored(
 
     Args:
         architecture: the network.
-        tensors, where: as for :func:`find`.
+        tensors, where: as for :func:`recognition.find`.
         change: turns the stock network into the form that the file is in.
 
     Raises:
@@ -122,7 +122,7 @@ def _named_and_adjusted(
             architecture = Architecture(known.name, known.arguments, size, known.task)
             found.append(Found(reading.view, architecture, result.notes))
     if found:
-        return choose(found, where)
+        return choose_network(found, where)
     if refusals:
         raise refusals[0]
     best = readings[0].view
@@ -153,7 +153,7 @@ def _fitting(
         if fewest is None or len(differences) < len(fewest[1]):
             fewest = view, differences
     if exact:
-        return choose(exact, where)
+        return choose_network(exact, where)
     assert fewest is not None
     raise _not_its(architecture, *fewest, where)
 

@@ -14,26 +14,27 @@ from typing import Any
 from torch import nn
 
 from pathconvert.errors import ArchitectureError
+from pathconvert.files.refusals import one_line, quote
 from pathconvert.networks import architectures
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.names_index import index
 from pathconvert.networks.names_modules import Settings, class_of, other_settings
 
 _ARCHITECTURE_KEYS = ("architecture", "arch", "model", "model_name")
+#: timm's former names for other weights of the same network: ``tv_resnet50``, ``ssl_resnet18``.
 _LEGACY = re.compile(r"(?:tv|gluon|ssl|swsl|ig|tf)_(\w+?)(?:_v1b)?")
-"""timm's former names for other weights of the same network: ``tv_resnet50``, ``ssl_resnet18``."""
 
 _FAMILIES = re.compile(
     r"resne|vgg|dense|alex|squeeze|incept|googl|shuffle|mnas|regnet|mobile|efficient|convnext|vit"
     r"|swin|caffe",
     re.IGNORECASE,
 )
+#: What Hugging Face's ResNets must have to compute what torchvision's do.
 _HUGGING_FACE = {
     "downsample_in_first_stage": False,
     "downsample_in_bottleneck": False,
     "hidden_act": "relu",
 }
-"""What Hugging Face's ResNets must have to compute what torchvision's do."""
 
 
 def check_config(config: Mapping[str, Any] | None, found: Architecture, where: str) -> list[str]:
@@ -66,11 +67,14 @@ def check_config(config: Mapping[str, Any] | None, found: Architecture, where: s
         suggestion = base if base in index() else timm_name
         ready = f"--arch {suggestion}" if suggestion else "--arch package.module:builder"
         raise ArchitectureError(
-            f"{where} says that its network is {named!r}, and its tensors are those of"
+            f"{where} says that its network is {quote(named)}, and its tensors are those of"
             f" {found.name}; networks with the same tensors can compute something else",
-            f"If it is {named}: {ready} -- if it is the stock network: --arch {found.name}",
+            f"If it is {one_line(named)}: {ready} -- if it is the stock network: --arch"
+            f" {found.name}",
         )
-    return [f"the file calls its network {named!r}, which is not a name that pathconvert knows"]
+    return [
+        f"the file calls its network {quote(named)}, which is not a name that pathconvert knows"
+    ]
 
 
 def with_suggestion(
@@ -82,7 +86,7 @@ def with_suggestion(
     if timm_name is None:
         return error
     return ArchitectureError(
-        f"{error}; the file calls its network {named!r}", f"Name it: --arch {timm_name}"
+        f"{error}; the file calls its network {quote(named)}", f"Name it: --arch {timm_name}"
     )
 
 
@@ -122,9 +126,9 @@ def _check_hugging_face(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key, expected)
         if value != expected:
             raise ArchitectureError(
-                f"{where}: its config.json has {key} = {value!r}, which torchvision's ResNets do"
-                f" not have ({expected!r})",
-                "Name a function or class that builds the network: --arch package.module:builder.",
+                f"{where}: its config.json has {key} = {quote(value)}, which torchvision's ResNets"
+                f" do not have ({expected!r})",
+                "Name a function or class that builds the network: --arch package.module:builder",
             )
 
 
@@ -169,6 +173,21 @@ def check_module(
             f"If you trust the file, {trust}.",
         )
     return [f"the pickled module was built anew as torchvision's {found.name}"]
+
+
+def differences_to_module(model: nn.Module, settings: Settings | None) -> list[str]:
+    """A note on how a pickled module differs from the network that the user named; or none.
+
+    Args:
+        model: the network that was built.
+        settings: what the pickle says of the modules in it; None if that is not known.
+    """
+    different = list(other_settings(model, settings)) if settings else []
+    if not different:
+        return []
+    return [
+        f"the pickled module differs from the network that --arch names: {'; '.join(different[:3])}"
+    ]
 
 
 def own_architecture(model: nn.Module) -> Architecture | None:

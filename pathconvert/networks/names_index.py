@@ -23,7 +23,8 @@ from torch import Tensor
 
 INDEX_VERSION = 2
 COUNTER = "num_batches_tracked"
-Shapes = dict[str, tuple[int, ...]]
+#: Name of a tensor → its shape.
+Shapes = Mapping[str, tuple[int, ...]]
 _DIGITS = 8  # of a CRC-32 in hexadecimal
 
 
@@ -105,19 +106,17 @@ def layer_matches(shapes: Shapes) -> list[Match]:
 # ---- names that old files use --------------------------------------------------------------------
 
 _OLD_NAMES: list[tuple[str, Any]] = [
-    (
-        r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)",
-        r"\1\2",
-    ),  # torchvision/models/densenet.py
-    (
-        r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)",
-        r"\1.0.\2",
-    ),  # ops/feature_pyramid_network.py
-    (r"(rpn\.head\.conv)\.(weight|bias)", r"\1.0.0.\2"),  # models/detection/rpn.py
+    # torchvision/models/densenet.py
+    (r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)", r"\1\2"),
+    # torchvision/ops/feature_pyramid_network.py
+    (r"(.*fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
+    # torchvision/models/detection/rpn.py
+    (r"(rpn\.head\.conv)\.(weight|bias)", r"\1.0.0.\2"),
+    # torchvision/models/detection/mask_rcnn.py
     (
         r"(.*mask_head)\.mask_fcn(\d)\.(weight|bias)",
         lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}",
-    ),  # mask_rcnn.py
+    ),
 ]
 _OLD_RETINANET = (
     r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)",
@@ -131,9 +130,8 @@ def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     They get the names that torchvision uses now. torchvision's own files still have the old names,
     and it renames them while loading. The order is kept.
     """
-    fcos = (
-        "head.classification_head.conv.1.weight" in tensors
-    )  # FCOS's GroupNorm; in FCOS ``conv.0.weight`` is a current name
+    # the weight of FCOS's GroupNorm; in FCOS, ``conv.0.weight`` is a current name
+    fcos = "head.classification_head.conv.1.weight" in tensors
     rules = _OLD_NAMES if fcos else [*_OLD_NAMES, _OLD_RETINANET]
     return {_modern(name, rules): tensor for name, tensor in tensors.items()}
 

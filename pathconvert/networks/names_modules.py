@@ -14,15 +14,15 @@ from torch import nn
 
 from pathconvert.files.checkpoint import Checkpoint
 from pathconvert.files.containers import load_file
-from pathconvert.files.states import WRAPPED_IN, choose, is_module
+from pathconvert.files.states import choose_state, innermost, is_module, object_at
 from pathconvert.files.unpickling import Object
 
+#: Dotted path of a module in a pickled one → its class under ``class``, and its attributes.
 Settings = Mapping[str, Mapping[str, Any]]
-"""Dotted path of a module in a pickled one → its class under ``class``, and its attributes."""
 
 _DEEPEST = 100
+#: Attributes that do not change what torchvision's networks compute in evaluation mode.
 _WITHOUT_EFFECT = {"inplace", "training", "momentum", "p", "aux_logits", "dropout"}
-"""Attributes that do not change what torchvision's networks compute in evaluation mode."""
 
 
 def settings_of(checkpoint: Checkpoint) -> Settings | None:
@@ -31,37 +31,20 @@ def settings_of(checkpoint: Checkpoint) -> Settings | None:
     The file is read again for that, as only whole pickled modules need it.
 
     Returns:
-        The classes and the plain attributes; None if the weights are not a pickled module's.
+        The classes and the plain attributes; None if the weights are not a pickled module's, or
+        come from several files.
+
+    Raises:
+        CheckpointError: the file cannot be read again.
     """
     if checkpoint.module is None or checkpoint.path.is_dir():
         return None
     loaded = load_file(checkpoint.path)
-    state, _ = choose(checkpoint.path, loaded.value, checkpoint.key)
-    found = _unwrapped(_at(loaded.value, state.path))
-    return None if found is None else dict(_modules(found))
-
-
-def _at(value: object, path: tuple[str, ...]) -> object:
-    for name in path:
-        if isinstance(value, Object):
-            value = {**value.state, **value.entries}.get(name)
-        elif isinstance(value, dict):
-            value = value.get(name)
-        elif isinstance(value, list | tuple):
-            value = value[int(name)]
-    return value
-
-
-def _unwrapped(value: object) -> Object | None:
-    """The network inside the wrappers of data parallel training and the like."""
-    for _ in range(_DEEPEST):
-        if not isinstance(value, Object) or not is_module(value):
-            return None
-        held = WRAPPED_IN.get(value.name.rpartition(".")[2])
-        if held is None:
-            return value
-        value = _children(value).get(held)
-    return None
+    state, _ = choose_state(checkpoint.path, loaded.value, checkpoint.key)
+    found = object_at(loaded.value, state.path)
+    if not isinstance(found, Object) or not is_module(found):
+        return None
+    return dict(_modules(innermost(found)))
 
 
 def _children(module: Object) -> dict[str, Object]:
@@ -80,18 +63,32 @@ def _modules(
     attributes = {
         name: value
         for name, value in module.state.items()
-        if isinstance(name, str) and not name.startswith("_") and is_plain(value)
+        if isinstance(name, str) and not name.startswith("_") and _is_plain(value)
     }
-    yield path, attributes | {"class": module.name}
+    yield path, attributes | {"class": module.name, "added": list(_added(module))}
     if depth < _DEEPEST:
         for name, child in _children(module).items():
             yield from _modules(child, f"{path}.{name}" if path else name, depth + 1)
 
 
-def is_plain(value: object) -> bool:
+def _added(module: Object) -> Iterator[str]:
+    """What a module computes beside its class's forward: a forward of its own, and hooks.
+
+    The hooks of pruning and of weight and spectral norm only compute weights.
+    """
+    if "forward" in module.state:
+        yield "a forward of its own"
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = module.state.get(kind)
+        for hook in hooks.values() if isinstance(hooks, dict) else ():
+            if not str(getattr(hook, "name", "")).startswith("torch.nn.utils."):
+                yield "a forward hook"
+
+
+def _is_plain(value: object) -> bool:
     """Whether a value is a number, a text, None, or a sequence of these."""
     if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -103,11 +100,16 @@ def other_settings(stock: nn.Module, settings: Settings) -> Iterator[str]:
         if saved is None:
             yield f"{path} is missing"
         elif saved["class"] != class_of(expected):
-            yield f"{path} is a {saved['class']}, expected {class_of(expected)}"
+            yield f"{path or 'it'} is a {saved['class']}, expected {class_of(expected)}"
         else:
+            yield from (f"{path or 'it'} has {what}" for what in saved.get("added", ()))
             for name, value in saved.items():
                 own = vars(expected).get(name, value)
-                if name not in {"class", *_WITHOUT_EFFECT} and is_plain(own) and own != value:
+                if (
+                    name not in {"class", "added", *_WITHOUT_EFFECT}
+                    and _is_plain(own)
+                    and own != value
+                ):
                     at = f"{path}.{name}" if path else name
                     yield f"{at} = {value!r}, expected {own!r}"
     for path in settings.keys() - modules.keys():

@@ -17,7 +17,7 @@ from pathconvert.networks.names import (
 from pathconvert.networks.recognition import Found
 
 
-def describe(found: Found, checkpoint: Checkpoint, key: str | None) -> list[str]:
+def notes_on(found: Found, checkpoint: Checkpoint, key: str | None) -> list[str]:
     """Notes on how the tensors of a file became a network's; none for a plain state dict.
 
     Args:

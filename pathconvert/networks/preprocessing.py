@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pathconvert.choices import Interpolation
 from pathconvert.networks.architectures import Architecture
+from pathconvert.networks.image_options import SIDE_LIMIT
 from pathconvert.networks.pretrained import identified, weights_of
 
 INTERPOLATIONS = get_args(Interpolation)
@@ -124,7 +125,7 @@ class Preprocessing:
 
 def _side(value: Any) -> int:
     """A length in pixels."""
-    if not 1 <= float(value) < 2**16:
+    if not 1 <= float(value) < SIDE_LIMIT:
         raise ValueError(f"{value!r} is not a number of pixels")
     return int(value)
 

@@ -27,9 +27,9 @@ from pathconvert.networks.architectures import Architecture, Candidate
 from pathconvert.networks.names import INERT, View, is_follower, shortened, views, without_wrappers
 from pathconvert.networks.names_index import Match, layer_matches, matches, shapes_of
 
-RESEMBLES = 0.5  # share of layers from which on a view is taken for a changed network
+_RESEMBLES = 0.5  # share of tensors or layers from which on a view may be a changed network
 _CANDIDATES = 4  # networks that a view is compared with: the ResNet-101s have the same names
-SIMILAR = 0.2  # share of tensors from which on a view is compared with a network
+_SIMILAR = 0.2  # share of tensors from which on a view is compared with a network
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,8 @@ class Reading:
 
     @property
     def resembles(self) -> bool:
-        return any(match.share >= RESEMBLES for match in (*self.by_shape[:1], *self.by_layer[:1]))
+        """Whether the view may be a changed network: it has most tensors or layers of one."""
+        return any(match.share >= _RESEMBLES for match in (*self.by_shape[:1], *self.by_layer[:1]))
 
 
 def find(
@@ -102,12 +103,11 @@ def find(
         ArchitectureError: no network is recognised, or several are.
     """
     readings = [read(view) for view in views_of(tensors, prefix, where)]
-    exact = list(_exact(readings, num_classes, where))
-    if exact:
-        return choose(exact, where)
-    adjusted, refusals = _adjusted(readings, num_classes, where)
-    if adjusted:
-        found = choose(adjusted, where)
+    known, refusals = list(_exact(readings, num_classes, where)), list[ArchitectureError]()
+    if not known:
+        known, refusals = _adjusted(readings, num_classes, where)
+    if known:
+        found = choose_network(known, where)
         if prefix is None:
             _check_outside(found, tensors, where)
         return found
@@ -120,6 +120,16 @@ def find(
 
 
 def views_of(tensors: Mapping[str, Tensor], prefix: str | None, where: str) -> list[View]:
+    """Every way to read a state dict, as :func:`names.views` gives them.
+
+    Args:
+        tensors: the state dict.
+        prefix: take only views with this prefix; None for all.
+        where: the file, for the message.
+
+    Raises:
+        ArchitectureError: no name begins with ``prefix``.
+    """
     found = views(tensors, prefix)
     if not found:
         starts = dict.fromkeys(
@@ -133,11 +143,13 @@ def views_of(tensors: Mapping[str, Tensor], prefix: str | None, where: str) -> l
 
 
 def read(view: View) -> Reading:
+    """Look up which networks of the index have tensors, and layers, in common with a view."""
     shapes = shapes_of(view.tensors)
     return Reading(view, matches(shapes), layer_matches(shapes))
 
 
 def depth(view: View) -> int:
+    """How many modules a view's network lies inside of."""
     return view.prefix.count(".")
 
 
@@ -149,6 +161,7 @@ def is_inside(view: View, other: View) -> bool:
 
 
 def differences_in(architecture: Architecture, view: View) -> list[str]:
+    """How a view's tensors differ from a network's, one text per difference."""
     return architectures.differences_to(architectures.shape_model(architecture), view.tensors)
 
 
@@ -160,7 +173,7 @@ def _exact(readings: Sequence[Reading], num_classes: int | None, where: str) -> 
     seen: list[View] = []
     for reading in sorted(readings, key=lambda r: (-r.hits[0], depth(r.view))):
         best = reading.by_shape[0].share if reading.by_shape else 0.0
-        if best <= SIMILAR or any(is_inside(reading.view, view) for view in seen):
+        if best <= _SIMILAR or any(is_inside(reading.view, view) for view in seen):
             continue
         names = _fitting_names(reading, num_classes)
         if len(names) > 1:
@@ -187,7 +200,7 @@ def _fitting_names(reading: Reading, num_classes: int | None) -> list[Candidate]
     return exact
 
 
-def choose(found: Sequence[Found], where: str) -> Found:
+def choose_network(found: Sequence[Found], where: str) -> Found:
     """The one network, or the one that was trained while the others followed it.
 
     Raises:
@@ -332,7 +345,7 @@ def _unknown(readings: Sequence[Reading], num_classes: int | None, where: str) -
     own = "For a network of your own: --arch package.module:builder"
     count = max(len(reading.view.tensors) for reading in readings)
     best = max(readings, key=lambda r: (r.hits[0], r.hits[1], -depth(r.view)))
-    similar = best.resembles or any(match.share > SIMILAR for match in best.by_shape)
+    similar = best.resembles or any(match.share > _SIMILAR for match in best.by_shape)
     if not similar:
         return ArchitectureError(
             f"{where}: nothing in its {count} tensors resembles a torchvision network that"

@@ -254,7 +254,11 @@ def _attributes(layer: nn.Module, shape: Sequence[int], groups: int | None) -> d
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of the one with this name."""
+    """Put another module in the place of the one with this name.
+
+    Raises:
+        AttributeError: ``model`` has no module of this name.
+    """
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
     getattr(parent, leaf)  # a name that is not there is an error

@@ -186,7 +186,16 @@ def save_plain(
 ) -> Path:
     """Write a restored network without metadata, in the layout that the original file had.
 
-    ``check`` as in :func:`save_converted`.
+    Args:
+        model: the restored network.
+        network: the converted network that it was made from.
+        path, force, check: as in :func:`save_converted`.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        OutputError: the file exists and ``force`` is False, or it cannot be written.
     """
     layout = layout_of(network) or BARE
     return write_checkpoint(
@@ -201,7 +210,16 @@ def save_plain(
 
 
 def reopen(path: Path, network: LoadedNetwork, layout: Layout = BARE) -> LoadedNetwork:
-    """Load a file that was just written in ``layout``, as a network of the same architecture."""
+    """Load a file that was just written, as a network of the same architecture.
+
+    Args:
+        path: the file.
+        network: the network that the file was made from.
+        layout: the layout in which it was written.
+
+    Raises:
+        CheckpointError, ArchitectureError: the file does not have the network's tensors.
+    """
     checkpoint = read_checkpoint(path)
     names = (checkpoint.prefix + name for name in checkpoint.tensors)
     tensors = layout.read_back(dict(zip(names, checkpoint.tensors.values(), strict=True)))

@@ -7,6 +7,7 @@ the file loads the restored one.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ WRITTEN_AS: dict[Container, tuple[WrittenContainer, str]] = {
 
 
 def layout_of(network: LoadedNetwork) -> Layout | None:
-    """How the file of a network that was not converted lies; None if there is no file."""
+    """The layout of the file that a network came from, before any conversion.
+
+    Returns:
+        None if torchvision provided the weights, or a converted file does not record the layout.
+
+    Raises:
+        CheckpointError: the layout that a converted file records is damaged.
+    """
     checkpoint, view = network.checkpoint, network.view
     if checkpoint is None or network.metadata is not None:
         return recorded_layout(network)
@@ -41,16 +49,18 @@ def layout_of(network: LoadedNetwork) -> Layout | None:
     missing = [lost] if lost else []
     if checkpoint.module is not None:
         missing.append(f"the pickled module ({checkpoint.module}), of which only tensors are kept")
-    key = tuple(checkpoint.key.split(".")) if checkpoint.key else ()
+    if not checkpoint.key_in_dicts:
+        missing.append("the list or object that holds the weights, of which dictionaries are made")
+    layout = Layout(container, checkpoint.key_path, lost=tuple(missing))
     if view is None:
-        return Layout(container, key, checkpoint.prefix, lost=tuple(missing))
-    return _of_view(Layout(container, key, lost=tuple(missing)), checkpoint, view)
+        return dataclasses.replace(layout, prefix=checkpoint.prefix)
+    return _of_view(layout, checkpoint, view)
 
 
 def _of_view(layout: Layout, checkpoint: Checkpoint, view: View) -> Layout:
     """``layout`` with the names of the tensors, and what the file has besides them."""
     before = checkpoint.prefix
-    prefix = before + view.prefix if _all_have(view) else before
+    prefix = before + view.prefix if _has_shown_prefix(view) else before
     there = {name: before + own for name, own in view.original.items()}
     beside = (*view.ignored, *checkpoint.skipped)
     lost = list(layout.lost)
@@ -71,8 +81,8 @@ def _of_view(layout: Layout, checkpoint: Checkpoint, view: View) -> Layout:
     )
 
 
-def _all_have(view: View) -> bool:
-    """Whether most names have the view's prefix as it is shown, so that new ones get it too."""
+def _has_shown_prefix(view: View) -> bool:
+    """Whether names begin with the view's prefix as it is shown, so that new ones get it too."""
     return any(own == view.prefix + name for name, own in view.original.items())
 
 

@@ -40,8 +40,7 @@ from pathconvert.conversion.arithmetic import centre_tap, gain_of
 from pathconvert.conversion.calls import Arguments, watched
 from pathconvert.conversion.groups import Layer, Units
 from pathconvert.conversion.modules import as_arguments, mode_of
-from pathconvert.conversion.pivots import FloatVector
-from pathconvert.conversion.tracing.trace import IdVector
+from pathconvert.conversion.tracing.trace import FloatVector, IdVector
 from pathconvert.errors import PathconvertError, first_line
 from pathconvert.path_bn.form import index_tensor
 from pathconvert.path_bn.layer import PathBN
@@ -58,8 +57,8 @@ LEAST_VARIANCE = 0.25
 
 _RUNNING = ("running_mean", "running_var")
 
+#: Mean and variance, float64 [out].
 Statistics = tuple[Tensor, Tensor]
-"""Mean and variance, float64 [out]."""
 
 
 class Places(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 import torchvision
 from command_line import SMALL
 from safetensors.torch import load_file, save_file
+from state_dicts import hugging_face
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -91,6 +92,22 @@ def test_legacy_files_nested_keys_and_odd_counters_come_back(capsys: Any) -> Non
 
 
 @pytest.mark.usefixtures("here")
+def test_dots_in_keys_come_back() -> None:
+    model = nn.DataParallel(resnet())
+    torch.save({"stage.1": {"net.best": model.state_dict()}}, "dots.pt")
+    there_and_back("dots.pt")
+    restored = torch.load("dots.restored.pt", weights_only=True)
+    assert_strict(restored["stage.1"]["net.best"], model.state_dict())
+
+
+@pytest.mark.usefixtures("here")
+def test_a_list_that_cannot_come_back_is_named(capsys: Any) -> None:
+    torch.save({"models": [resnet().state_dict()]}, "list.pt")
+    there_and_back("list.pt")
+    assert "not restored the list or object" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("here")
 def test_safetensors_stay_safetensors() -> None:
     state = {f"backbone.{name}": tensor for name, tensor in resnet().state_dict().items()}
     save_file(state, "s.safetensors")
@@ -126,3 +143,13 @@ def test_converted_files_keep_the_wrapper_if_asked(form: str, suffix: str) -> No
     nn.DataParallel(resnet()).load_state_dict(found)
     if form == "path":
         assert_strict(found, nn.DataParallel(resnet()).state_dict())
+
+
+@pytest.mark.usefixtures("here")
+def test_path_bn_form_under_names_of_another_library_opens_again() -> None:
+    names = hugging_face(resnet().state_dict())
+    torch.save(names, "hf.pt")
+    options = ["--keep-wrapper", "--form", "path-bn", "-o", "x.pt"]
+    assert run(["reparam", "hf.pt", *options, "--gauge", "pow2", *SMALL]) == 0
+    assert run(["restore", "x.pt", "-o", "back.pt", *SMALL]) == 0
+    assert torch.load("back.pt", weights_only=True).keys() == names.keys()

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pathconvert.files import checkpoint
 from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.states import WRAPPER_KEYS
 from pathconvert.files.weights import tensors_digest
 from pathconvert.files.writing import write_checkpoint
 
@@ -44,7 +44,7 @@ def test_parameters_come_without_gradients(tmp_path, net):
     )
 
 
-@pytest.mark.parametrize("key", checkpoint.WRAPPER_KEYS)
+@pytest.mark.parametrize("key", WRAPPER_KEYS)
 def test_every_wrapper_key(tmp_path, net, key):
     torch.save(
         {"epoch": 3, "args": argparse.Namespace(lr=0.1), key: net.state_dict()}, tmp_path / "a.pt"
@@ -56,17 +56,16 @@ def test_every_wrapper_key(tmp_path, net, key):
 
 def test_preferred_and_chosen_key(tmp_path):
     weights = {
-        key: {"w": torch.full((2,), float(i))}
-        for i, key in enumerate(reversed(checkpoint.WRAPPER_KEYS))
+        key: {"w": torch.full((2,), float(i))} for i, key in enumerate(reversed(WRAPPER_KEYS))
     }
     torch.save(weights | {"other": {"w": torch.full((2,), 9.0)}}, tmp_path / "a.pt")
     read = read_checkpoint(tmp_path / "a.pt")
     assert read.key == "state_dict"
-    assert read.others == (*checkpoint.WRAPPER_KEYS[1:], "other")
+    assert read.others == (*WRAPPER_KEYS[1:], "other")
     chosen = read_checkpoint(tmp_path / "a.pt", key="other")
     assert chosen.key == "other"
     assert chosen.tensors["w"][0] == 9
-    assert chosen.others == checkpoint.WRAPPER_KEYS
+    assert chosen.others == WRAPPER_KEYS
 
 
 def test_nested_key_is_printed_and_accepted(tmp_path, net):

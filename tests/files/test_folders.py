@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -98,16 +100,22 @@ def test_folders_that_are_refused(tmp_path, net):
         torch.save(net.state_dict(), tmp_path / name)
     message, tip = refusal(tmp_path)
     assert message == f"{tmp_path.name} is a folder with several checkpoints: 'a.pt', 'b.pt'."
-    assert tip.endswith("a.pt.")
+    assert tip == f"Give the file: {tmp_path.name}/a.pt"
     (tmp_path / "unpacked").mkdir()
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         archive.extractall(tmp_path / "unpacked")
     message, tip = refusal(tmp_path / "unpacked" / "a")
     assert message.startswith("a is the unpacked content of a torch.save file; ")
+    command = tip.removeprefix("Pack it again: ").split()
+    assert command == ["python", "-m", "zipfile", "-c", "a.pt", "a"]
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path / "unpacked", check=True)
+    assert_same(read_checkpoint(tmp_path / "unpacked" / "a.pt").tensors, net.state_dict())
     (tmp_path / "zero" / "checkpoint").mkdir(parents=True)
     part = tmp_path / "zero" / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     torch.save({}, part)
-    assert "whose weights are distributed over several files" in refusal(tmp_path / "zero")[0]
+    message, tip = refusal(tmp_path / "zero")
+    assert "whose weights are distributed over several files" in message
+    assert tip.endswith(": python zero/zero_to_fp32.py zero weights.pt")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns that there is no process group

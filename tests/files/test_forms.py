@@ -29,7 +29,8 @@ from checkpoint_files import Net, assert_same, refusal, tar_of
 from safetensors.torch import save_file
 from torch import nn
 
-from pathconvert.files.checkpoint import Container, read_checkpoint
+from pathconvert.files.checkpoint import read_checkpoint
+from pathconvert.files.containers import Container
 
 
 @contextlib.contextmanager

@@ -308,6 +308,14 @@ def test_a_module_that_contains_itself(tmp_path):
     assert max(name.count(".") for name in read.tensors) <= 101
 
 
+def test_a_wrapper_that_wraps_itself(tmp_path):
+    wrapper = torch.nn.DataParallel(Net())
+    wrapper.register_buffer("own", torch.ones(2))
+    wrapper._modules["module"] = wrapper
+    torch.save(wrapper, tmp_path / "a.pt")
+    assert "own" in read_checkpoint(tmp_path / "a.pt").tensors
+
+
 def test_modules_that_share_without_limit(tmp_path):
     module = Net()
     for _ in range(60):

@@ -14,7 +14,7 @@ from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 from pathconvert.errors import ArchitectureError
 from pathconvert.networks import heads
-from pathconvert.networks.adjusting import adjust, summary, title
+from pathconvert.networks.adjusting import adjust, network_text, title
 from pathconvert.networks.architectures import Architecture
 from pathconvert.networks.builders import build_torchvision
 
@@ -219,6 +219,10 @@ MISFITS = {
     "a detector's input": ("retinanet_resnet50_fpn", lambda: grey_retinanet().state_dict()),
     "a single channel": ("resnet18", lambda: single_channel().state_dict()),
     "a residual that may be one": ("mnasnet0_5", lambda: MNASNet(0.35).state_dict()),
+    "an inverted residual that may be one": (
+        "mobilenet_v2",
+        lambda: stock("mobilenet_v2", width_mult=0.25).state_dict(),
+    ),
 }
 
 
@@ -375,7 +379,7 @@ def test_title():
 
 def test_summary_counts_layers():
     arguments = {"num_classes": 5, "batch_norm": "folded", "widths": {"conv1": [8, 3]}}
-    assert summary("resnet18", arguments) == (
+    assert network_text("resnet18", arguments) == (
         "resnet18 (num_classes=5, BatchNorm folded, widths of 1 layer)"
     )
-    assert summary("resnet18", {}) == "resnet18"
+    assert network_text("resnet18", {}) == "resnet18"

@@ -179,6 +179,8 @@ def test_lightning_keeps_a_loss_and_metrics_beside_the_network(tmp_path, resnet)
         {"temperature": torch.ones(1)},
         {"f1.weight": torch.rand(7, 7)},
         {"acc.0.weight": torch.rand(7, 7)},
+        {"normalize.weight": torch.rand(3)},
+        {"preprocess.conv.weight": torch.rand(3, 1, 1, 1)},
     ],
     ids=lambda extra: next(iter(extra)),
 )
@@ -284,6 +286,14 @@ def test_the_encoder_of_a_larger_network_is_not_taken_for_it(tmp_path, resnet):
     resnet = copy.deepcopy(resnet)
     resnet.fc = nn.Identity()
     assert_computes_the_same(found.model, resnet)
+
+
+def test_a_whole_network_behind_another_convolution_is_not_taken_for_both(tmp_path, resnet):
+    state = under("net.", resnet.state_dict()) | {"adapter.weight": torch.rand(3, 1, 1, 1)}
+    message, tip = file_refusal(tmp_path, state)
+    assert message.endswith("there are convolutions beside it (adapter.weight)")
+    assert tip.startswith("To take that part alone: --prefix net. -- for the whole")
+    assert_computes_the_same(loaded(tmp_path, state, prefix="net.").model, resnet)
 
 
 def test_a_projection_head_beside_a_backbone_is_left_out(tmp_path, resnet):

@@ -102,6 +102,15 @@ def test_a_transposed_convolution_is_spectrally_normalised_along_its_second_dime
     torch.testing.assert_close(computed.tensors["0.weight"], layer[0].weight, rtol=1e-12, atol=0)
 
 
+def test_the_direction_of_u_tells_along_which_of_two_dimensions_a_weight_is_normalised():
+    torch.manual_seed(0)
+    for dim in (0, 1):
+        layer = nn.Conv2d(6, 6, 3).double()
+        layer = nn.Sequential(nn.utils.parametrizations.spectral_norm(layer, dim=dim)).eval()
+        found = compute(layer.state_dict()).tensors["0.weight"]
+        torch.testing.assert_close(found, layer[0].weight.detach(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -169,6 +178,24 @@ def test_numbered_children(tmp_path, resnet):
     headless = copy.deepcopy(resnet)
     headless.fc = nn.Identity()
     assert_computes_the_same(found.model, headless)
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [(2, nn.PReLU()), (10, nn.Linear(512, 5)), (9, nn.BatchNorm2d(512))],
+    ids=["PReLU", "Linear", "BatchNorm"],
+)
+def test_layers_among_numbered_children_are_never_left_out(tmp_path, resnet, place, layer):
+    state = body(resnet).state_dict()
+    state |= {f"{place}.{name}": tensor.double() for name, tensor in layer.state_dict().items()}
+    message, _ = file_refusal(tmp_path, state)
+    assert f"fc.bias is missing; {place}.weight is extra" in message
+
+
+def test_a_neck_in_open_mmlabs_network_is_never_left_out(tmp_path, resnet):
+    state = open_mmlab(resnet.state_dict()) | {"neck.weight": torch.rand(512, 512).double()}
+    message, _ = file_refusal(tmp_path, state)
+    assert "neck.weight is extra" in message
 
 
 class ConcatPool(nn.Module):

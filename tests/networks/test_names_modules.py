@@ -11,6 +11,7 @@ import torchvision
 from sample_networks import network
 from state_dicts import assert_computes_the_same, file_refusal, hugging_face, loaded, trained
 from torch import nn
+from torch.nn.utils import prune
 
 from pathconvert.errors import ArchitectureError
 from pathconvert.networks.architectures import PICKLED_MODULE
@@ -67,6 +68,25 @@ def test_a_pickled_network_with_other_settings_is_refused(tmp_path):
     assert "--trust-pickle" in tip
 
 
+def doubled(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+def test_hooks_of_a_pickled_network_are_not_lost(tmp_path, resnet):
+    hooked = copy.deepcopy(resnet)
+    hooked.layer1.register_forward_hook(doubled)
+    hooked.layer2.forward = hooked.layer1.forward
+    message, tip = file_refusal(tmp_path, hooked)
+    assert "layer1 has a forward hook; layer2 has a forward of its own" in message
+    assert "--trust-pickle" in tip
+
+
+def test_pruning_in_a_pickled_network_is_no_other_setting(tmp_path, resnet):
+    pruned = copy.deepcopy(resnet)
+    prune.l1_unstructured(pruned.conv1, "weight", amount=0.3)
+    assert_computes_the_same(loaded(tmp_path, pruned).model, pruned)
+
+
 def test_transform_input_of_a_pickled_network_is_not_lost(tmp_path):
     model = network("googlenet", aux_logits=False, transform_input=True, num_classes=5)
     message, tip = file_refusal(tmp_path, model)
@@ -118,7 +138,12 @@ def test_a_module_of_another_class_needs_trust_or_a_name(tmp_path, own_class, re
     )
     assert "--trust-pickle" in tip
     assert tip.endswith("--arch resnet18")
-    assert_computes_the_same(loaded(tmp_path, own_class, arch="resnet18").model, resnet)
+    found = loaded(tmp_path, own_class, arch="resnet18")
+    assert found.notes == (
+        "the pickled module differs from the network that --arch names: it is a"
+        " lab_networks.Doubled, expected torchvision.models.resnet.ResNet",
+    )
+    assert_computes_the_same(found.model, resnet)
     found = loaded(tmp_path, own_class, trust_pickle=True)
     assert found.architecture.name == PICKLED_MODULE
     assert_computes_the_same(found.model, own_class)

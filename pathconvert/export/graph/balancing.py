@@ -31,10 +31,9 @@ from torch import Tensor, nn
 from pathconvert.conversion.calls import leaves, watched
 from pathconvert.conversion.groups import Units, find_units
 from pathconvert.conversion.modules import as_arguments, mode_of, own_inputs
-from pathconvert.conversion.pivots import FloatVector
 from pathconvert.conversion.rescale import rescale
 from pathconvert.conversion.tracing.parts import trace_network
-from pathconvert.conversion.tracing.trace import Slot
+from pathconvert.conversion.tracing.trace import FloatVector, Slot
 
 #: log₂ of the largest activation that a channel is scaled to.
 TARGET = 5
