@@ -130,6 +130,7 @@ class Oracle:
         self.columns: dict[str, list[Any]] = {}
         self.norm_reads: list[tuple[Any, tuple[str, int]]] = []
         self.norm_rows: dict[str, list[Any]] = {}
+        self.norm_calls: dict[str, list[list[Any]]] = {}
         self._walk()
         self._settle()
 
@@ -243,6 +244,7 @@ class Oracle:
             self.norm_rows.setdefault(name, rows)
             for old, new in zip(self.norm_rows[name], rows, strict=True):
                 self.join(old, new)
+            self.norm_calls.setdefault(name, []).append(x)
             for j, channel in enumerate(x):
                 if channel not in (ZERO, PINNED):
                     self.norm_reads.append((channel, (name, j)))
@@ -252,8 +254,8 @@ class Oracle:
         return rows
 
     def _settle(self) -> None:
-        """Close pins and residual marks under joining, and say which channels a BatchNorm
-        absorbs.
+        """Close pins and residual marks under joining, and say which channels BatchNorms absorb,
+        and of which their statistics carry the factors.
         """
         pinned = {self.find(channel) for channel in self.pinned}
         read = {self.find(c) for cs in self.columns.values() for c in cs if c not in (ZERO, PINNED)}
@@ -262,9 +264,29 @@ class Oracle:
         for channel, reader in self.norm_reads:
             self.readers.setdefault(self.find(channel), set()).add(reader)
         self.absorbed = {root for root in self.readers if root not in pinned | read | made}
-        self.pinned_roots = pinned | (set(self.readers) - self.absorbed)
+        carrying = {name for name, calls in self.norm_calls.items() if self._read_alike(calls)}
+        self.carried = {
+            root
+            for root, readers in self.readers.items()
+            if root in read - pinned and {name for name, _ in readers} <= carrying
+        }
+        self.pinned_roots = pinned | (set(self.readers) - self.absorbed - self.carried)
         self.residual_roots = {self.find(channel) for channel in self.residual_marks}
         self.produced = {self.find(channel) for rows in self.rows.values() for channel in rows}
+
+    def _read_alike(self, calls: list[list[Any]]) -> bool:
+        """Whether all calls of a BatchNorm read the same channels."""
+        resolved = [[c if c in (ZERO, PINNED) else self.find(c) for c in call] for call in calls]
+        return all(call == resolved[0] for call in resolved)
+
+    def statistics(self) -> dict[str, list[Any]]:
+        """The BatchNorms that carry a free factor → the channels that they read."""
+        free = self.carried & self.produced
+        return {
+            name: calls[0]
+            for name, calls in self.norm_calls.items()
+            if self._read_alike(calls) and any(self.root(channel) in free for channel in calls[0])
+        }
 
     def root(self, channel: Any) -> Any:
         """The unit that a channel belongs to.
