@@ -367,7 +367,7 @@ def _calls(loaded: object) -> list[str]:
 def _acts(name: str) -> bool:
     """Whether ``name`` is of a module of the standard library that does not only hold data."""
     root = name.partition(".")[0]
-    return root in sys.stdlib_module_names | {"nt", "__builtin__"} - _DATA_MODULES
+    return root in (sys.stdlib_module_names | {"nt", "__builtin__"}) - _DATA_MODULES
 
 
 def _is_optimizer(value: object) -> bool:

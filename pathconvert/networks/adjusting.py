@@ -139,7 +139,7 @@ def _find_folding(search: Search) -> None:
     if kept:
         search.arguments["batch_norm_kept"] = kept
         note = f"some of its BatchNorms are folded into its convolutions, and {len(kept)} are"
-        note += f" not, for example {kept[0]}"
+        note += f" not, for example {kept[0]}; nothing is assumed in the place of the others"
     folded.fold_structure(search.model, kept)
     search.notes.append(note)
 

@@ -11,6 +11,12 @@ from pathconvert.networks.architectures import Shapes
 from pathconvert.networks.builders import classifier_of, head_place
 from pathconvert.networks.search import Question, Search, below, counted, shapes_in
 
+#: What a classifier such as ``fc.1`` leaves open: the place in front of it has no tensors.
+ASSUMED_DROPOUT = (
+    "; that it is a Dropout which stands in front, and that nothing follows, is assumed, as the"
+    " file cannot tell"
+)
+
 
 def find_head(search: Search) -> bool:
     """The classifier, where it has other layers than the stock network's."""
@@ -40,7 +46,10 @@ def find_head(search: Search) -> bool:
     search.arguments.pop("num_classes", None)
     if heads.outputs_of(head) is not None:
         search.arguments["num_classes"] = heads.outputs_of(head)
-    search.notes.append(_head_note(place, head, search.model.get_submodule(place)))
+    note = _head_note(place, head, search.model.get_submodule(place))
+    if heads.Layer("dropout") in head and "head" not in search.given:
+        note += ASSUMED_DROPOUT
+    search.notes.append(note)
     return _pooling(search, root)
 
 
@@ -172,7 +181,4 @@ def _head_note(place: str, head: heads.Head, module: nn.Module) -> str:
     classes = [type(child).__name__ for child in module.children()] or [type(module).__name__]
     kind = f"Sequential({', '.join(classes)})" if isinstance(module, nn.Sequential) else classes[0]
     without = " without a bias" if kind == "Linear" and not head[-1].bias else ""
-    note = f"its classifier {place} is a {kind}{without} with {outputs}"
-    if heads.Layer("dropout") in head:
-        note += "; the rate of its Dropout is not in the file, and is 0.5 in training"
-    return note
+    return f"its classifier {place} is a {kind}{without} with {outputs}"

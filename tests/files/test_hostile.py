@@ -4,6 +4,7 @@ Each attack is a pickle that would create the file ``canary`` if anything in it 
 fuzz damages files at random; ``PATHCONVERT_FUZZ=20000`` tries more than the few hundred here.
 """
 
+import argparse
 import contextlib
 import gzip
 import io
@@ -120,6 +121,12 @@ def test_code_without_weights_is_named(tmp_path, canary, protocol):
         f" '{os.system.__module__}.system'); nothing of it was executed."
     )
     assert tip.startswith("Do not load it.")
+
+
+def test_data_classes_of_the_standard_library_are_no_code(tmp_path):
+    torch.save(argparse.Namespace(lr=1), tmp_path / "a.pt")
+    message, _ = refusal(tmp_path / "a.pt")
+    assert "code" not in message
 
 
 def test_names_from_a_file_stay_on_one_line(tmp_path):

@@ -9,10 +9,10 @@ from torch import nn
 
 from pathconvert.errors import ArchitectureError
 from pathconvert.networks.adjusting import adjust
+from pathconvert.networks.adjusting_heads import ASSUMED_DROPOUT
 from pathconvert.networks.builders import build_torchvision
 
 Seq, Lin, ReLU, Drop = nn.Sequential, nn.Linear, nn.ReLU, nn.Dropout
-RATE = "; the rate of its Dropout is not in the file, and is 0.5 in training"
 
 
 # ---- classifiers that the tensors show -----------------------------------------------------------
@@ -38,7 +38,7 @@ HEADS = {
         "fc",
         lambda: Seq(Drop(), Lin(512, 10)),
         {"num_classes": 10, "head": "dropout-linear10"},
-        "its classifier fc is a Sequential(Dropout, Linear) with 10 outputs" + RATE,
+        "its classifier fc is a Sequential(Dropout, Linear) with 10 outputs" + ASSUMED_DROPOUT,
     ),
     "batchnorm": (
         "resnet18",
@@ -66,7 +66,8 @@ HEADS = {
         "classifier",
         lambda: Seq(Drop(0.2), Lin(1024, 4)),
         {"num_classes": 4, "head": "dropout-linear4"},
-        "its classifier classifier is a Sequential(Dropout, Linear) with 4 outputs" + RATE,
+        "its classifier classifier is a Sequential(Dropout, Linear) with 4 outputs"
+        + ASSUMED_DROPOUT,
     ),
     "mnasnet": (
         "mnasnet0_5",
@@ -80,7 +81,8 @@ HEADS = {
         "classifier.1",
         lambda: Seq(Drop(), Lin(1280, 5)),
         {"num_classes": 5, "head": "dropout-linear5", "head_at": "classifier.1"},
-        "its classifier classifier.1 is a Sequential(Dropout, Linear) with 5 outputs" + RATE,
+        "its classifier classifier.1 is a Sequential(Dropout, Linear) with 5 outputs"
+        + ASSUMED_DROPOUT,
     ),
     "vgg": (
         "vgg11",
@@ -116,14 +118,15 @@ HEADS = {
         "classifier.6",
         lambda: Seq(Drop(), Lin(4096, 5)),
         {"num_classes": 5, "head": "dropout-linear5", "head_at": "classifier.6"},
-        "its classifier classifier.6 is a Sequential(Dropout, Linear) with 5 outputs" + RATE,
+        "its classifier classifier.6 is a Sequential(Dropout, Linear) with 5 outputs"
+        + ASSUMED_DROPOUT,
     ),
     "video": (
         "r3d_18",
         "fc",
         lambda: Seq(Drop(), Lin(512, 3)),
         {"num_classes": 3, "head": "dropout-linear3"},
-        "its classifier fc is a Sequential(Dropout, Linear) with 3 outputs" + RATE,
+        "its classifier fc is a Sequential(Dropout, Linear) with 3 outputs" + ASSUMED_DROPOUT,
     ),
 }
 

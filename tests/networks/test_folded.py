@@ -110,7 +110,7 @@ def test_partly_folded_network():
     assert result.architecture.arguments["batch_norm_kept"] == ["aux1.conv.bn", "aux2.conv.bn"]
     assert result.notes == (
         "some of its BatchNorms are folded into its convolutions, and 2 are not, for example"
-        " aux1.conv.bn",
+        " aux1.conv.bn; nothing is assumed in the place of the others",
     )
     assert difference(result, model, images(2, 3, 64, 64)) < EQUAL
 
