@@ -146,11 +146,18 @@ class Loader:
         return [opened[a], opened[b]]
 
     def _like(self, network: LoadedNetwork) -> Loader:
-        known = network.architecture
+        """A loader for another form of ``network``, whose architecture it names."""
+        from pathconvert.networks.architectures import is_known
+
+        known, name = network.architecture, network.architecture.name
         size = "x".join(map(str, known.input_size)) if known.input_size else None
-        classes = known.arguments.get("num_classes")
+        if is_known(name):  # its arguments can be written with its name
+            given = ", ".join(f"{key}={value!r}" for key, value in known.arguments.items())
+            name, classes = f"{name}({given})", None
+        else:
+            classes = known.arguments.get("num_classes")
         return dataclasses.replace(
-            self, arch=known.name, input_size=self.input_size or size, num_classes=classes
+            self, arch=name, input_size=self.input_size or size, num_classes=classes
         )
 
 

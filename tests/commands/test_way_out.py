@@ -153,3 +153,13 @@ def test_path_bn_form_under_names_of_another_library_opens_again() -> None:
     assert run(["reparam", "hf.pt", *options, "--gauge", "pow2", *SMALL]) == 0
     assert run(["restore", "x.pt", "-o", "back.pt", *SMALL]) == 0
     assert torch.load("back.pt", weights_only=True).keys() == names.keys()
+
+
+@pytest.mark.usefixtures("here")
+def test_verify_opens_a_changed_network_like_its_converted_form() -> None:
+    """Its stem cannot be read from the tensors; the converted file says what it is."""
+    model = torchvision.models.resnet18(num_classes=5)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    torch.save(model.state_dict(), "stem.pt")
+    assert run(["reparam", "stem.pt", "--arch", "resnet18(stem=cifar)", *SMALL]) == 0
+    assert run(["verify", "stem.pt", "stem.path.safetensors", *SMALL]) == 0
