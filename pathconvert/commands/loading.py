@@ -147,17 +147,14 @@ class Loader:
 
     def _like(self, network: LoadedNetwork) -> Loader:
         """A loader for another form of ``network``, whose architecture it names."""
-        from pathconvert.networks.architectures import is_known
-
-        known, name = network.architecture, network.architecture.name
+        known = network.architecture
         size = "x".join(map(str, known.input_size)) if known.input_size else None
-        if is_known(name):  # its arguments can be written with its name
-            given = ", ".join(f"{key}={value!r}" for key, value in known.arguments.items())
-            name, classes = f"{name}({given})", None
-        else:
-            classes = known.arguments.get("num_classes")
+        given = ", ".join(f"{key}={value!r}" for key, value in known.arguments.items())
         return dataclasses.replace(
-            self, arch=name, input_size=self.input_size or size, num_classes=classes
+            self,
+            arch=f"{known.name}({given})" if given else known.name,
+            input_size=self.input_size or size,
+            num_classes=None,
         )
 
 

@@ -257,9 +257,8 @@ def resolve(
     """The network that ``--arch`` names.
 
     Args:
-        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``. A torchvision name
-            may be followed by arguments that the weights do not reveal:
-            ``googlenet(transform_input=True)``.
+        name: a torchvision name, ``package.module:builder`` or ``timm/NAME``. It may be followed by
+            arguments that the weights do not reveal: ``googlenet(transform_input=True)``.
         tensors: the weights, from which the number of classes and the auxiliary heads of a
             torchvision network are read; None for the defaults.
         num_classes: passed to the builder unless it is None.
@@ -271,10 +270,11 @@ def resolve(
     given = {} if num_classes is None else {"num_classes": num_classes}
     name, arguments = called(name)
     if name.startswith("timm/"):
-        return Architecture(name, given, input_size or timm_input_size(name), "classification")
+        size = input_size or timm_input_size(name)
+        return Architecture(name, arguments | given, size, "classification")
     if ":" in name:
         find_builder(name)
-        return Architecture(name, given, input_size, "other")
+        return Architecture(name, arguments | given, input_size, "other")
     if name not in index():
         close = difflib.get_close_matches(name, index(), 3)
         raise ArchitectureError(
@@ -304,7 +304,7 @@ def called(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ArchitectureError: the arguments are not of the form ``name=value, name=value``.
     """
-    found = re.fullmatch(r"(\w+)\((.*)\)", name)
+    found = re.fullmatch(r"([\w.:/-]+)\((.*)\)", name)
     if not found:
         return name, {}
     arguments: dict[str, Any] = {}

@@ -274,19 +274,33 @@ def _timm() -> Any:
 def build_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network that ``timm/NAME`` names, without weights, in evaluation mode.
 
+    Args:
+        name: ``timm/NAME``.
+        arguments: of timm's builder; and ``deploy``, which is true for the form that timm's
+            ``reparameterize_model`` makes (RepVGG, MobileOne).
+
     Raises:
         ArchitectureError: timm is not installed, or has no such network.
     """
-    timm = _timm()
+    timm, options = _timm(), dict(arguments)
+    deploy = options.pop("deploy", False)
     try:
         model: nn.Module = timm.create_model(
-            name.removeprefix("timm/"), pretrained=False, **arguments
+            name.removeprefix("timm/"), pretrained=False, **options
         )
     except RuntimeError as error:
         raise ArchitectureError(
             f"{name}: {first_line(error)}", "timm.list_models() names the networks that timm has."
         ) from error
-    return model.eval()
+    except (TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"timm cannot build {name} with {dict(arguments)}: {class_and_text(error)}",
+            "Check the arguments in --arch.",
+        ) from error
+    model.eval()
+    if deploy:
+        importlib.import_module("timm.utils.model").reparameterize_model(model, inplace=True)
+    return model
 
 
 def timm_input_size(name: str) -> tuple[int, ...] | None:

@@ -10,6 +10,8 @@ import torchvision
 from state_dicts import refusal, tensors_of
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+import pathconvert
+from pathconvert.errors import ArchitectureError
 from pathconvert.networks import architectures, pretrained
 from pathconvert.networks.architectures import (
     Architecture,
@@ -240,3 +242,22 @@ def test_pretrained_records_what_the_weights_set(monkeypatch, name, arguments):
         for m in (model, rebuilt)
     ]
     assert eps[0] == eps[1]
+
+
+def test_timms_deploy_forms_are_named_with_an_argument(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("mobileone_s0", num_classes=3).eval()
+    deployed = timm.utils.model.reparameterize_model(model).double()
+    torch.save(deployed.state_dict(), tmp_path / "a.pt")
+    loaded, _ = pathconvert.load(
+        tmp_path / "a.pt", arch="timm/mobileone_s0(deploy=True, num_classes=3)"
+    )
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(loaded(x), deployed(x))
+    with pytest.raises(ArchitectureError) as caught:
+        architectures.build(architectures.resolve("timm/mobileone_s0(deply=True)", None))
+    assert "timm cannot build timm/mobileone_s0 with {'deply': True}: TypeError" in str(
+        caught.value
+    )
+    assert caught.value.tip == "Check the arguments in --arch."
