@@ -21,7 +21,7 @@ from pathconvert.errors import ArchitectureError
 from pathconvert.networks import architectures, cifar, folded, resizing
 from pathconvert.networks.adjusting_heads import find_head, has_classes
 from pathconvert.networks.architectures import Architecture
-from pathconvert.networks.builders import CHANGES, build_torchvision
+from pathconvert.networks.builders import CHANGES, build_torchvision, classifier_of
 from pathconvert.networks.search import Question, Search, counted
 
 
@@ -278,10 +278,13 @@ def _note_widths(search: Search, widths: Mapping[str, list[int]]) -> None:
     ]
     rest = [name for name in widths if name not in side_heads]
     if rest:
-        search.notes.append(
+        note = (
             f"{_layers_with(rest)} other widths than the stock network's, for example {rest[0]}:"
             f" {'×'.join(map(str, search.shapes[f'{rest[0]}.weight'][:2]))}"
         )
+        if sum(name.startswith(f"{classifier_of(search.model)}.") for name in rest) > 1:
+            note += "; the activations of its classifier are assumed to be the stock network's"
+        search.notes.append(note)
 
 
 def _layers_with(names: Sequence[str]) -> str:

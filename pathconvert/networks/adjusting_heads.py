@@ -36,7 +36,7 @@ def find_head(search: Search) -> bool:
     layers = heads.read(below(place, search.shapes), features)
     if layers is None:
         return False
-    head = _named_head(search, place, layers)
+    head = _named_head(search, place, layers, features)
     if head is None:
         return False
     resizing.replace(search.model, place, heads.build(head, features))
@@ -99,7 +99,7 @@ def _place(search: Search, root: str, found: Shapes, own: Shapes) -> str:
     return root
 
 
-def _named_head(search: Search, place: str, found: heads.Head) -> heads.Head | None:
+def _named_head(search: Search, place: str, found: heads.Head, features: int) -> heads.Head | None:
     """The head with these layers: as the user says, as they show, or as it is asked for."""
     layers = ", ".join(f"{place}.{layer.name}".rstrip(".") for layer in found)
     proposed = heads.suggestion(found, search.arguments.get("avgpool") == "concat")
@@ -114,7 +114,7 @@ def _named_head(search: Search, place: str, found: heads.Head) -> heads.Head | N
             )
         return head
     head = heads.complete(found)
-    if head is not None:
+    if head is not None and not heads.may_stand_side_by_side(found, features):
         return head
     shown = heads.text_of(proposed)
     search.questions.append(

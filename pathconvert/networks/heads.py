@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -240,6 +241,21 @@ def complete(found: Head) -> Head | None:
         return None
     front = (Layer("dropout"),) * numbers[0]
     return front + tuple(dataclasses.replace(layer, name="") for layer in found)
+
+
+def may_stand_side_by_side(found: Head, features: int) -> bool:
+    """Whether two linear layers could read the same features, in place of one after the other.
+
+    Args:
+        found: the layers that tensors show.
+        features: the number of features that the first one reads.
+    """
+    for layer, following in itertools.pairwise(found):
+        inputs = features if layer.inputs is None else layer.inputs
+        if layer.kind == following.kind == "linear" and layer.outputs == inputs:
+            return True
+        features = layer.outputs or features
+    return False
 
 
 def suggestion(found: Head, pooled: bool = False) -> Head:

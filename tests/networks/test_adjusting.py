@@ -111,7 +111,7 @@ HEADS = {
             },
         },
         "3 layers of it have other widths than the stock network's, for example classifier.0:"
-        " 8×25088",
+        " 8×25088; the activations of its classifier are assumed to be the stock network's",
     ),
     "alexnet inside": (
         "alexnet",
@@ -170,6 +170,14 @@ def test_changed_network_can_be_given_other_classes(name, arguments):
 
 BETWEEN = ", and which activations stand between or behind them is not in the file"
 ASKED_HEADS = {
+    "two linear layers that could stand side by side": (
+        "resnet18",
+        "fc",
+        lambda: Seq(Lin(512, 512), Lin(512, 512)),
+        f"the classifier has its weights in fc.0, fc.1{BETWEEN}",
+        {"head": "linear-linear"},
+        {"head": "linear512-linear512"},
+    ),
     "mlp": (
         "resnet18",
         "fc",
