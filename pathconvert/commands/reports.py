@@ -60,7 +60,7 @@ def summarise(
 
 
 def _spread(values: FloatVector) -> dict[str, float | None]:
-    """Minimum, median and maximum of some values; None each if there are none."""
+    """Minimum, median and maximum of some values; all three are None without values."""
     if not values.size:
         return dict.fromkeys(("min", "median", "max"))
     return {

@@ -2,7 +2,7 @@
 
 Every unit has one **host**, a consumer that holds its pivot. The first choice is, of all layers
 that read the unit, the one with the most output rows per group, and the first of these if several
-have as many. A layer that leads back into a residual group is no first choice for the pivots of
+have as many. A layer that leads back into a residual group is not a first choice for the pivots of
 that group.
 
 A unit is **settled** if its pivots lead, one after the other, to a factor that is 1. Pivots must

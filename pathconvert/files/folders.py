@@ -57,7 +57,7 @@ def read_folder(folder: Path) -> Loaded:
     """Read the checkpoint in a folder.
 
     Raises:
-        CheckpointError: there is none, or there are several, or it is damaged.
+        CheckpointError: the folder has no checkpoint, several of them, or a damaged one.
     """
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir())

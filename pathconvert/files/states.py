@@ -96,7 +96,7 @@ def choose_state(path: Path, loaded: object, key: str | None) -> tuple[State, tu
         The state dict, and the keys of the others.
 
     Raises:
-        CheckpointError: there is none, or none under ``key``.
+        CheckpointError: the file has no state dict, or not under ``key``.
     """
     found = [state for state in _states(loaded) if not _is_beside(state)]
     if key is not None:
@@ -188,7 +188,7 @@ def _children(value: object) -> dict[str, object]:
 
 
 def _as_state(path: tuple[str, ...], value: object) -> State | None:
-    """The value as a state dict; None if it is none."""
+    """The value as a state dict; None for any other value."""
     if isinstance(value, Object) and is_module(value):
         entries: Mapping[Any, object] = _module_entries(value)
         if not any(map(is_weight, entries.values())):

@@ -271,7 +271,7 @@ class Unpickler(pickle._Unpickler):
             if code == pickle.STOP[0]:
                 return self.stack.pop()
             if code not in dispatch:
-                raise UnpicklingRefused(f"{code:#04x} is no instruction of a pickle")
+                raise UnpicklingRefused(f"{code:#04x} is not an instruction of a pickle")
             dispatch[code](self)
         raise UnpicklingRefused("it is a pickle of more than five million instructions")
 

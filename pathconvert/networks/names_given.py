@@ -139,7 +139,7 @@ def _fitting(
     """The view that has exactly a network's tensors.
 
     Raises:
-        ArchitectureError: there is none, or there are several.
+        ArchitectureError: no view has them, or several do.
     """
     model = change(architectures.build(architecture))
     exact: list[Found] = []

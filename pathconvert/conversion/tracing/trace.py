@@ -67,7 +67,7 @@ class BatchNormCall:
         name: the module's path.
         rows: ids that it produces, [C].
         columns: ids that it reads, [C].
-        weight, var: names of γ and of the running variance; None where there is none.
+        weight, var: names of γ and of the running variance; None if the call has none.
         eps: as in the module.
         statistics: the running mean and variance that the call normalises with, if they could be
             rescaled with the channels that it reads; their rows are ids of their own. None if the

@@ -160,7 +160,7 @@ def _has_own_weights(layer: nn.Module, barred: set[int]) -> bool:
 
 
 def _foldable(name: str, module: nn.Module, run: Run, barred: set[int]) -> Foldable | None:
-    """A module as a BatchNorm that can be folded; None if it is none.
+    """A module as a BatchNorm that can be folded; None for any other module.
 
     Either its forward is that of torch's BatchNorm, or it is a frozen BatchNorm, or it calls
     ``batch_norm`` on its own tensors.

@@ -32,7 +32,7 @@ class NormalizationCall:
 
     Attributes:
         module: path of the module whose forward calls it.
-        mean, var, weight, bias: names of the tensors; None where there is none.
+        mean, var, weight, bias: names of the tensors; None for one that the call lacks.
         eps: as it was given.
         training: whether the statistics of the batch are used.
     """
